@@ -1,0 +1,5 @@
+import sys
+
+from spimpi.cli import main
+
+sys.exit(main())

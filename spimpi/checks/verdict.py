@@ -1,0 +1,60 @@
+"""What a check, or a whole run, established; and where the first failure is."""
+
+from dataclasses import dataclass, field
+
+from spimpi.trace.schema import Established
+
+
+@dataclass(frozen=True)
+class Where:
+    """The place of a failure. ``rank`` is the world rank at fault, None where no one is singled
+    out; ``recorded_by`` is the rank that saw it; ``layer`` -1 means none."""
+
+    check: str
+    tensor: str
+    step: int
+    layer: int
+    microbatch: int
+    rank: int | None
+    host: str
+    recorded_by: int
+    expected: str
+    found: str
+    detail: str = ""
+    repeat: int = 0
+
+    def __str__(self):
+        layer = f"layer {self.layer}, " if self.layer >= 0 else ""
+        rank = f"rank {self.rank} ({self.host})" if self.rank is not None else "no single rank"
+        text = f"step {self.step}, {layer}tensor {self.tensor}, {rank}: {self.check} failed"
+        text += f"; expected {self.expected}, found {self.found}"
+        return f"{text}; {self.detail}" if self.detail else text
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Truthy when everything that was checked holds.
+
+    ``established`` says what a pass proves: moved (bits arrived), agreed (replicas are equal),
+    computed (arithmetic checked), expected (equals a fingerprint known beforehand).
+    """
+
+    holds: bool
+    established: Established
+    where: Where | None = None
+    missing: tuple[str, ...] = field(default=())
+
+    def __bool__(self):
+        return self.holds
+
+    @property
+    def kinds(self) -> list[str]:
+        """Names of what was established, lower case."""
+        return [kind.name.lower() for kind in Established if kind in self.established]
+
+    def __str__(self):
+        if self.where is not None:
+            return f"corrupted: {self.where}"
+        if self.missing:
+            return f"incomplete: {'; '.join(self.missing)}"
+        return f"verified ({', '.join(self.kinds) or 'nothing'})"

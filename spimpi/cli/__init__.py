@@ -1,0 +1,53 @@
+"""The command line: ``spimpi COMMAND …``; one file a subcommand."""
+
+import argparse
+import sys
+
+from spimpi.cli.registry import COMMANDS
+from spimpi.errors import SpimpiError
+from spimpi.launch import launcher_rank
+
+
+class _Parser(argparse.ArgumentParser):
+    """Usage errors are said once, by rank 0, and end every rank with status 2."""
+
+    def exit(self, status=0, message=None):
+        if message and launcher_rank() == 0:
+            sys.stderr.write(message)
+        sys.exit(status)
+
+    def print_usage(self, file=None):
+        if launcher_rank() == 0:
+            super().print_usage(file)
+
+    def print_help(self, file=None):
+        if launcher_rank() == 0:
+            super().print_help(file)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    from spimpi.cli import bench, doctor, golden, trace, verify  # noqa: F401  they register
+
+    parser = _Parser(
+        prog="spimpi",
+        description="Verify distributed transformer inference in place, over MPI.",
+        epilog="Exit status, on every rank: 0 verified; 1 corruption found; 2 wrong usage or "
+        "environment; 3 incomplete; 4 internal error.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for command in COMMANDS.values():
+        sub = commands.add_parser(command.name, help=command.help, description=command.help)
+        command.add_arguments(sub)
+        sub.set_defaults(run=command.run)
+    return parser
+
+
+def main(argv=None) -> int:
+    """Run one subcommand; returns its exit status."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except SpimpiError as error:
+        if launcher_rank() == 0:
+            print(f"spimpi: {error}", file=sys.stderr)
+        return error.exit_status

@@ -1,0 +1,37 @@
+"""``spimpi bench``: the figures of docs/benchmarks.md, each with its peer in the same run."""
+
+import json
+
+from spimpi.cli.registry import subcommand
+
+NAMES = ("fingerprint", "inference", "startup")
+
+
+def add_arguments(parser) -> None:
+    parser.add_argument("benchmark", choices=NAMES, help="what to measure")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+@subcommand("bench", "measure: fingerprint, inference (mpirun -n 2), startup", add_arguments)
+def bench(args) -> int:
+    from spimpi.launch import set_thread_limits
+
+    set_thread_limits()
+    from importlib import import_module
+
+    measure = import_module(f"spimpi.bench.{args.benchmark}").measure
+    if args.benchmark == "startup":
+        figures = measure()
+        speaks = True
+    else:
+        from spimpi.cli.session import session
+
+        with session(0, None) as (comm, _):
+            figures = measure(comm)
+            speaks = comm.rank == 0
+    if speaks and args.json:
+        print(json.dumps(figures))
+    elif speaks:
+        for name, value in figures.items():
+            print(f"{name:<48} {value}")
+    return 0

@@ -1,0 +1,192 @@
+"""What ``spimpi verify`` prints on rank 0: what was found, progress, the table, the verdict."""
+
+import os
+import sys
+
+from spimpi.checks.verdict import Verdict
+from spimpi.trace.schema import Stage
+
+ROWS = (
+    ("fabric", "fabric", (Stage.FABRIC,)),
+    ("weights", "weights", (Stage.WEIGHTS,)),
+    ("inference: compute", "inference", (Stage.COMPUTE,)),
+    ("inference: tensor", "inference", (Stage.TENSOR,)),
+    ("inference: pipeline", "inference", (Stage.PIPELINE,)),
+    ("inference: data", "inference", (Stage.DATA,)),
+    ("golden", "inference", (Stage.GOLDEN,)),
+)
+PROMISES = {
+    "moved": "bits arrived",
+    "agreed": "replicas are equal",
+    "computed": "arithmetic checked",
+    "expected": "equals fingerprints known beforehand",
+}
+
+
+class Reporter:
+    """Speaks on rank 0 only; a live line on a terminal; silent but for the end with ``as_json``."""
+
+    def __init__(self, speaks: bool, as_json: bool):
+        self.speaks, self.as_json = speaks, as_json
+        self.status = None
+        if speaks:
+            from rich.console import Console
+
+            terminal = _on_terminal()
+            self.console = Console(
+                file=sys.stdout, highlight=False, soft_wrap=True, force_terminal=terminal
+            )
+            if terminal and not as_json:
+                self.status = self.console.status("starting")
+                self.status.start()
+
+    def progress(self, place: str) -> None:
+        if self.status is not None:
+            self.status.update(place)
+
+    def found(self, comm, job) -> None:
+        """MPI, ranks, nodes, topology and model. Collective."""
+        from mpi4py import MPI
+
+        hosts = comm.gather(MPI.Get_processor_name())
+        if not self.speaks or self.as_json:
+            return
+        library = MPI.Get_library_version().split(",")[0].split("\n")[0].strip()
+        config = job.config
+        weights = "files" if job.directory else "seeded weights"
+        self._print(f"mpi        {library}")
+        self._print(f"ranks      {comm.size} on {len(set(hosts))} node(s): {_short(hosts)}")
+        self._print(f"topology   {job.grid.describe()}")
+        self._print(
+            f"model      {config.name}: {config.n_layers} layers, hidden {config.hidden_size}, "
+            f"{config.n_heads}/{config.n_kv_heads} heads, {weights}, "
+            f"{job.checkpoint.total_bytes / 2**20:.1f} MiB"
+        )
+        arithmetic = "exact-1" if job.exact else "float32 BLAS (no expected fingerprints)"
+        self._print(
+            f"workload   {len(job.prompts)} prompts, {sum(job.lengths)} prompt tokens, "
+            f"{job.n_tokens} new tokens each, {arithmetic}"
+        )
+        for fault in job.faults:
+            self._print(f"injected   {fault}")
+
+    def concluded(self, job, outcome, tracer) -> None:
+        """The end: on a failure first of all where; then the table, the text, the verdict."""
+        if self.status is not None:
+            self.status.stop()
+        if not self.speaks:
+            return
+        if self.as_json:
+            from spimpi.cli.verify import as_json
+
+            print(as_json(job, outcome, tracer))
+            return
+        verdict = outcome.verdict
+        if verdict.where is not None:
+            self._where(verdict)
+        self._table(outcome)
+        self._texts(job, outcome)
+        if tracer:
+            self._print(f"trace      {tracer.path} ({outcome.n_events} events)")
+        self._verdict(outcome)
+
+    def _print(self, text, style=None):
+        self.console.print(text, style=style, markup=False)
+
+    def _where(self, verdict):
+        where = verdict.where
+        self._print("")
+        self._print("CORRUPTION FOUND", style="bold red")
+        self._print(f"  step      {where.step}" + (f" of run {where.repeat}" if where.repeat else ""))
+        self._print(f"  layer     {where.layer if where.layer >= 0 else 'none'}")
+        self._print(f"  tensor    {where.tensor}")
+        rank = f"{where.rank} ({where.host})" if where.rank is not None else "not singled out"
+        self._print(f"  rank      {rank}")
+        self._print(f"  check     {where.check}, seen by rank {where.recorded_by}")
+        self._print(f"  expected  {where.expected}")
+        self._print(f"  found     {where.found}")
+        if where.detail:
+            self._print(f"  note      {where.detail}")
+
+    def _table(self, outcome):
+        from rich.table import Table
+
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column("stage")
+        for name in ("checks", "failed", "bytes", "seconds", "checking"):
+            table.add_column(name, justify="right")
+        for label, timed, stages in ROWS:
+            checks = sum(outcome.totals[s].checks for s in stages)
+            if not checks:
+                continue
+            failed = sum(outcome.totals[s].failed for s in stages)
+            covered = sum(outcome.totals[s].n_bytes for s in stages)
+            spent = sum(outcome.totals[s].seconds for s in stages)
+            total = outcome.seconds[timed]
+            share = f"{min(100.0, 100 * spent / total):.1f}%" if total else "-"
+            table.add_row(
+                label, f"{checks:,}", f"{failed:,}", _bytes(covered), f"{total:.2f}", share
+            )
+        self._print("")
+        self.console.print(table)
+
+    def _texts(self, job, outcome):
+        from spimpi.inference.prompts import decode
+
+        self._print("")
+        for i, tokens in enumerate(outcome.tokens if outcome.tokens is not None else ()):
+            text = decode(tokens, job.config, job.directory)
+            shown = repr(text) if text is not None else f"tokens {tokens.tolist()}"
+            prompt = repr(job.texts[i]) if job.texts else f"prompt {i}"
+            self._print(f"  {prompt} -> {shown}")
+
+    def _verdict(self, outcome):
+        verdict: Verdict = outcome.verdict
+        self._print("")
+        if outcome.n_failed:
+            self._print(
+                f"verdict    CORRUPTED: {outcome.n_failed:,} of {outcome.n_events:,} checks failed; "
+                f"first: {verdict.where}",
+                style="bold red",
+            )
+            return
+        if verdict.missing:
+            self._print(f"verdict    INCOMPLETE: {'; '.join(verdict.missing)}", style="bold yellow")
+            return
+        proofs = "; ".join(f"{kind} ({PROMISES[kind]})" for kind in verdict.kinds)
+        runs = f", {outcome.completed_runs} runs" if outcome.completed_runs > 1 else ""
+        self._print(
+            f"verdict    VERIFIED: {outcome.n_events:,} checks{runs}; {proofs}", style="bold green"
+        )
+        if outcome.expected_from:
+            self._print(f"           expected fingerprints: {outcome.expected_from}")
+        else:
+            self._print("           'expected' is not established: no golden run to compare with")
+
+
+def _on_terminal() -> bool:
+    """Whether people watch: mpirun gives its ranks a terminal even where it has none itself."""
+    if not sys.stdout.isatty():
+        return False
+    from spimpi.launch import launch
+
+    if launch() is None:
+        return True
+    try:
+        return os.readlink(f"/proc/{os.getppid()}/fd/1").startswith(("/dev/pts", "/dev/tty"))
+    except OSError:
+        return False
+
+
+def _short(hosts) -> str:
+    names = sorted(set(hosts))
+    shown = ", ".join(names[:4])
+    return shown + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _bytes(n: int) -> str:
+    value = float(n)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024

@@ -1,0 +1,238 @@
+"""Grouped-query attention in exact arithmetic over a key/value cache of scaled integers.
+
+Every key's and value's row carries its own exponent; a value's is folded into the probabilities
+before they are rounded, so nothing depends on which other keys are present: prefill, chunked
+prefill and one-by-one decoding give the same bits (docs/exact-arithmetic.md).
+
+Both products are checked per query row (Freivalds, mod 2^64): the scores against the running sum
+of r_j·k_j over the keys, the output against p_j·(v_j·r).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numba import njit
+
+from spimpi.inference.elementary import bits_of, exp, power_of_two, rounded
+from spimpi.inference.exact import bits
+from spimpi.jit import inlined, kernel
+
+NO_FAULT = np.full(3, -1, np.int64)
+INTEGER_MATH = {"reassoc", "contract", "nsz"}
+
+
+@dataclass
+class Cache:
+    """Keys and values of one layer: integers (float32), exponents, and what their checks need.
+
+    Shapes: keys, values (sequences, kv heads, positions, head_dim); exponents and value_sums
+    (sequences, kv heads, positions); key_sums (sequences, kv heads, head_dim).
+    """
+
+    keys: np.ndarray
+    key_exponents: np.ndarray
+    key_sums: np.ndarray
+    values: np.ndarray
+    value_exponents: np.ndarray
+    value_sums: np.ndarray
+
+    @classmethod
+    def empty(cls, n_sequences, n_kv_heads, n_positions, head_dim):
+        head = (n_sequences, n_kv_heads)
+        return cls(
+            np.zeros((*head, n_positions, head_dim), np.float32),
+            np.zeros((*head, n_positions), np.int32),
+            np.zeros((*head, head_dim), np.int64),
+            np.zeros((*head, n_positions, head_dim), np.float32),
+            np.zeros((*head, n_positions), np.int32),
+            np.zeros((*head, n_positions), np.int64),
+        )
+
+    @staticmethod
+    def bytes_per_position(head_dim: int) -> int:
+        """Bytes of one position of one key/value head, key_sums not counted."""
+        return 8 * head_dim + 16
+
+    def clear(self):
+        """Start again with no keys; only the running sums have to be reset."""
+        self.key_sums[:] = 0
+
+
+@njit(nogil=True, error_model="numpy", fastmath=INTEGER_MATH)
+def _dot(a, b):
+    total = 0.0
+    for i in range(a.shape[0]):
+        total += a[i] * np.float64(b[i])
+    return total
+
+
+@njit(nogil=True, error_model="numpy", fastmath=INTEGER_MATH)
+def _accumulate(out, weight, row):
+    for i in range(out.shape[0]):
+        out[i] += weight * np.float64(row[i])
+
+
+@inlined
+def _power_of_two(exponent):
+    """2.0**exponent, clamped to normal numbers (float32 data stay far inside)."""
+    return power_of_two(min(max(np.int64(exponent), -1022), 1023))
+
+
+@inlined
+def _exponent(largest):
+    """The least e with largest < 2**e, for a normal float64; 0 for zero."""
+    if largest == 0.0:
+        return 0
+    return (bits_of(largest) >> 52) - 1022
+
+
+@inlined
+def _rotate(source, position, cosines, sines, out):
+    """Rotary embedding of one head's row (Su et al. 2021, halves as Hugging Face pairs them)."""
+    half = cosines.shape[1]
+    for i in range(half):
+        c, s = np.float64(cosines[position, i]), np.float64(sines[position, i])
+        low, high = np.float64(source[i]), np.float64(source[half + i])
+        out[i] = np.float64(np.float32(low * c - high * s))
+        out[half + i] = np.float64(np.float32(high * c + low * s))
+
+
+@inlined
+def _quantize(row, n_bits):
+    """Scale a float64 row in place to integers of n_bits; returns (exponent, is finite)."""
+    largest = 0.0
+    finite = True
+    for i in range(row.shape[0]):
+        value = abs(row[i])
+        if not value <= 1.7976931348623157e308:
+            finite = False
+        elif value > largest:
+            largest = value
+    if not finite:
+        for i in range(row.shape[0]):
+            row[i] = 0.0
+        return 0, False
+    exponent = _exponent(largest)
+    scale = _power_of_two(n_bits - exponent)
+    for i in range(row.shape[0]):
+        row[i] = rounded(row[i] * scale)
+    return exponent, True
+
+
+@kernel(
+    "void(f4[:,::1], i8[::1], i8[::1], f4[:,::1], f4[:,::1], i8[::1], i8[::1],"
+    " f4[:,:,:,::1], i4[:,:,::1], i8[:,:,::1], f4[:,:,:,::1], i4[:,:,::1], i8[:,:,::1],"
+    " i8[::1], i8[::1], f4[:,::1], u8[::1])"
+)
+def attend(
+    qkv, sequences, positions, cosines, sines, kv_of_head, settings,
+    keys, key_exponents, key_sums, values, value_exponents, value_sums,
+    r, fault, out, words,
+):  # fmt: skip
+    """Append the rows' keys and values to the cache and attend, row after row.
+
+    settings = (head_dim, kv heads here, bits of q·k, bits of p·v, checked). fault = (row, product,
+    index): adds one to one integer of a product (0: scores with the first key, index = head; 1:
+    output, index = head·head_dim + column); row -1 means none. words receives: 0, 1 the two
+    sides of the scores' check; 2, 3 those of the output's; 4, 5 the wrong rows of each; 6 rows
+    with NaN or Inf.
+    """
+    head_dim, n_kv, key_bits, value_bits, checked = settings
+    n_heads = kv_of_head.shape[0]
+    for i in range(7):
+        words[i] = np.uint64(0)
+    row_buffer = np.empty(head_dim)
+    result = np.empty(head_dim)
+    probabilities = np.empty(keys.shape[2])
+    softmax_scale = 1.0 / np.sqrt(np.float64(head_dim))
+    for row in range(qkv.shape[0]):
+        sequence, position = sequences[row], positions[row]
+        n_keys = position + 1
+        finite = True
+        for kv in range(n_kv):
+            at = (n_heads + kv) * head_dim
+            _rotate(qkv[row, at : at + head_dim], position, cosines, sines, row_buffer)
+            exponent, good = _quantize(row_buffer, key_bits)
+            finite &= good
+            key_exponents[sequence, kv, position] = exponent
+            for i in range(head_dim):
+                keys[sequence, kv, position, i] = row_buffer[i]
+                key_sums[sequence, kv, i] += np.int64(row_buffer[i]) * r[position]
+            at = (n_heads + n_kv + kv) * head_dim
+            for i in range(head_dim):
+                row_buffer[i] = qkv[row, at + i]
+            exponent, good = _quantize(row_buffer, value_bits)
+            finite &= good
+            value_exponents[sequence, kv, position] = exponent
+            projected = np.int64(0)
+            for i in range(head_dim):
+                values[sequence, kv, position, i] = row_buffer[i]
+                projected += np.int64(row_buffer[i]) * r[i]
+            value_sums[sequence, kv, position] = projected
+
+        bad_scores = False
+        bad_output = False
+        for head in range(n_heads):
+            kv = kv_of_head[head]
+            at = head * head_dim
+            _rotate(qkv[row, at : at + head_dim], position, cosines, sines, row_buffer)
+            query_exponent, good = _quantize(row_buffer, key_bits)
+            finite &= good
+            for j in range(n_keys):
+                probabilities[j] = _dot(row_buffer, keys[sequence, kv, j])
+            if fault[0] == row and fault[1] == 0 and fault[2] == head:
+                probabilities[0] += 1.0
+            if checked:
+                found = np.int64(0)
+                wanted = np.int64(0)
+                for j in range(n_keys):
+                    found += np.int64(probabilities[j]) * r[j]
+                for i in range(head_dim):
+                    wanted += np.int64(row_buffer[i]) * key_sums[sequence, kv, i]
+                words[0] += np.uint64(found)
+                words[1] += np.uint64(wanted)
+                bad_scores |= found != wanted
+
+            largest = -np.inf
+            for j in range(n_keys):
+                shift = query_exponent + key_exponents[sequence, kv, j] - 2 * key_bits
+                score = np.float64(np.float32(probabilities[j] * _power_of_two(shift)))
+                probabilities[j] = score * softmax_scale
+                largest = max(largest, probabilities[j])
+            total = 0.0
+            for j in range(n_keys):
+                probabilities[j] = exp(probabilities[j] - largest)
+                total += probabilities[j]
+            for j in range(n_keys):
+                fold = _power_of_two(np.int64(value_exponents[sequence, kv, j]))
+                probabilities[j] = probabilities[j] / total * fold
+            weight_exponent, good = _quantize(probabilities[:n_keys], value_bits)
+            finite &= good
+
+            for i in range(head_dim):
+                result[i] = 0.0
+            for j in range(n_keys):
+                _accumulate(result, probabilities[j], values[sequence, kv, j])
+            if fault[0] == row and fault[1] == 1 and fault[2] // head_dim == head:
+                result[fault[2] % head_dim] += 1.0
+            if checked:
+                found = np.int64(0)
+                wanted = np.int64(0)
+                for i in range(head_dim):
+                    found += np.int64(result[i]) * r[i]
+                for j in range(n_keys):
+                    wanted += np.int64(probabilities[j]) * value_sums[sequence, kv, j]
+                words[2] += np.uint64(found)
+                words[3] += np.uint64(wanted)
+                bad_output |= found != wanted
+            back = _power_of_two(weight_exponent - 2 * value_bits)
+            for i in range(head_dim):
+                out[row, at + i] = np.float32(result[i] * back) + np.float32(0.0)
+        words[4] += np.uint64(bad_scores)
+        words[5] += np.uint64(bad_output)
+        words[6] += np.uint64(not finite)
+
+
+def attention_bits(head_dim: int, max_positions: int) -> tuple[int, int]:
+    """Integer widths of q·k (inner size head_dim) and of p·v (inner size max_positions)."""
+    return bits(head_dim), bits(max_positions)

@@ -1,0 +1,395 @@
+"""Exact arithmetic, version ``exact-1``: matmuls whose bits do not depend on how they are cut.
+
+The inputs of a matmul are scaled by powers of two and rounded to integers of so few bits that
+every product and every partial sum is an integer of at most 2**53. float64 holds all of those, so
+no sum rounds: any order, blocking, vector width, thread count or split over ranks gives the same
+bits, and a check by equality has no false alarms. docs/exact-arithmetic.md derives this, and the
+odds of ``check_matmul``.
+
+Everything here is local: no function communicates. Layouts: activations [R, K], weights [N, K]
+as Hugging Face stores them, products Y = X W^T [R, N]; K is the inner size.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from time import perf_counter
+
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+
+from spimpi.errors import UsageError
+from spimpi.fingerprint.words import linear_weight
+from spimpi.inference.elementary import bits_of, power_of_two, rounded
+from spimpi.jit import inlined, kernel
+
+ARITHMETIC = "exact-1"
+
+
+def bits(k: int) -> int:
+    """Bits b of the scaled integers for the GLOBAL inner size k: k * 2**b * 2**b <= 2**53."""
+    if k < 1:
+        msg = f"a matmul's global inner size must be at least 1, found {k}"
+        raise UsageError(msg)
+    return min(24, (53 - (k - 1).bit_length()) // 2)
+
+
+# Scaling to integers
+
+# float32 rows with any distance between them, writable or not; each row itself contiguous.
+_ROWS = types.Array(types.float32, 2, "A", readonly=True)
+_NOT_FINITE = 0x7F800000  # the bits of +inf: those of a NaN without its sign lie above
+
+
+@intrinsic
+def _contiguous(typing_context, row):
+    """The same row, of a type that says that its elements are adjacent (vectorised loads)."""
+
+    def generate(context, builder, signature, arguments):
+        context.nrt.incref(builder, signature.return_type, arguments[0])
+        return arguments[0]
+
+    return row.copy(layout="C")(row), generate
+
+
+@inlined
+def _check_rows(x):
+    if x.shape[0] > 0 and x.shape[1] > 1 and x.strides[1] != x.itemsize:
+        raise ValueError("the elements of a row must be adjacent")
+
+
+@kernel(types.void(_ROWS, types.uint32[::1]))
+def row_absmax(x, out):
+    """The largest |x| of each row of x float32[R, K], as integer bits, into out uint32[R].
+
+    NaN and Inf come out on top, so that an MPI_MAX over the shards of a row keeps them. A row
+    without elements gives 0. The elements of a row must be adjacent, rows may be apart.
+    """
+    _check_rows(x)
+    for row in range(x.shape[0]):
+        words = _contiguous(x[row]).view(np.uint32)
+        largest = np.uint32(0)
+        for i in range(words.size):
+            largest = max(largest, np.uint32(words[i] & 0x7FFFFFFF))
+        out[row] = largest
+
+
+@inlined
+def _exponent(word):
+    """The least e with |x| < 2**e, for the bits of a finite float32 |x| > 0."""
+    if word >= 0x00800000:
+        return np.int64(word >> 23) - 126
+    return (bits_of(np.float64(word)) >> 52) - 1022 - 149  # denormal: word * 2**-149
+
+
+@kernel(types.int64(_ROWS, types.uint32[::1], types.int64, types.float64[:, ::1], types.int32[::1]))
+def quantize_rows(x, absmax, b, out, exps):
+    """Scale the rows of x float32[R, K] to integers of b bits; returns how many are not finite.
+
+    absmax uint32[R]: row_absmax of the GLOBAL rows. exps int32[R] gets each row's exponent e, the
+    least with max |x| < 2**e; out float64[R, K] gets x * 2**(b - e) rounded half to even: integers
+    of at most 2**b, zero always +0.0. A row of zeros, and one that is not finite (NaN or Inf
+    anywhere in it), gives zeros and e = 0. Rows of x as in row_absmax.
+    """
+    _check_rows(x)
+    n_not_finite = 0
+    for row in range(x.shape[0]):
+        exps[row] = 0
+        result = out[row]
+        if absmax[row] == 0 or absmax[row] >= _NOT_FINITE:
+            n_not_finite += absmax[row] != 0
+            result[:] = 0.0
+            continue
+        e = _exponent(absmax[row])
+        exps[row] = e
+        scale = power_of_two(b - e)
+        values = _contiguous(x[row])
+        for i in range(values.size):
+            result[i] = rounded(np.float64(values[i]) * scale)
+    return n_not_finite
+
+
+def weight_absmax(w: np.ndarray) -> np.ndarray:
+    """row_absmax of weights float32[N, K]: uint32[N], to be reduced by MPI_MAX where K is cut."""
+    absmax = np.empty(len(w), np.uint32)
+    row_absmax(w, absmax)
+    return absmax
+
+
+def quantize_weights(w: np.ndarray, absmax: np.ndarray, b: int):
+    """Scale weights float32[N, K] like quantize_rows, into integers carried as float32.
+
+    Returns (wq float32[N, K], exps int32[N], n_not_finite, first): how many rows hold NaN or Inf
+    and the first of them (-1: none). float32 holds these integers exactly since b <= 24. The
+    float64 that they pass through are made a block of rows at a time.
+    """
+    n, k = w.shape
+    wq, exps = np.empty((n, k), np.float32), np.empty(n, np.int32)
+    rows = max(1, (1 << 16) // max(k, 1))
+    block = np.empty((min(rows, n), k))
+    n_not_finite = 0
+    for i in range(0, n, rows):
+        part = block[: min(rows, n - i)]
+        j = i + len(part)
+        n_not_finite += quantize_rows(w[i:j], absmax[i:j], b, part, exps[i:j])
+        wq[i:j] = part
+    first = int(np.argmax(absmax >= _NOT_FINITE)) if n_not_finite else -1
+    return wq, exps, n_not_finite, first
+
+
+# The product
+
+FEW_ROWS = 16
+_L2_SHARE = 1 << 18  # bytes of weights that stay cached while the activations pass over them
+
+
+@kernel("void(f8[:, ::1], f4[:, ::1], f8[:, ::1])", reassociate=True)
+def _multiply(x, w, y):
+    # Four rows of x by four of w share their loads: 16 sums in registers. A block of w is read
+    # from memory once, however many rows x has.
+    n_rows, k = x.shape
+    n = w.shape[0]
+    block = 4 * max(1, _L2_SHARE // (16 * max(k, 1)))
+    for first in range(0, n, block):
+        last = min(first + block, n)
+        fours = last - (last - first) % 4
+        row = 0
+        while row < n_rows:
+            if row + 4 <= n_rows:
+                step = 4
+                x0, x1, x2, x3 = x[row], x[row + 1], x[row + 2], x[row + 3]
+                for j in range(first, fours, 4):
+                    w0, w1, w2, w3 = w[j], w[j + 1], w[j + 2], w[j + 3]
+                    a0 = a1 = a2 = a3 = b0 = b1 = b2 = b3 = 0.0
+                    c0 = c1 = c2 = c3 = d0 = d1 = d2 = d3 = 0.0
+                    for i in range(k):
+                        u, v = np.float64(w0[i]), np.float64(w1[i])
+                        s, t = np.float64(w2[i]), np.float64(w3[i])
+                        a0 += x0[i] * u
+                        a1 += x0[i] * v
+                        a2 += x0[i] * s
+                        a3 += x0[i] * t
+                        b0 += x1[i] * u
+                        b1 += x1[i] * v
+                        b2 += x1[i] * s
+                        b3 += x1[i] * t
+                        c0 += x2[i] * u
+                        c1 += x2[i] * v
+                        c2 += x2[i] * s
+                        c3 += x2[i] * t
+                        d0 += x3[i] * u
+                        d1 += x3[i] * v
+                        d2 += x3[i] * s
+                        d3 += x3[i] * t
+                    y[row, j], y[row, j + 1], y[row, j + 2], y[row, j + 3] = a0, a1, a2, a3
+                    z = y[row + 1]
+                    z[j], z[j + 1], z[j + 2], z[j + 3] = b0, b1, b2, b3
+                    z = y[row + 2]
+                    z[j], z[j + 1], z[j + 2], z[j + 3] = c0, c1, c2, c3
+                    z = y[row + 3]
+                    z[j], z[j + 1], z[j + 2], z[j + 3] = d0, d1, d2, d3
+            else:
+                step = 1
+                x0 = x[row]
+                for j in range(first, fours, 4):
+                    w0, w1, w2, w3 = w[j], w[j + 1], w[j + 2], w[j + 3]
+                    a0 = a1 = a2 = a3 = 0.0
+                    for i in range(k):
+                        a0 += x0[i] * np.float64(w0[i])
+                        a1 += x0[i] * np.float64(w1[i])
+                        a2 += x0[i] * np.float64(w2[i])
+                        a3 += x0[i] * np.float64(w3[i])
+                    y[row, j], y[row, j + 1], y[row, j + 2], y[row, j + 3] = a0, a1, a2, a3
+            for r in range(row, row + step):
+                for j in range(fours, last):
+                    a0 = 0.0
+                    for i in range(k):
+                        a0 += x[r, i] * np.float64(w[j, i])
+                    y[r, j] = a0
+            row += step
+
+
+def _tile_rows(k: int) -> int:
+    return min(256, max(64, (1 << 19) // max(k, 1)))
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """The buffer in which matmul widens weights; made once for all matrices of a rank."""
+
+    tile: np.ndarray  # float64, one axis
+
+    @classmethod
+    def for_matrices(cls, shapes) -> "Scratch":
+        """Enough for weights of these local shapes (N, K)."""
+        return cls(np.empty(max((min(n, _tile_rows(k)) * k for n, k in shapes), default=0)))
+
+
+def _multiply_by_blas(xq, wq, out, scratch):
+    # BLAS wants float64 weights: widened a tile at a time, so that the wide ones stay in cache.
+    n, k = wq.shape
+    rows = min(n, _tile_rows(k))
+    if scratch.tile.size < rows * k:
+        msg = (
+            f"matmul's scratch holds {scratch.tile.size} float64, but weights of shape {(n, k)} "
+            f"need {rows * k}: make it with Scratch.for_matrices of all shapes"
+        )
+        raise UsageError(msg)
+    tile = scratch.tile[: rows * k].reshape(rows, k)
+    for i in range(0, n, max(rows, 1)):
+        j = min(i + rows, n)
+        part = tile[: j - i]
+        np.copyto(part, wq[i:j])
+        np.matmul(xq, part.T, out=out[:, i:j])
+
+
+def matmul(xq: np.ndarray, wq: np.ndarray, out: np.ndarray, scratch: Scratch) -> None:
+    """out = xq wq^T without any rounding: float64[R, K] by float32[N, K] into float64[R, N].
+
+    Inputs are integers from quantize_rows and quantize_weights; all arrays are contiguous. A few
+    rows are multiplied by a kernel that reads the weights once; more by that kernel or by BLAS,
+    whichever is faster here: the bits are the same.
+    """
+    if len(xq) <= FEW_ROWS or _kernel_beats_blas():
+        _multiply(xq, wq, out)
+    else:
+        _multiply_by_blas(xq, wq, out, scratch)
+
+
+@lru_cache
+def _kernel_beats_blas() -> bool:
+    # It depends on the width of the vectors, on the kernels that BLAS picks for the processor and
+    # on its threads, so it is tried, once a process, in a few ms.
+    x, w, y = np.ones((64, 512)), np.ones((512, 512), np.float32), np.empty((64, 512))
+    scratch = Scratch.for_matrices([w.shape])
+    times = {}
+    for _ in range(3):
+        for multiply, more in ((_multiply, ()), (_multiply_by_blas, (scratch,))):
+            start = perf_counter()
+            multiply(x, w, y, *more)
+            times[multiply] = min(perf_counter() - start, times.get(multiply, np.inf))
+    return times[_multiply] <= times[_multiply_by_blas]
+
+
+# The check of a product (Freivalds 1977), over the integers mod 2**64
+
+
+@kernel("void(u8, i8[::1])")
+def _fill_odd(key, out):
+    for i in range(out.size):
+        out[i] = np.int64(linear_weight(key, np.uint64(i)))
+
+
+def odd_vector(key: int, n: int) -> np.ndarray:
+    """The odd weights r int64[n] of a matmul check: the linear fingerprint's, for stream key."""
+    r = np.empty(n, np.int64)
+    _fill_odd(np.uint64(key), r)
+    return r
+
+
+@kernel("void(f4[:, ::1], i8[::1], i8[::1])")
+def _project(w, r, out):
+    out[:] = 0
+    fours = w.shape[0] // 4 * 4
+    for n in range(0, fours, 4):
+        w0, w1, w2, w3 = w[n], w[n + 1], w[n + 2], w[n + 3]
+        r0, r1, r2, r3 = r[n], r[n + 1], r[n + 2], r[n + 3]
+        for i in range(out.size):
+            out[i] += (np.int64(w0[i]) * r0 + np.int64(w1[i]) * r1) + (
+                np.int64(w2[i]) * r2 + np.int64(w3[i]) * r3
+            )
+    for n in range(fours, w.shape[0]):
+        for i in range(out.size):
+            out[i] += np.int64(w[n, i]) * r[n]
+
+
+def project_weights(wq: np.ndarray, r: np.ndarray) -> np.ndarray:
+    """W^T r mod 2**64, int64[K], of integer weights float32[N, K] and r int64[N].
+
+    Computed once a weight shard, after the weights were verified.
+    """
+    wr = np.empty(wq.shape[1], np.int64)
+    _project(wq, r, wr)
+    return wr
+
+
+@inlined
+def _is_sum(v):
+    """Whether a float64 is an integer of at most 2**53, as every exact sum is."""
+    return (np.rint(v) == v) & (abs(v) <= 9007199254740992.0)
+
+
+@kernel("UniTuple(i8, 3)(f8[:, ::1], i8[::1], f8[:, ::1], i8[::1], u8[::1], u8[::1], i8)")
+def check_matmul(xq, wr, y, r, found, expected, slot):
+    """Check y float64[R, N] = xq W^T by y r == xq (W^T r) mod 2**64, row by row.
+
+    xq float64[R, K] as given to matmul, wr int64[K] = project_weights(wq, r), r int64[N] from
+    odd_vector. Returns (rows that fail, the first of them or -1, elements of y that are not
+    integers of at most 2**53; a row with such an element fails). found[slot] and expected[slot],
+    uint64, become the two sides, summed over the rows. A single wrong element in a row is always
+    found; several, their errors all divisible by 2**a and no more, but for odds of 2**-(63 - a).
+    """
+    n_bad, first, n_not_integer = 0, -1, 0
+    all_left = all_right = 0
+    for row in range(y.shape[0]):
+        left, right, n_wrong = 0, 0, 0
+        values = y[row]
+        for i in range(values.size):
+            good = _is_sum(values[i])
+            left += np.int64(values[i] if good else 0.0) * r[i]
+            n_wrong += not good
+        values = xq[row]
+        for i in range(values.size):
+            right += np.int64(values[i]) * wr[i]
+        if left != right or n_wrong > 0:
+            n_bad += 1
+            first = row if first < 0 else first
+        n_not_integer += n_wrong
+        all_left += left
+        all_right += right
+    found[slot] = np.uint64(all_left)
+    expected[slot] = np.uint64(all_right)
+    return n_bad, first, n_not_integer
+
+
+# Sums over ranks
+
+
+@kernel("void(f8[:, ::1], i8[:, ::1], u8[::1], i8, i8, u8[::1], i8)")
+def partial_sums(y, out, keys, which, first_row, words, slot):
+    """Convert y float64[R, N] to int64 for MPI_SUM; words[slot] becomes its linear fingerprint.
+
+    keys[which] uint64: the tensor's linear stream; y is rows first_row... of a global tensor of N
+    columns. y must hold integers of at most 2**53 (check_matmul counts others); out is not y.
+    """
+    key, total = keys[which], np.uint64(0)
+    for row in range(y.shape[0]):
+        values, result = y[row], out[row]
+        start = np.uint64((first_row + row) * values.size)
+        for i in range(values.size):
+            q = np.int64(values[i])
+            result[i] = q
+            total += linear_weight(key, start + np.uint64(i)) * np.uint64(q)
+    words[slot] = total
+
+
+@kernel(
+    "void(f8[:, ::1], i4[::1], i4[::1], i8, f4[:, ::1])",
+    "void(i8[:, ::1], i4[::1], i4[::1], i8, f4[:, ::1])",
+)
+def scale_back(y, ex, ew, b, out):
+    """out float32[R, N] = y * 2**(ex + ew - 2 b), rounded once; a zero is +0.0.
+
+    y float64 or int64 [R, N]: the exact sums; ex int32[R] and ew int32[N]: exponents of the
+    rows of activations and weights; b: their bits.
+    """
+    for row in range(y.shape[0]):
+        own = np.int64(ex[row]) - 2 * b
+        values, result = y[row], out[row]
+        for i in range(values.size):
+            # Beyond these bounds a float32 is 0 or inf anyway, so they change nothing.
+            e = min(max(own + ew[i], -1022), 1023)
+            result[i] = np.float32(np.float64(values[i]) * power_of_two(e)) + np.float32(0.0)
+
+
+scale_back_sums = scale_back  # of int64: the name that says so

@@ -1,0 +1,176 @@
+"""Golden tables: the fingerprint of every checked tensor of every step, and their files.
+
+A table is uint64 [steps, columns]; tensors.golden_columns names the columns. It is the same for
+every topology, so one written on one rank is what any other run must reproduce.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+from spimpi.errors import IncompleteError, UsageError
+from spimpi.inference.exact import ARITHMETIC
+from spimpi.inference.tensors import golden_columns
+from spimpi.reduction import reduce_fingerprints
+from spimpi.trace.schema import Established, Op, Stage
+
+SCHEMA = "spimpi-golden-1"
+EMBEDDED_GOLDEN = Path(__file__).parent.parent / "models" / "tiny" / "golden.h5"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What determines a golden table: the model, the seed, the prompts and the step count."""
+
+    model: str
+    identity: str
+    seed: int
+    n_steps: int
+    prompts: tuple[tuple[int, ...], ...]
+    arithmetic: str = ARITHMETIC
+
+    @classmethod
+    def of(cls, config, checkpoint, seed, n_steps, prompts):
+        ids = tuple(tuple(int(i) for i in p) for p in prompts)
+        return cls(config.name, checkpoint.identity(), seed, n_steps, ids)
+
+
+@dataclass(frozen=True)
+class Golden:
+    """A golden run: its workload, table, and the tokens that it chose [prompts, steps]."""
+
+    workload: Workload
+    n_layers: int
+    table: np.ndarray
+    tokens: np.ndarray
+    source: str
+
+
+def require_free(path: Path) -> None:
+    """Raise UsageError where a golden file can't be written; asked before the run."""
+    if path.exists():
+        msg = f"{path} exists; remove it or name another file (-o)"
+        raise UsageError(msg)
+    if not os.access(path.parent, os.W_OK):
+        msg = f"cannot write {path}: the directory {path.parent} is missing or not writable"
+        raise UsageError(msg)
+
+
+def write(path, golden: Golden) -> None:
+    """Write a golden file; an existing one is refused (UsageError)."""
+    import h5py
+
+    path = Path(path)
+    w = golden.workload
+    try:
+        with h5py.File(path, "x") as file:
+            file.attrs["schema"] = SCHEMA
+            file.attrs["model"], file.attrs["identity"] = w.model, w.identity
+            file.attrs["seed"], file.attrs["arithmetic"] = np.uint64(w.seed), w.arithmetic
+            file.attrs["n_layers"] = golden.n_layers
+            file.attrs["prompts"] = json.dumps(w.prompts)
+            columns = [f"{name}:{layer}" for name, layer in golden_columns(golden.n_layers)]
+            file.attrs["columns"] = json.dumps(columns)
+            file["fingerprints"] = golden.table
+            file["tokens"] = golden.tokens
+    except OSError as error:
+        msg = f"cannot write {path}: {error}"
+        raise UsageError(msg) from None
+
+
+def read(path) -> Golden:
+    """Read a golden file. UsageError where it is none."""
+    import h5py
+
+    path = Path(path)
+    if not path.is_file():
+        msg = f"no golden file {path}: make one with `spimpi golden`"
+        raise UsageError(msg)
+    try:
+        with h5py.File(path, "r") as file:
+            if file.attrs.get("schema") != SCHEMA:
+                msg = f"{path} is not a golden file: expected schema {SCHEMA}, found " + str(
+                    file.attrs.get("schema", "none")
+                )
+                raise UsageError(msg)
+            table, tokens = file["fingerprints"][:], file["tokens"][:]
+            prompts = tuple(tuple(p) for p in json.loads(file.attrs["prompts"]))
+            a = file.attrs
+            workload = Workload(
+                a["model"], a["identity"], int(a["seed"]), len(table), prompts, a["arithmetic"]
+            )
+            return Golden(workload, int(a["n_layers"]), table, tokens, str(path))
+    except (OSError, KeyError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        msg = f"{path} is not a readable golden file: {error}"
+        raise UsageError(msg) from None
+
+
+def require_same(golden: Golden, workload: Workload) -> None:
+    """Raise UsageError unless the golden run was of this workload; more steps there are fine."""
+    ours, theirs = workload, golden.workload
+    for what, found, expected in (
+        ("arithmetic", ours.arithmetic, theirs.arithmetic),
+        ("model", f"{ours.model} ({ours.identity})", f"{theirs.model} ({theirs.identity})"),
+        ("seed", ours.seed, theirs.seed),
+    ):
+        differs = ours.identity != theirs.identity if what == "model" else found != expected
+        if differs:
+            also = ": another model, or its files have changed" if what == "model" else ""
+            msg = f"{golden.source} was made with {what} {expected}, this run has {found}{also}"
+            raise UsageError(msg)
+    if ours.prompts != theirs.prompts:
+        msg = (
+            f"{golden.source} was made with other prompts: {len(theirs.prompts)} of "
+            f"{[len(p) for p in theirs.prompts][:8]} tokens, this run has {len(ours.prompts)} of "
+            f"{[len(p) for p in ours.prompts][:8]}; run with those, or make a golden file for these"
+        )
+        raise UsageError(msg)
+    if ours.n_steps > theirs.n_steps:
+        msg = (
+            f"{golden.source} has {theirs.n_steps} tokens a prompt, this run asks for "
+            f"{ours.n_steps}: use --tokens {theirs.n_steps} or make a longer golden run"
+        )
+        raise UsageError(msg)
+
+
+def fits(golden: Golden, workload: Workload) -> bool:
+    """Whether ``require_same`` would accept it."""
+    try:
+        require_same(golden, workload)
+    except UsageError:
+        return False
+    return True
+
+
+def global_table(comm, table: np.ndarray) -> np.ndarray:
+    """The run's golden table, from every rank's shares. Collective."""
+    flat = reduce_fingerprints(comm, [int(w) for w in table.ravel()])
+    return np.array(flat, np.uint64).reshape(table.shape)
+
+
+def compare(table, golden: Golden, recorder, repeat=0) -> int:
+    """Compare a run's global table with the golden one, an event a tensor; returns mismatches.
+
+    Local: rank 0 does it. Every fingerprint is compared, none is sampled.
+    """
+    if table.shape[1] != golden.table.shape[1]:
+        msg = f"{golden.source} has {golden.table.shape[1]} tensors a step, found {table.shape[1]}"
+        raise IncompleteError(msg)
+    columns = golden_columns(golden.n_layers)
+    wrong = 0
+    for step in range(table.shape[0]):
+        for column, (tensor, layer) in enumerate(columns):
+            found, expected = table[step, column], golden.table[step, column]
+            differs = bool(found != expected)
+            wrong += differs
+            recorder.one(
+                tensor, Op.CONTENT, Stage.GOLDEN, Established.EXPECTED, found, expected, differs,
+                t_start=perf_counter(), step=step, layer=layer, repeat=repeat, bytes=8,
+            )  # fmt: skip
+    return wrong

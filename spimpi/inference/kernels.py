@@ -1,0 +1,200 @@
+"""The row-wise kernels of the decoder and the fingerprints taken between them.
+
+Rows are tokens. Each kernel computes a row from that row alone, in strict float64, in index
+order, so that a result does not depend on how many rows there are or how they were cut
+(docs/exact-arithmetic.md). ``words`` is a uint64 array in which checks leave their results;
+``slot`` is where.
+"""
+
+import numpy as np
+
+from spimpi.fingerprint.words import GOLDEN, ONE, close, element, linear_weight, mix, mix_open
+from spimpi.inference.elementary import exp, sincos
+from spimpi.inference.tensors import ATTN, FFN, HIDDEN, QKV, RESID
+from spimpi.jit import inlined, kernel
+
+
+@kernel("void(f4[:,::1], f4[::1], f8, f4[:,::1])")
+def rmsnorm(x, weight, eps, out):
+    """out = x / sqrt(mean(x²) + eps) · weight, row by row (Zhang and Sennrich 2019)."""
+    n_rows, width = x.shape
+    for row in range(n_rows):
+        total = 0.0
+        for i in range(width):
+            value = np.float64(x[row, i])
+            total += value * value
+        scale = 1.0 / np.sqrt(total / width + eps)
+        for i in range(width):
+            out[row, i] = np.float32(np.float64(x[row, i]) * scale * np.float64(weight[i]))
+
+
+@kernel("void(f4[:,::1], f4[:,::1], f4[:,::1])")
+def add(x, delta, out):
+    """out = x + delta in float32."""
+    n_rows, width = x.shape
+    for row in range(n_rows):
+        for i in range(width):
+            out[row, i] = x[row, i] + delta[row, i]
+
+
+@kernel("void(f4[:,::1], f4[:,::1])")
+def swiglu(gate_up, out):
+    """out = silu(gate) · up; ``gate_up`` holds the gate's columns first (Shazeer 2020)."""
+    n_rows, width = out.shape
+    for row in range(n_rows):
+        for i in range(width):
+            gate = np.float64(gate_up[row, i])
+            activated = gate / (1.0 + exp(-gate)) * np.float64(gate_up[row, width + i])
+            out[row, i] = np.float32(activated) + np.float32(0.0)
+
+
+@kernel("void(f4[::1], f4[:,::1], f4[:,::1])")
+def rope_table(inverse_frequencies, cosines, sines):
+    """Cosine and sine of position × frequency; the angle is rounded to float32, as in training."""
+    for position in range(cosines.shape[0]):
+        for i in range(cosines.shape[1]):
+            angle = np.float32(position) * inverse_frequencies[i]
+            s, c = sincos(np.float64(angle))
+            cosines[position, i] = np.float32(c)
+            sines[position, i] = np.float32(s)
+
+
+@inlined
+def row_words(row, key, first):
+    """XOR of the shares of a contiguous run of 4-byte words; ``first``: its first element."""
+    share = np.uint64(0)
+    own = key + (first + ONE) * GOLDEN
+    for i in range(row.shape[0]):
+        share ^= mix_open((own + np.uint64(i) * GOLDEN) ^ np.uint64(row[i]))
+    return close(share)
+
+
+@inlined
+def block_words(x, key, first_row, first_col, n_cols):
+    """Share of a block of 4-byte words in the fingerprint of a two-dimensional tensor."""
+    share = np.uint64(0)
+    for row in range(x.shape[0]):
+        first = np.uint64((first_row + row) * n_cols + first_col)
+        share ^= row_words(x[row], key, first)
+    return share
+
+
+@inlined
+def _segment_words(x, key, first_row, segment, n_cols):
+    share = np.uint64(0)
+    local, first_col, width = segment[0], segment[1], segment[2]
+    for row in range(x.shape[0]):
+        first = np.uint64((first_row + row) * n_cols + first_col)
+        share ^= row_words(x[row, local : local + width], key, first)
+    return share
+
+
+@kernel("void(u4[:,::1], u8[::1], i8, i8, i8, i8, u8[::1], i8)")
+def fingerprint_block(x, keys, which, first_row, first_col, n_cols, words, slot):
+    """words[slot] = share of the block x, placed at (first_row, first_col) of n_cols columns."""
+    words[slot] = block_words(x, keys[which], first_row, first_col, n_cols)
+
+
+@kernel("void(u4[:,::1], u8[::1], i8, i8, i8[:,::1], i8, u8[::1], i8)")
+def fingerprint_segments(x, keys, which, first_row, segments, n_cols, words, slot):
+    """words[slot + s] = share of column segment s = (local column, global column, width)."""
+    for s in range(segments.shape[0]):
+        words[slot + s] = _segment_words(x, keys[which], first_row, segments[s], n_cols)
+
+
+@kernel("void(u4[:,::1], b1[::1], u8[::1], i8, i8, u8[::1], i8)")
+def fingerprint_chosen_rows(x, chosen, keys, which, first_row, words, slot):
+    """words[slot] = share of those whole rows of x that are chosen."""
+    n_cols = x.shape[1]
+    share = np.uint64(0)
+    for row in range(x.shape[0]):
+        if chosen[row]:
+            share ^= row_words(x[row], keys[which], np.uint64((first_row + row) * n_cols))
+    words[slot] = share
+
+
+@kernel("void(u4[::1], u8, u8[::1])")
+def pack_maxima(maxima, rank, packed):
+    """Maximum and owner in one word, so that one MPI_MAX gives both; ties to the lowest rank."""
+    for row in range(maxima.shape[0]):
+        packed[row] = (np.uint64(maxima[row]) << np.uint64(32)) | (np.uint64(0xFFFFFFFF) - rank)
+
+
+@kernel("i8(u8[::1], u8[::1], u4[::1], u8, u8, u8, i8, u8[::1], i8)")
+def unpack_maxima(sent, reduced, maxima, rank, n_ranks, key, first_row, words, slot):
+    """Take the reduced maxima apart and check them; returns the number of wrong rows.
+
+    A row is wrong where what was sent is no longer this rank's maximum, where the result is below
+    it, where it names this rank as its owner but is not this rank's value, or where it names no
+    rank at all. Over all ranks that leaves only the true maximum. ``maxima`` receives the result;
+    words[slot] = its fingerprint, for agreement.
+    """
+    bad = 0
+    share = np.uint64(0)
+    for row in range(maxima.shape[0]):
+        value = reduced[row] >> np.uint64(32)
+        owner = np.uint64(0xFFFFFFFF) - (reduced[row] & np.uint64(0xFFFFFFFF))
+        mine = np.uint64(maxima[row])
+        low = value < mine or sent[row] >> np.uint64(32) != mine
+        if low or owner >= n_ranks or (owner == rank and value != mine):
+            bad += 1
+        share ^= element(key, np.uint64(first_row + row), value)
+        maxima[row] = np.uint32(value)
+    words[slot] = share
+    return bad
+
+
+@kernel("void(i8[:,::1], u8[::1], i8, i8, u8[::1], i8)")
+def linear_block(x, keys, which, first_row, words, slot):
+    """words[slot] = linear fingerprint of whole rows of an integer tensor."""
+    n_rows, n_cols = x.shape
+    key = keys[which]
+    total = np.uint64(0)
+    for row in range(n_rows):
+        first = np.uint64((first_row + row) * n_cols)
+        for i in range(n_cols):
+            total += linear_weight(key, first + np.uint64(i)) * np.uint64(x[row, i])
+    words[slot] = total
+
+
+@inlined
+def _absorb(key, word):
+    return mix((key ^ word) + GOLDEN)
+
+
+@kernel("void(u8[::1], i8[::1], i8, i8[:,::1], u8[:,::1])")
+def stream_keys(prefixes, layers, step, shapes, keys):
+    """keys[l, n]: stream key of tensor n in layer l at this step (docs/fingerprint.md).
+
+    ``prefixes[n]`` is the key after the tensor's name; a row of ``shapes`` is (item size, number
+    of axes, dim 0, dim 1).
+    """
+    for i in range(layers.shape[0]):
+        for n in range(prefixes.shape[0]):
+            key = _absorb(prefixes[n], np.uint64(layers[i]))
+            key = _absorb(key, np.uint64(step))
+            for j in range(2 + shapes[n, 1]):
+                key = _absorb(key, np.uint64(shapes[n, j]))
+            keys[i, n] = key
+
+
+@kernel(
+    "void(u4[:,::1], u4[:,::1], u4[:,::1], u4[:,::1], u4[:,::1],"
+    " u8[::1], u8[::1], i8[::1], i8, i8[:,::1], u8[::1])"
+)
+def fingerprint_layer(x, qkv, attn, resid, ffn, input_keys, keys, places, first_row, segments, out):
+    """Fingerprint again, in one call, all that a layer's tensors should still hold.
+
+    ``places`` = (columns of attn, its first column here, columns of ffn, its first column here,
+    columns of qkv), columns being those of the global tensor.
+    ``out`` receives input, qkv (all segments), attn, resid, ffn.
+    """
+    width = x.shape[1]
+    out[0] = block_words(x, input_keys[HIDDEN], first_row, 0, width)
+    share = np.uint64(0)
+    for s in range(segments.shape[0]):
+        share ^= _segment_words(qkv, keys[QKV], first_row, segments[s], places[4])
+    out[1] = share
+    out[2] = block_words(attn, keys[ATTN], first_row, places[1], places[0])
+    out[3] = block_words(resid, keys[RESID], first_row, 0, width)
+    out[4] = block_words(ffn, keys[FFN], first_row, places[3], places[2])

@@ -1,0 +1,296 @@
+"""The checks of the decoder layers: which are made, and how their results become events.
+
+A microbatch runs through all layers of a stage before its fingerprints travel: one non-blocking
+reduction of records then covers all of them, and the events of all layers are written at once.
+That is what keeps a check at a few microseconds in decoding.
+"""
+
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+
+from spimpi.inference.tensors import LAYER_TENSORS
+from spimpi.reduction import empty_records, minority
+from spimpi.trace.schema import EVENT, Established, Op, Stage, Status
+
+# Positions in ``rest_*``: tensors that are fingerprinted when made and again when used up.
+INPUT, QKV, ATTN, RESID, FFN, ATTN_OUT, FFN_OUT = range(7)
+REST = ("input", "qkv", "attn", "resid", "ffn", "attn_out", "ffn_out")
+PRODUCTS = ("qkv", "scores", "attn", "attn_out", "gate_up", "ffn_out")
+
+
+@dataclass(frozen=True)
+class LayerCheck:
+    """One check of each layer of each microbatch."""
+
+    tensor: str
+    op: Op
+    stage: Stage
+    established: Established
+    source: tuple[str, int]
+
+
+def layer_plan(exact: bool, n_tensor_ranks: int, shared_heads: tuple[int, ...]):
+    """The checks of one layer in program order, for exact or BLAS arithmetic.
+
+    ``shared_heads``: the key/value heads that more than one tensor rank holds.
+    """
+    moved, agreed, computed = Established.MOVED, Established.AGREED, Established.COMPUTED
+    many = n_tensor_ranks > 1
+    checks = []
+
+    def product(tensor):
+        if exact:
+            at = ("product", PRODUCTS.index(tensor))
+            checks.append(LayerCheck(tensor, Op.MATMUL, Stage.COMPUTE, computed, at))
+
+    def at_rest(tensor):
+        at = ("rest", REST.index(tensor))
+        checks.append(LayerCheck(tensor, Op.AT_REST, Stage.COMPUTE, moved, at))
+
+    def across(tensor, op, established, source, index):
+        if many:
+            checks.append(LayerCheck(tensor, op, Stage.TENSOR, established, (source, index)))
+
+    def summed(tensor, index):
+        product(tensor)
+        if not many:
+            return
+        at_rest(tensor)
+        if exact:
+            across(tensor, Op.ALLREDUCE_SUM, moved | agreed | computed, "sum", index)
+        else:
+            across(tensor, Op.AGREEMENT, agreed, "sum", index)
+
+    at_rest("input")
+    product("qkv")
+    at_rest("qkv")
+    for i in range(len(shared_heads)):
+        across("qkv", Op.AGREEMENT, agreed, "head", i)
+    product("scores")
+    product("attn")
+    at_rest("attn")
+    if exact:
+        across("attn_max", Op.ALLREDUCE_MAX, moved | agreed | computed, "max", 0)
+    summed("attn_out", 0)
+    at_rest("resid")
+    product("gate_up")
+    at_rest("ffn")
+    if exact:
+        across("ffn_max", Op.ALLREDUCE_MAX, moved | agreed | computed, "max", 1)
+    summed("ffn_out", 1)
+    across("hidden", Op.AGREEMENT, agreed, "hidden", 0)
+    return tuple(checks)
+
+
+class LayerResults:
+    """What the checks of one microbatch found, over all layers of a stage.
+
+    ``found``/``expected`` pairs and bad counts are filled by the layers; ``start`` sends the
+    records on their way, ``events`` waits for them and turns everything into trace events.
+    """
+
+    def __init__(self, n_layers: int, n_segments: int, n_heads: int):
+        n = n_layers
+        self.rest_expected = np.zeros((n, 7), np.uint64)
+        self.rest_found = np.zeros((n, 7), np.uint64)
+        self.segments = np.zeros((n, n_segments), np.uint64)
+        self.heads = np.zeros((n, n_heads), np.uint64)
+        self.hidden = np.zeros(n, np.uint64)
+        self.sums = np.zeros((n, 2), np.uint64)
+        self.maxima = np.zeros((n, 2), np.uint64)
+        self.max_bad = np.zeros((n, 2), np.int64)
+        self.product_found = np.zeros((n, 6), np.uint64)
+        self.product_expected = np.zeros((n, 6), np.uint64)
+        self.product_bad = np.zeros((n, 6), np.int64)
+        self.nonfinite = np.zeros((n, 3), np.int64)
+        self.times = np.zeros((n, 2))
+        self.seconds = 0.0
+        self.records = self.merged = self.request = None
+
+    def clear_counts(self):
+        self.product_bad[:] = 0
+        self.max_bad[:] = 0
+        self.nonfinite[:] = 0
+        self.seconds = 0.0
+
+    def start(self, ctx, exact: bool, held: np.ndarray):
+        """Send the records of all layers. Collective over ctx.tensor; nothing to do on one rank.
+
+        ``held``: which of the shared key/value heads this rank holds.
+        """
+        if ctx.tensor.size == 1:
+            return
+        n = self.hidden.size
+        records = empty_records(n, 5 + held.size)
+        if exact:
+            records["total"][:, :2] = self.rest_expected[:, ATTN_OUT : FFN_OUT + 1]
+        _agreeing(records, slice(0, 2), self.sums)
+        if exact:
+            _agreeing(records, slice(2, 4), self.maxima)
+            records["count"][:, 2:4] = self.max_bad
+            records["place"][:, 2:4][self.max_bad > 0] = ctx.tensor.rank
+        _agreeing(records, 4, self.hidden)
+        _agreeing(records, 5 + np.flatnonzero(held), self.heads[:, held])
+        self.records, self.merged = records, np.empty_like(records)
+        self.request = ctx.records.start(ctx.tensor, self.records, self.merged)
+
+    def wait(self):
+        if self.request is not None:
+            self.request.Wait()
+            self.request = None
+
+
+def _agreeing(records, columns, words):
+    records["every"][:, columns] = words
+    records["none"][:, columns] = ~words
+
+
+class EventWriter:
+    """Turns LayerResults into events; holds all that is the same for every microbatch."""
+
+    def __init__(self, ctx, plan, layers: range, tensor_index: dict, block_bytes: dict, held):
+        self.ctx, self.plan, self.held = ctx, plan, held
+        self.template = np.zeros((len(layers), len(plan)), EVENT)
+        rows = self.template
+        rows["layer"] = np.arange(layers.start, layers.stop)[:, None]
+        rows["peer"] = rows["element"] = -1
+        self.bytes_per_row = np.zeros(len(plan), np.int64)
+        for i, check in enumerate(plan):
+            column = rows[:, i]
+            name = "hidden" if check.tensor == "input" else check.tensor
+            column["tensor"] = tensor_index[name]
+            column["op"], column["stage"] = check.op, check.stage
+            column["established"] = check.established
+            self.bytes_per_row[i] = block_bytes[check.tensor]
+            if check.tensor == "input":
+                column["layer"] -= 1
+                if layers.start == 0:
+                    column["tensor"][0] = tensor_index["embed"]
+        self.groups = {
+            kind: [(i, c.source[1]) for i, c in enumerate(plan) if c.source[0] == kind]
+            for kind in ("rest", "product", "sum", "max", "hidden", "head")
+        }
+        self.exact = any(c.op == Op.MATMUL for c in plan)
+
+    def write(self, results: LayerResults, step, microbatch, repeat, n_rows) -> np.ndarray:
+        """The events of one microbatch, [layers × checks]. Collective where a check failed."""
+        results.wait()
+        events = self.template.copy()
+        events["step"], events["microbatch"], events["repeat"] = step, microbatch, repeat
+        events["bytes"] = self.bytes_per_row * n_rows
+        events["t_start"], events["t_end"] = results.times[:, :1], results.times[:, 1:]
+        found, expected, bad = self._compare(results)
+        events["fingerprint"], events["expected"] = found, expected
+        events["verdict"] = np.where(bad, Status.FAILED, Status.VERIFIED)
+        self._count_nonfinite(events, results)
+        if bad.any():
+            events["peer"][bad] = self.ctx.rank
+        if results.merged is not None and self._any_merged_failed(bad):
+            self._name_culprits(events, results, bad)
+        return events.ravel()
+
+    def _compare(self, results):
+        shape = self.template.shape
+        found = np.zeros(shape, np.uint64)
+        expected = np.zeros(shape, np.uint64)
+        bad = np.zeros(shape, bool)
+
+        def fill(kind, found_words, expected_words, bad_flags):
+            columns = [i for i, _ in self.groups[kind]]
+            at = [j for _, j in self.groups[kind]]
+            if not columns:
+                return
+            found[:, columns] = found_words[:, at]
+            expected[:, columns] = expected_words[:, at]
+            bad[:, columns] = bad_flags[:, at]
+
+        r, merged = results, results.merged
+        fill("rest", r.rest_found, r.rest_expected, r.rest_found != r.rest_expected)
+        fill("product", r.product_found, r.product_expected, r.product_bad > 0)
+        if merged is None:
+            return found, expected, bad
+        differ = merged["every"] != ~merged["none"]
+        wrong = differ[:, :2]
+        if self.exact:
+            wrong = wrong | (merged["total"][:, :2] != merged["every"][:, :2])
+            fill("sum", r.sums, merged["total"][:, :2], wrong)
+        else:
+            fill("sum", r.sums, merged["every"][:, :2], wrong)
+        fill("max", r.maxima, merged["every"][:, 2:4], differ[:, 2:4] | (merged["count"][:, 2:4] > 0))
+        fill("hidden", r.hidden[:, None], merged["every"][:, 4:5], differ[:, 4:5])
+        fill("head", r.heads, merged["every"][:, 5:], differ[:, 5:])
+        return found, expected, bad
+
+    def _count_nonfinite(self, events, results):
+        """Rows with NaN or Inf fail the check of the tensor in which they were met."""
+        if not results.nonfinite.any():
+            return
+        # Met when quantised: a layer's input after its norm, attention's, the ffn's.
+        for column, tensor in enumerate(("input", "attn", "ffn")):
+            i = next(k for k, c in enumerate(self.plan) if (c.tensor, c.op) == (tensor, Op.AT_REST))
+            counts = results.nonfinite[:, column]
+            events["nonfinite"][:, i] = np.minimum(counts, 0xFFFF)
+            events["verdict"][counts > 0, i] = Status.FAILED
+            events["peer"][counts > 0, i] = self.ctx.rank
+
+    def _any_merged_failed(self, bad):
+        columns = [i for kind in ("sum", "max", "hidden", "head") for i, _ in self.groups[kind]]
+        return bool(bad[:, columns].any())
+
+    def _name_culprits(self, events, results, bad):
+        """Name the rank behind each failed reduction. Collective: all ranks saw it fail."""
+        ctx = self.ctx
+        n_ranks = ctx.tensor.size
+        size = results.records.nbytes
+        gathered = np.empty(n_ranks * size, np.uint8)
+        ctx.tensor.Allgather(results.records.view(np.uint8).ravel(), gathered)
+        records = gathered.view(results.records.dtype).reshape(n_ranks, *results.records.shape)
+        for kind, offset in (("sum", 0), ("max", 2), ("hidden", 4), ("head", 5)):
+            for column, j in self.groups[kind]:
+                for layer in np.flatnonzero(bad[:, column]):
+                    everyone = records[:, layer, offset + j]
+                    rank = culprit(everyone, results.merged[layer, offset + j], kind, self.exact)
+                    if rank >= 0:
+                        world = ctx.grid.rank_of(ctx.place.d, ctx.place.p, rank)
+                        events["peer"].reshape(bad.shape)[layer, column] = world
+                    else:
+                        events["peer"].reshape(bad.shape)[layer, column] = -1
+
+
+def culprit(everyone: np.ndarray, merged, kind: str, exact: bool) -> int:
+    """The one rank that a failed record points at, or -1 where it points at none or several.
+
+    A dropped contribution is the one whose linear fingerprint is missing from the result's; a
+    doubled one is there once too often.
+    """
+    wrong = np.flatnonzero(everyone["count"])
+    if wrong.size == 1:
+        return int(wrong[0])
+    holders = np.flatnonzero(everyone["every"] == ~everyone["none"])
+    odd = minority(everyone["every"][holders])
+    if len(odd) == 1:
+        return int(holders[odd[0]])
+    if odd or kind != "sum" or not exact:
+        return -1
+    missing = merged["total"] - everyone["every"][:1]
+    suspects = np.flatnonzero((everyone["total"] == missing) | (everyone["total"] == -missing))
+    return int(suspects[0]) if suspects.size == 1 else -1
+
+
+class Stopwatch:
+    """Adds up the seconds between ``start`` and ``stop``."""
+
+    def __init__(self):
+        self.seconds = 0.0
+
+    def __enter__(self):
+        self._start = perf_counter()
+        return self
+
+    def __exit__(self, *_):
+        self.seconds += perf_counter() - self._start
+
+
+assert set(REST[1:]) <= set(LAYER_TENSORS)

@@ -1,0 +1,442 @@
+"""The decoder layers of one stage, with the checks of everything that they compute and move.
+
+``ExactLayers`` computes in exact arithmetic: any split gives the same bits. ``BlasLayers`` is
+plain float32 BLAS and MPI_SUM for comparison: the same steps, movement and agreement checked.
+Both run the skeleton of ``Layers.forward``; shapes are those of packed rows (tensors.py).
+"""
+
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+from mpi4py import MPI
+
+from spimpi.inference import exact, kernels
+from spimpi.inference.attention import NO_FAULT, Cache, attend, attention_bits
+from spimpi.inference.config import rope_inverse_frequencies
+from spimpi.inference.exact import odd_vector
+from spimpi.inference.layer_checks import ATTN, ATTN_OUT, FFN, FFN_OUT, INPUT, RESID, LayerResults
+from spimpi.inference.layer_checks import QKV as REST_QKV
+from spimpi.inference.tensors import ATTN as KEY_ATTN
+from spimpi.inference.tensors import ATTN_MAX, FFN_MAX, HIDDEN, QKV, Widths
+from spimpi.inference.tensors import ATTN_OUT as KEY_ATTN_OUT
+from spimpi.inference.tensors import FFN as KEY_FFN
+from spimpi.inference.tensors import FFN_OUT as KEY_FFN_OUT
+from spimpi.inference.tensors import RESID as KEY_RESID
+
+class Workspace:
+    """Buffers for the activations of one microbatch of ``n`` rows, C-contiguous views."""
+
+    def __init__(self, n, widths, part, head_dim, exact_arithmetic):
+        hidden = widths.hidden
+        n_qkv = part.layers[0].qkv.values.shape[0]
+        n_ffn = part.layers[0].down.values.shape[1]
+        n_attn = part.layers[0].o.values.shape[1]
+        self.normed = np.empty((n, hidden), np.float32)
+        self.qkv = np.empty((n, n_qkv), np.float32)
+        self.attn = np.empty((n, n_attn), np.float32)
+        self.resid = np.empty((n, hidden), np.float32)
+        self.gate_up = np.empty((n, 2 * n_ffn), np.float32)
+        self.ffn = np.empty((n, n_ffn), np.float32)
+        self.delta = np.empty((n, hidden), np.float32)
+        self.maxima = np.empty(n, np.uint32)
+        self.packed = np.empty(n, np.uint64)
+        self.reduced = np.empty(n, np.uint64)
+        self.exponents = np.empty(n, np.int32)
+        partial = np.int64 if exact_arithmetic else np.float32
+        self.sent = [np.empty((n, hidden), partial) for _ in range(2)]
+        self.summed = [np.empty((n, hidden), partial) for _ in range(2)]
+        widest_in = max(hidden, n_attn, n_ffn)
+        widest_out = max(n_qkv, 2 * n_ffn, hidden)
+        if exact_arithmetic:
+            self._scaled = np.empty(n * widest_in)
+            self._product = np.empty(n * widest_out)
+
+    def scaled(self, n, width):
+        """Room for the scaled integers of a matmul's input."""
+        return self._scaled[: n * width].reshape(n, width)
+
+    def product(self, n, width):
+        """Room for the integers of a matmul's result."""
+        return self._product[: n * width].reshape(n, width)
+
+    def first_rows(self, n):
+        """The same buffers, as views of their first ``n`` rows."""
+        view = object.__new__(Workspace)
+        for name, value in vars(self).items():
+            if isinstance(value, list):
+                value = [a[:n] for a in value]
+            elif not name.startswith("_"):
+                value = value[:n]
+            setattr(view, name, value)
+        return view
+
+
+@dataclass
+class Batch:
+    """One microbatch of one step, as a rank holds it."""
+
+    step: int
+    microbatch: int
+    first_row: int
+    n_rows: int
+    sequences: np.ndarray
+    positions: np.ndarray
+    keys: np.ndarray
+    space: Workspace
+    results: LayerResults
+
+
+class Layers:
+    """What both arithmetics share: the skeleton, attention's cache, fingerprints, faults."""
+
+    exact: bool
+
+    def __init__(self, ctx, config, part, n_sequences, n_positions, checked=True, faults=None):
+        self.ctx, self.config, self.part = ctx, config, part
+        self.checked, self.faults = checked, faults
+        self.widths = Widths.of(config)
+        self.many = ctx.tensor.size > 1
+        shard, d = part.shard, config.head_dim
+        self.kv_of_head = np.array(
+            [h // shard.group - shard.kv_heads.start for h in range(shard.heads.start, shard.heads.stop)],
+            np.int64,
+        )  # fmt: skip
+        self.segments, self.owned, self.shared, self.shared_at = _segments(shard, config)
+        self.places = np.array(
+            [self.widths.attn, shard.heads.start * d, self.widths.ffn, shard.ffn().start,
+             self.widths.qkv],
+            np.int64,
+        )  # fmt: skip
+        frequencies = rope_inverse_frequencies(config)
+        self.cosines = np.empty((n_positions, d // 2), np.float32)
+        self.sines = np.empty((n_positions, d // 2), np.float32)
+        kernels.rope_table(frequencies, self.cosines, self.sines)
+        self.n_sequences, self.n_positions = n_sequences, n_positions
+        self.caches = [self._cache() for _ in part.layers]
+
+    def _cache(self):
+        return Cache.empty(
+            self.n_sequences, len(self.part.shard.kv_heads), self.n_positions, self.config.head_dim
+        )
+
+    def clear(self):
+        for cache in self.caches:
+            cache.clear()
+
+    def results(self) -> LayerResults:
+        return LayerResults(len(self.part.layers), len(self.segments), len(self.shared))
+
+    def workspace(self, n_rows) -> Workspace:
+        return Workspace(n_rows, self.widths, self.part, self.config.head_dim, self.exact)
+
+    def forward(self, i: int, x, out, b: Batch):
+        """Layer ``i`` of the stage: out = decoder layer of x, float32 [rows, hidden].
+
+        Collective over ctx.tensor.
+        """
+        layer, space, results = self.part.layers[i], b.space, b.results
+        name = self.ctx.layers[i]
+        results.times[i, 0] = perf_counter()
+        self._project("qkv", i, x, layer.attn_norm, layer.qkv, space.qkv, b)
+        self._fingerprint_qkv(i, b)
+        self._fault("qkv", name, space.qkv, b)
+        self._attend(i, b)
+        self._made(ATTN, KEY_ATTN, i, space.attn, b, self.places[1], self.places[0])
+        self._fault("attn", name, space.attn, b)
+        self._reduce("attn_out", 0, i, space.attn, layer.o, b)
+        kernels.add(x, space.delta, space.resid)
+        self._fault("resid", name, space.resid, b, replica=True)
+        self._made(RESID, KEY_RESID, i, space.resid, b, 0, self.widths.hidden)
+        self._fault("resid", name, space.resid, b)
+        self._project("gate_up", i, space.resid, layer.ffn_norm, layer.gate_up, space.gate_up, b)
+        kernels.swiglu(space.gate_up, space.ffn)
+        self._made(FFN, KEY_FFN, i, space.ffn, b, self.places[3], self.places[2])
+        self._fault("ffn", name, space.ffn, b)
+        self._reduce("ffn_out", 1, i, space.ffn, layer.down, b)
+        kernels.add(space.resid, space.delta, out)
+        self._fault("hidden", name, out, b, replica=True)
+        if self.checked:
+            self._check_layer(i, x, out, b)
+        self._fault("hidden", name, out, b)
+        results.times[i, 1] = perf_counter()
+
+    def _fault(self, tensor, layer, array, b, replica=False):
+        if self.faults is not None:
+            apply = self.faults.replica if replica else self.faults.payload
+            apply(tensor, layer, array, b.first_row)
+
+    def _made(self, rest, key, i, array, b, first_col, n_cols):
+        """Fingerprint a tensor that was just made; it is compared when it has been used."""
+        if self.checked:
+            start = perf_counter()
+            kernels.fingerprint_block(
+                array.view(np.uint32), b.keys[i + 1], key, b.first_row, first_col, n_cols,
+                b.results.rest_expected[i], rest,
+            )  # fmt: skip
+            b.results.seconds += perf_counter() - start
+
+    def _fingerprint_qkv(self, i, b):
+        if not self.checked:
+            return
+        start = perf_counter()
+        results = b.results
+        kernels.fingerprint_segments(
+            b.space.qkv.view(np.uint32), b.keys[i + 1], QKV, b.first_row, self.segments,
+            self.widths.qkv, results.segments[i], 0,
+        )  # fmt: skip
+        results.rest_expected[i, REST_QKV] = np.bitwise_xor.reduce(results.segments[i])
+        results.heads[i] = 0
+        for j, at in self.shared_at:
+            results.heads[i, j] ^= results.segments[i, at]
+        results.seconds += perf_counter() - start
+
+    def _check_layer(self, i, x, out, b):
+        """Compare what the layer's tensors hold now with what they held when they were made."""
+        start = perf_counter()
+        results, space = b.results, b.space
+        kernels.fingerprint_layer(
+            x.view(np.uint32), space.qkv.view(np.uint32), space.attn.view(np.uint32),
+            space.resid.view(np.uint32), space.ffn.view(np.uint32), b.keys[i], b.keys[i + 1],
+            self.places, b.first_row, self.segments, results.rest_found[i],
+        )  # fmt: skip
+        if self.many:
+            self._check_sums(i, b)
+        kernels.fingerprint_block(
+            out.view(np.uint32), b.keys[i + 1], HIDDEN, b.first_row, 0, self.widths.hidden,
+            results.hidden, i,
+        )  # fmt: skip
+        if i + 1 < len(self.part.layers):
+            results.rest_expected[i + 1, INPUT] = results.hidden[i]
+        results.seconds += perf_counter() - start
+
+
+class ExactLayers(Layers):
+    """Layers in exact arithmetic: matmuls of scaled integers, sums of int64."""
+
+    exact = True
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **options)
+        config = self.config
+        key_bits, value_bits = attention_bits(config.head_dim, config.max_position_embeddings)
+        self.settings = np.array(
+            [config.head_dim, len(self.part.shard.kv_heads), key_bits, value_bits, self.checked],
+            np.int64,
+        )
+        n_random = max(self.n_positions, config.head_dim)
+        self.r = odd_vector(np.uint64(self.ctx.seed), n_random)
+        self.words = np.zeros(7, np.uint64)
+        matrices = [m for a in self.part.layers for m in (a.qkv, a.o, a.gate_up, a.down)]
+        matrices += [self.part.head] if self.part.head else []
+        self.scratch = exact.Scratch.for_matrices([m.values.shape for m in matrices])
+
+    def product(self, index, tensor, i, x, maxima, matrix, y, b):
+        """y = scaled integers of x times the matrix; checked; returns the exponents of x."""
+        space = b.space
+        scaled = space.scaled(*x.shape)
+        bad_rows = exact.quantize_rows(x, maxima, matrix.bits, scaled, space.exponents)
+        exact.matmul(scaled, matrix.values, y, self.scratch)
+        if self.faults is not None:
+            self.faults.miscompute(tensor, self.ctx.layers[i], y, b.first_row)
+        if self.checked:
+            start = perf_counter()
+            results = b.results
+            n_bad, _, n_wrong = exact.check_matmul(
+                scaled, matrix.projection, y, matrix.r,
+                results.product_found[i], results.product_expected[i], index,
+            )  # fmt: skip
+            results.product_bad[i, index] = n_bad + n_wrong
+            results.seconds += perf_counter() - start
+        return bad_rows
+
+    def _project(self, tensor, i, x, norm, matrix, out, b):
+        """out = norm(x) times a matrix whose outputs this rank holds."""
+        space = b.space
+        kernels.rmsnorm(x, norm, self.config.rms_norm_eps, space.normed)
+        exact.row_absmax(space.normed, space.maxima)
+        y = space.product(*out.shape)
+        index = 0 if tensor == "qkv" else 4
+        bad = self.product(index, tensor, i, space.normed, space.maxima, matrix, y, b)
+        exact.scale_back(y, space.exponents, matrix.exponents, matrix.bits, out)
+        if bad:
+            b.results.nonfinite[i, 0] += bad
+
+    def _attend(self, i, b):
+        cache, results, words = self.caches[i], b.results, self.words
+        fault = NO_FAULT
+        if self.faults is not None:
+            fault = self.faults.in_attention(self.ctx.layers[i], b.first_row, b.n_rows)
+        attend(
+            b.space.qkv, b.sequences, b.positions, self.cosines, self.sines, self.kv_of_head,
+            self.settings, cache.keys, cache.key_exponents, cache.key_sums, cache.values,
+            cache.value_exponents, cache.value_sums, self.r, fault, b.space.attn, words,
+        )  # fmt: skip
+        if self.checked:
+            results.product_found[i, 1:3] = words[0:4:2]
+            results.product_expected[i, 1:3] = words[1:4:2]
+            results.product_bad[i, 1:3] = words[4:6]
+        if words[6]:
+            results.nonfinite[i, 1] += int(words[6])
+
+    def _reduce(self, tensor, which, i, x, matrix, b):
+        """space.delta = x times a matrix whose inputs this rank holds, summed over the ranks."""
+        space, results, ctx = b.space, b.results, self.ctx
+        exact.row_absmax(x, space.maxima)
+        if self.many:
+            self._global_maxima(which, i, b)
+        y = space.product(b.n_rows, self.widths.hidden)
+        bad = self.product(3 if which == 0 else 5, tensor, i, x, space.maxima, matrix, y, b)
+        if bad:
+            results.nonfinite[i, 1 + which] += bad
+        if not self.many:
+            exact.scale_back(y, space.exponents, matrix.exponents, matrix.bits, space.delta)
+            return
+        sent, summed = space.sent[which], space.summed[which]
+        start = perf_counter()
+        key = KEY_ATTN_OUT if which == 0 else KEY_FFN_OUT
+        exact.partial_sums(
+            y, sent, b.keys[i + 1], key, b.first_row, results.rest_expected[i], ATTN_OUT + which
+        )
+        results.seconds += perf_counter() - start
+        name = ctx.layers[i]
+        self._fault(tensor, name, sent, b)
+        outgoing = sent
+        if self.faults is not None and self.faults.drop(tensor, name):
+            outgoing = np.zeros_like(sent)
+        ctx.tensor.Allreduce(outgoing, summed, op=MPI.SUM)
+        exact.scale_back_sums(summed, space.exponents, matrix.exponents, matrix.bits, space.delta)
+
+    def _global_maxima(self, which, i, b):
+        """Row maxima over the tensor ranks, with their owners, checked."""
+        space, results, tensor = b.space, b.results, self.ctx.tensor
+        kernels.pack_maxima(space.maxima, tensor.rank, space.packed)
+        if self.faults is not None:
+            values = space.packed.view(np.uint32)[1::2]  # the high halves, little-endian
+            self._fault(("attn_max", "ffn_max")[which], self.ctx.layers[i], values, b)
+        tensor.Allreduce(space.packed, space.reduced, op=MPI.MAX)
+        key = b.keys[i + 1, ATTN_MAX + which]
+        results.max_bad[i, which] = kernels.unpack_maxima(
+            space.packed, space.reduced, space.maxima, tensor.rank, tensor.size, key,
+            b.first_row, results.maxima[i], which,
+        )  # fmt: skip
+
+    def _check_sums(self, i, b):
+        space, results = b.space, b.results
+        for which, key in ((0, KEY_ATTN_OUT), (1, KEY_FFN_OUT)):
+            keys = b.keys[i + 1]
+            kernels.linear_block(
+                space.sent[which], keys, key, b.first_row, results.rest_found[i], ATTN_OUT + which
+            )
+            kernels.linear_block(space.summed[which], keys, key, b.first_row, results.sums[i], which)
+
+
+class BlasLayers(Layers):
+    """Layers in float32 BLAS and MPI_SUM of floats: another split, other bits."""
+
+    exact = False
+
+    def _project(self, tensor, i, x, norm, matrix, out, b):
+        kernels.rmsnorm(x, norm, self.config.rms_norm_eps, b.space.normed)
+        np.matmul(b.space.normed, matrix.values.T, out=out)
+
+    def _cache(self):
+        shape = (
+            self.n_sequences, len(self.part.shard.kv_heads), self.n_positions, self.config.head_dim
+        )  # fmt: skip
+        return FloatCache(np.zeros(shape, np.float32), np.zeros(shape, np.float32))
+
+    def _attend(self, i, b):
+        d, n_heads, cache = self.config.head_dim, self.kv_of_head.size, self.caches[i]
+        n_kv = len(self.part.shard.kv_heads)
+        heads = b.space.qkv.reshape(b.n_rows, n_heads + 2 * n_kv, d)
+        cosines = self.cosines[b.positions][:, None]
+        sines = self.sines[b.positions][:, None]
+        low, high = heads[:, : n_heads + n_kv, : d // 2], heads[:, : n_heads + n_kv, d // 2 :]
+        rotated = np.concatenate(
+            [low * cosines - high * sines, high * cosines + low * sines], axis=2
+        )
+        cache.keys[b.sequences, :, b.positions] = rotated[:, n_heads:]
+        cache.values[b.sequences, :, b.positions] = heads[:, n_heads + n_kv :]
+        out = b.space.attn.reshape(b.n_rows, n_heads, d)
+        scale = np.float32(1 / np.sqrt(d))
+        for sequence in np.unique(b.sequences):
+            rows = np.flatnonzero(b.sequences == sequence)
+            positions = b.positions[rows]
+            n_keys = int(positions.max()) + 1
+            masked = np.arange(n_keys)[None, :] > positions[:, None]
+            for head in range(n_heads):
+                kv = self.kv_of_head[head]
+                scores = rotated[rows, head] @ cache.keys[sequence, kv, :n_keys].T * scale
+                scores[masked] = -np.inf
+                weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+                weights /= weights.sum(axis=1, keepdims=True)
+                out[rows, head] = weights @ cache.values[sequence, kv, :n_keys]
+
+    def _reduce(self, tensor, which, i, x, matrix, b):
+        space, results, ctx = b.space, b.results, self.ctx
+        if not self.many:
+            np.matmul(x, matrix.values.T, out=space.delta)
+            return
+        sent, summed = space.sent[which], space.summed[which]
+        np.matmul(x, matrix.values.T, out=sent)
+        name = ctx.layers[i]
+        if self.checked:
+            key = KEY_ATTN_OUT if which == 0 else KEY_FFN_OUT
+            kernels.fingerprint_block(
+                sent.view(np.uint32), b.keys[i + 1], key, b.first_row, 0, self.widths.hidden,
+                results.rest_expected[i], ATTN_OUT + which,
+            )  # fmt: skip
+        self._fault(tensor, name, sent, b)
+        outgoing = sent
+        if self.faults is not None and self.faults.drop(tensor, name):
+            outgoing = np.zeros_like(sent)
+        ctx.tensor.Allreduce(outgoing, summed, op=MPI.SUM)
+        space.delta[:] = summed
+
+    def _check_sums(self, i, b):
+        space, results, keys = b.space, b.results, b.keys[i + 1]
+        for which, key in ((0, KEY_ATTN_OUT), (1, KEY_FFN_OUT)):
+            for array, words, slot in (
+                (space.sent[which], results.rest_found[i], ATTN_OUT + which),
+                (space.summed[which], results.sums[i], which),
+            ):
+                kernels.fingerprint_block(
+                    array.view(np.uint32), keys, key, b.first_row, 0, self.widths.hidden, words, slot
+                )
+
+
+@dataclass
+class FloatCache:
+    """Rotated keys and values of one layer in float32."""
+
+    keys: np.ndarray
+    values: np.ndarray
+
+    def clear(self):
+        """Nothing to reset: positions are overwritten before they are read."""
+
+
+def _segments(shard, config):
+    """Column segments of this rank's q|k|v block: where each lies here and in the global tensor.
+
+    Returns (segments int64 [n, 3] of (local column, global column, width), which of them this
+    rank owns, the key/value heads that several ranks hold, and for those held here pairs of
+    (place among the shared heads, segment)).
+    """
+    d, n_heads = config.head_dim, shard.heads.size
+    k_global = config.n_heads * d
+    v_global = k_global + config.n_kv_heads * d
+    shared = tuple(h for h in range(config.n_kv_heads) if len(shard.holders(h)) > 1)
+    segments = [(0, shard.heads.start * d, n_heads * d)]
+    owned, shared_at = [True], []
+    for start_local, start_global in ((n_heads, k_global), (n_heads + len(shard.kv_heads), v_global)):
+        for j, head in enumerate(shard.kv_heads):
+            if head in shared:
+                shared_at.append((shared.index(head), len(segments)))
+            owned.append(head in shard.owned_kv_heads)
+            segments.append(((start_local + j) * d, start_global + head * d, d))
+    return np.array(segments, np.int64), np.array(owned), shared, tuple(shared_at)
+
+
+assert (ATTN, FFN, FFN_OUT) == (2, 4, 6)

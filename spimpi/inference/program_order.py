@@ -1,0 +1,34 @@
+"""Which of many failures comes first in the program, over all ranks."""
+
+import numpy as np
+
+from spimpi.inference.tensors import PROGRAM
+from spimpi.trace.schema import Op, Stage
+
+# Within one tensor: what names the rank at fault comes before what only sees the consequence.
+OPS = (Op.NONFINITE, Op.MATMUL, Op.AT_REST, Op.ALLREDUCE_MAX, Op.ALLREDUCE_SUM, Op.ALLREDUCE_BOR,
+       Op.ALLREDUCE_BXOR, Op.ALLGATHER, Op.BROADCAST, Op.AGREEMENT, Op.HANDOFF, Op.CONTENT)  # fmt: skip
+_PHASES = {Stage.FABRIC: 0, Stage.WEIGHTS: 1}
+AFTER_LAYERS = ("logits", "tokens")
+
+
+def order_codes(events: np.ndarray, tensor_names: list[str]) -> np.ndarray:
+    """uint64 codes that sort events in program order; equal on all ranks for the same check."""
+    codes = np.zeros(events.size, np.uint64)
+    for i, event in enumerate(events):
+        name = tensor_names[event["tensor"]]
+        phase = _PHASES.get(Stage(int(event["stage"])), 2)
+        after = phase == 2 and name in AFTER_LAYERS
+        layer = 0xFFFF if after else int(event["layer"]) + 1
+        position = PROGRAM.index(name) if name in PROGRAM else 0
+        code = min(int(event["repeat"]), 0xFFF)
+        for value, width in (
+            (phase, 2),
+            (min(int(event["step"]), 0x3FFFF), 18),
+            (layer, 16),
+            (position, 5),
+            (OPS.index(Op(int(event["op"]))), 4),
+        ):
+            code = code << width | value
+        codes[i] = code
+    return codes

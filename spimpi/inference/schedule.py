@@ -1,0 +1,65 @@
+"""How many checks a run makes: a closed form of model, topology and steps.
+
+Nothing is sampled, so the number of events in a trace must equal this number; a run whose trace
+differs is reported as incomplete. The count shares no code with what records the events.
+"""
+
+from spimpi.checks.fabric import SIZES
+from spimpi.topology.data import rows_of
+from spimpi.topology.pipeline import n_microbatches
+from spimpi.topology.tensor import TensorShard
+
+TENSORS_OF_A_LAYER = 9
+
+
+def expected_events(ctx, job, n_runs: int, has_golden: bool) -> int:
+    """Events that the rank ``ctx.place`` records in ``n_runs`` complete runs. Local."""
+    grid, config = ctx.grid, job.config
+    shard = TensorShard(
+        ctx.place.t, grid.tp, config.n_heads, config.n_kv_heads,
+        config.intermediate_size, config.vocab_size,
+    )  # fmt: skip
+    shared = [h for h in range(config.n_kv_heads) if len(shard.holders(h)) > 1]
+    count = _fabric(grid) + _weights(ctx, job, shard, shared)
+    steps = range(job.n_tokens)
+    count += n_runs * sum(_step(ctx, job, len(shared), step) for step in steps)
+    if ctx.is_first_stage and grid.dp > 1:
+        count += n_runs
+    if ctx.rank == 0 and has_golden:
+        count += n_runs * job.n_tokens * (5 * config.n_layers + 3)
+    return count
+
+
+def _fabric(grid) -> int:
+    probes = 4 * (grid.tp > 1) + (grid.pp > 1) + (grid.dp > 1) + 2 * (grid.size > 1)
+    return probes * len(SIZES)
+
+
+def _weights(ctx, job, shard, shared) -> int:
+    layers, tied = len(ctx.layers), job.config.tie_word_embeddings
+    tensors = layers * TENSORS_OF_A_LAYER + ctx.is_first_stage + ctx.is_last_stage
+    if ctx.is_last_stage and not (tied and ctx.is_first_stage):
+        tensors += 1  # the head: a tensor of its own, or the copy of a tied embedding
+    if ctx.grid.tp == 1:
+        return tensors
+    held = sum(head in shard.kv_heads for head in shared)
+    copies = layers * (2 + 2 * held) + ctx.is_last_stage
+    maxima = 2 * layers if job.exact else 0
+    return tensors + copies + maxima
+
+
+def _step(ctx, job, n_shared, step) -> int:
+    grid = ctx.grid
+    n = n_microbatches(rows_of(job.lengths, grid.dp, ctx.place.d, step).size, grid.pp)
+    many = grid.tp > 1
+    # A layer: five tensors at rest; exact: six products; over tensor ranks: two partial sums at
+    # rest, two sums, the output's agreement, shared heads; exact: two maxima.
+    layer = 5 + 6 * job.exact + many * (5 + n_shared + 2 * job.exact)
+    # Each microbatch: layers, the stage's output at rest, and the embedding's reduction or the
+    # hand-off that came in.
+    count = n * (len(ctx.layers) * layer + 1 + (many if ctx.is_first_stage else 1))
+    if ctx.is_last_stage:
+        count += job.exact + 1 + 1 + 2 * many  # logits: product, at rest; tokens at rest; gathered
+    if ctx.is_first_stage and grid.pp > 1:
+        count += 1  # the closing hop
+    return count

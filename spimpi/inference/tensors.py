@@ -1,0 +1,96 @@
+"""The tensors of a run that are checked: their names, and where their keys stand.
+
+``Keys`` derives the stream keys of one step for all layers at once: 64 ranks on few cores cannot
+afford to do that in Python for every tensor.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from spimpi.fingerprint.tag import CONTENT, GOLDEN, LINEAR, MASK, VERSION, absorb, mix
+
+# Positions in a row of keys.
+HIDDEN, QKV, ATTN, RESID, FFN, ATTN_OUT, FFN_OUT, ATTN_MAX, FFN_MAX = range(9)
+LAYER_TENSORS = ("hidden", "qkv", "attn", "resid", "ffn", "attn_out", "ffn_out", "attn_max",
+                 "ffn_max")  # fmt: skip
+# Fingerprints that a golden run writes down for each layer, in program order.
+GOLDEN_LAYER = ("qkv", "attn", "resid", "ffn", "hidden")
+GOLDEN_ENDS = ("embed", "logits", "tokens")
+
+# All tensors of the inference in program order, as `--inject` and the trace name them.
+PROGRAM = ("embed", "qkv", "scores", "attn", "attn_max", "attn_out", "resid", "gate_up", "ffn",
+           "ffn_max", "ffn_out", "hidden", "logits", "tokens")  # fmt: skip
+
+
+def golden_columns(n_layers: int) -> list[tuple[str, int]]:
+    """(tensor, layer) of each column of a golden table, in program order."""
+    columns = [("embed", -1)]
+    columns += [(name, layer) for layer in range(n_layers) for name in GOLDEN_LAYER]
+    return columns + [("logits", -1), ("tokens", -1)]
+
+
+def _prefix(seed: int, domain: int, name: str) -> int:
+    """A stream key after the tensor's name, before layer and step."""
+    text = name.encode()
+    key = mix((seed + GOLDEN) & MASK)
+    for word in (VERSION, domain, len(text)):
+        key = absorb(key, word)
+    for i in range(0, len(text), 8):
+        key = absorb(key, int.from_bytes(text[i : i + 8], "little"))
+    return key
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Columns of the global two-dimensional tensors of a layer."""
+
+    hidden: int
+    qkv: int
+    attn: int
+    ffn: int
+
+    @classmethod
+    def of(cls, config):
+        heads = config.n_heads + 2 * config.n_kv_heads
+        return cls(
+            config.hidden_size,
+            heads * config.head_dim,
+            config.n_heads * config.head_dim,
+            config.intermediate_size,
+        )
+
+
+class Keys:
+    """Stream keys of a stage's layer tensors: ``of_step`` gives one row a layer.
+
+    Row 0 belongs to the layer before the stage's first (its output is the stage's input); for
+    layer -1 that output is ``embed``.
+    """
+
+    def __init__(self, seed: int, config, layers: range):
+        self.seed, self.widths = seed, Widths.of(config)
+        self.layers = np.arange(layers.start - 1, layers.stop, dtype=np.int64)
+        domains = [CONTENT] * 5 + [LINEAR] * 2 + [CONTENT] * 2
+        self.prefixes = np.array(
+            [_prefix(seed, d, n) for d, n in zip(domains, LAYER_TENSORS)], np.uint64
+        )
+        self.embed_prefix = np.array([_prefix(seed, CONTENT, "embed")], np.uint64)
+
+    def of_step(self, step: int, n_rows: int) -> np.ndarray:
+        """uint64 [layers + 1, tensors] for a step that has ``n_rows`` rows globally."""
+        from spimpi.inference.kernels import stream_keys
+
+        w = self.widths
+        columns = (w.hidden, w.qkv, w.attn, w.hidden, w.ffn, w.hidden, w.hidden)
+        shapes = [(4, 2, n_rows, c) for c in columns[:5]]
+        shapes += [(8, 2, n_rows, c) for c in columns[5:]]
+        shapes += [(4, 1, n_rows, 0)] * 2
+        keys = np.empty((self.layers.size, len(LAYER_TENSORS)), np.uint64)
+        stream_keys(self.prefixes, self.layers, step, np.array(shapes, np.int64), keys)
+        if self.layers[0] == -1:
+            first = np.empty((1, 1), np.uint64)
+            shape = np.array([(4, 2, n_rows, w.hidden)], np.int64)
+            stream_keys(self.embed_prefix, self.layers[:1], step, shape, first)
+            keys[0, HIDDEN] = first[0, 0]
+        return keys

@@ -1,0 +1,170 @@
+"""The weights check: what the ranks read XORs to the fingerprints of the checkpoint's tensors.
+
+The expected fingerprints come from a second read, cut by bytes over all ranks instead of by
+owner, through other code: the same read twice would prove nothing.
+"""
+
+from time import perf_counter
+
+import numpy as np
+
+from spimpi.fingerprint import xor_flat
+from spimpi.fingerprint.tag import CONTENT, Tag
+from spimpi.inference.weights import TIED_COPY
+from spimpi.reduction import empty_records, minority, reduce_fingerprints
+from spimpi.trace.schema import Established, Op, Stage
+
+SOURCE_OF_COPY = "model.embed_tokens.weight"
+
+
+def weight_names(checkpoint, config, grid) -> list[str]:
+    """Tensors of the weights check; a tied head on a stage of its own is one more."""
+    names = list(checkpoint.tensors)
+    if config.tie_word_embeddings and grid.pp > 1:
+        names.append(TIED_COPY)
+    return names
+
+
+def second_read(ctx, checkpoint) -> dict[str, int]:
+    """Share of every tensor's fingerprint in this rank's byte range of the checkpoint. Local."""
+    keys = {
+        name: Tag(ctx.seed, name).key(CONTENT, record.shape, record.itemsize)
+        for name, record in checkpoint.tensors.items()
+    }
+    shares = dict.fromkeys(checkpoint.tensors, 0)
+    for name, first, words in checkpoint.pieces(ctx.world.rank, ctx.world.size):
+        shares[name] ^= xor_flat(words, keys[name], first)
+    return shares
+
+
+def check_weights(ctx, config, checkpoint, loader, expected_shares, recorder) -> int:
+    """Compare both reads, an event a tensor that this rank holds; returns failures here.
+
+    Collective over the world. Where a tensor differs, its holders read their slices once more,
+    and those whose bits changed are named.
+    """
+    part = loader.part
+    names = weight_names(checkpoint, config, ctx.grid)
+    start = perf_counter()
+    found = reduce_fingerprints(ctx.replica, [part.shares.get(n, 0) for n in names])
+    shares = [expected_shares[SOURCE_OF_COPY if n == TIED_COPY else n] for n in names]
+    expected = reduce_fingerprints(ctx.world, shares)
+    differs = np.array([f != e for f, e in zip(found, expected)], np.uint8)
+    anywhere = np.array(reduce_flags(ctx.world, differs))
+    culprits = _name_holders(ctx, names, anywhere, loader) if anywhere.any() else {}
+    seconds = (perf_counter() - start) / max(len(part.shares), 1)
+    for i, name in enumerate(names):
+        if name in part.shares:
+            recorder.one(
+                name, Op.CONTENT, Stage.WEIGHTS, Established.MOVED, found[i], expected[i],
+                bool(differs[i]), t_start=perf_counter() - seconds, bytes=part.bytes_of[name],
+                layer=_layer_of(name), peer=culprits.get(name, -1) if differs[i] else -1,
+            )  # fmt: skip
+    return int(differs.sum()) + _check_copies(ctx, config, names, part, recorder) + _check_maxima(
+        ctx, part, recorder
+    )
+
+
+def reduce_flags(comm, flags: np.ndarray) -> np.ndarray:
+    """Logical OR of flags over the ranks. Collective."""
+    from mpi4py import MPI
+
+    result = np.empty_like(flags)
+    comm.Allreduce(flags, result, op=MPI.MAX)
+    return result
+
+
+def _layer_of(name: str) -> int:
+    pieces = name.split(".")
+    return int(pieces[2]) if len(pieces) > 2 and pieces[1] == "layers" else -1
+
+
+def _name_holders(ctx, names, anywhere, loader) -> dict[str, int]:
+    """The lowest world rank whose slice of a failing tensor reads differently now. Collective."""
+    from mpi4py import MPI
+
+    failing = [n for n, bad in zip(names, anywhere) if bad]
+    own = np.full(len(failing), ctx.world.size, np.int64)
+    for i, name in enumerate(failing):
+        if name in loader.part.shares and not loader.read_again(name):
+            own[i] = ctx.world.rank
+    lowest = np.empty_like(own)
+    ctx.replica.Allreduce(own, lowest, op=MPI.MIN)
+    return {n: int(r) for n, r in zip(failing, lowest) if r < ctx.world.size}
+
+
+def copy_universe(config, stage_layers, is_last_stage, shard) -> list[tuple[str, int]]:
+    """(tensor, key/value head or -1) of all that several tensor ranks of a stage hold."""
+    copies = []
+    shared = [h for h in range(config.n_kv_heads) if len(shard.holders(h)) > 1]
+    for layer in stage_layers:
+        prefix = f"model.layers.{layer}."
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            copies.append((f"{prefix}{name}.weight", -1))
+        for name in ("k_proj", "v_proj"):
+            copies += [(f"{prefix}self_attn.{name}.weight", head) for head in shared]
+    if is_last_stage:
+        copies.append(("model.norm.weight", -1))
+    return copies
+
+
+def _check_copies(ctx, config, names, part, recorder) -> int:
+    """Replicas of norms and shared key/value heads agree over the tensor ranks. Collective."""
+    if ctx.tensor.size == 1:
+        return 0
+    start = perf_counter()
+    universe = copy_universe(config, ctx.layers, ctx.is_last_stage, part.shard)
+    records = empty_records(len(universe))
+    held = [i for i, copy in enumerate(universe) if copy in part.copies]
+    for i in held:
+        word = np.uint64(part.copies[universe[i]])
+        records[i]["every"], records[i]["none"] = word, ~word
+    merged = ctx.records.merge(ctx.tensor, records)
+    wrong = merged["every"] != ~merged["none"]
+    everyone = _everyone(ctx, records) if wrong.any() else None
+    seconds = (perf_counter() - start) / max(len(held), 1)
+    for i in held:
+        name, _ = universe[i]
+        recorder.one(
+            name, Op.AGREEMENT, Stage.WEIGHTS, Established.AGREED, records[i]["every"],
+            merged[i]["every"], bool(wrong[i]), t_start=perf_counter() - seconds,
+            layer=_layer_of(name), bytes=8, peer=_odd_one(ctx, everyone, i) if wrong[i] else -1,
+        )  # fmt: skip
+    return int(wrong[held].sum())
+
+
+def _everyone(ctx, records):
+    gathered = np.empty(ctx.tensor.size * records.nbytes, np.uint8)
+    ctx.tensor.Allgather(records.view(np.uint8).ravel(), gathered)
+    return gathered.view(records.dtype).reshape(ctx.tensor.size, -1)
+
+
+def _odd_one(ctx, everyone, i) -> int:
+    column = everyone[:, i]
+    holders = np.flatnonzero(column["every"] == ~column["none"])
+    odd = minority(column["every"][holders])
+    if len(odd) != 1:
+        return -1
+    return ctx.grid.rank_of(ctx.place.d, ctx.place.p, int(holders[odd[0]]))
+
+
+def _check_maxima(ctx, part, recorder) -> int:
+    """The global row maxima of split matrices: right on every rank, and the same. Collective."""
+    if not part.maxima:
+        return 0
+    start = perf_counter()
+    records = empty_records(len(part.maxima))
+    for record, (_, _, word, bad) in zip(records, part.maxima):
+        record["every"], record["none"] = np.uint64(word), ~np.uint64(word)
+        record["count"] = bad
+    merged = ctx.records.merge(ctx.tensor, records)
+    wrong = (merged["every"] != ~merged["none"]) | (merged["count"] > 0)
+    seconds = (perf_counter() - start) / len(part.maxima)
+    for (layer, name, word, bad), record, failed in zip(part.maxima, merged, wrong):
+        tensor = f"model.layers.{layer}.{'self_attn' if name == 'o_proj' else 'mlp'}.{name}.weight"
+        recorder.one(
+            tensor, Op.ALLREDUCE_MAX, Stage.WEIGHTS, Established.MOVED | Established.COMPUTED, word,
+            record["every"], bool(failed), t_start=perf_counter() - seconds, layer=layer, bytes=8,
+            peer=ctx.rank if bad else -1,
+        )  # fmt: skip
+    return int(wrong.sum())

@@ -1,0 +1,254 @@
+"""A rank's part of the model: read slice by slice, fingerprinted raw, then scaled to integers.
+
+Each rank reads only what it owns. The raw slices' fingerprints are kept as evidence for the
+weights check (weight_check.py); what the run computes with is derived from them.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from mpi4py import MPI
+
+from spimpi.errors import UsageError
+from spimpi.fingerprint import fingerprint
+from spimpi.fingerprint.tag import LINEAR, Tag
+from spimpi.inference import exact
+from spimpi.inference.checkpoint import float32
+from spimpi.inference.kernels import pack_maxima, unpack_maxima
+from spimpi.partition import Slab
+from spimpi.reduction import together
+from spimpi.topology.tensor import TensorShard
+
+TIED_COPY = "lm_head.weight (tied copy)"
+
+
+@dataclass
+class Matrix:
+    """A slice of a weight matrix as a matmul takes it, [outputs, inputs], float32.
+
+    In exact arithmetic ``values`` are integers of ``bits`` bits, row n scaled by
+    2**(exponents[n] - bits); ``r`` and ``projection`` = values·r mod 2^64 serve the matmul check.
+    With BLAS ``values`` are the weights and the rest is None.
+    """
+
+    values: np.ndarray
+    bits: int = 0
+    exponents: np.ndarray | None = None
+    r: np.ndarray | None = None
+    projection: np.ndarray | None = None
+
+    @property
+    def n_bytes(self) -> int:
+        arrays = (self.values, self.exponents, self.r, self.projection)
+        return sum(a.nbytes for a in arrays if a is not None)
+
+
+@dataclass
+class Layer:
+    attn_norm: np.ndarray
+    qkv: Matrix
+    o: Matrix
+    ffn_norm: np.ndarray
+    gate_up: Matrix
+    down: Matrix
+
+
+@dataclass
+class Part:
+    """What one rank holds of the model, and the evidence of how it was read."""
+
+    shard: TensorShard
+    layers: list[Layer]
+    embed: np.ndarray | None = None
+    norm: np.ndarray | None = None
+    head: Matrix | None = None
+    shares: dict[str, int] = field(default_factory=dict)
+    bytes_of: dict[str, int] = field(default_factory=dict)
+    copies: dict[tuple[str, int], int] = field(default_factory=dict)
+    maxima: list[tuple[int, str, int, int]] = field(default_factory=list)
+    problem: str = ""
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes that stay resident for the weights."""
+        matrices = [m for a in self.layers for m in (a.qkv, a.o, a.gate_up, a.down)]
+        matrices += [self.head] if self.head else []
+        norms = [n for a in self.layers for n in (a.attn_norm, a.ffn_norm)]
+        plain = [a for a in (*norms, self.embed, self.norm) if a is not None]
+        return sum(m.n_bytes for m in matrices) + sum(a.nbytes for a in plain)
+
+
+def _offset(shape, rows, cols) -> tuple[int, ...]:
+    return tuple(r[0] if r else 0 for r in (rows, cols)[: len(shape)])
+
+
+class Loader:
+    """Reads this rank's slices of a checkpoint; ``load`` is collective over ctx.tensor.
+
+    An error that one tensor rank meets is raised on all of them, never on one alone.
+    """
+
+    def __init__(self, ctx, config, checkpoint, exact_arithmetic, faults):
+        self.ctx, self.config, self.checkpoint = ctx, config, checkpoint
+        self.exact, self.faults = exact_arithmetic, faults
+        self.shard = TensorShard(
+            ctx.place.t,
+            ctx.grid.tp,
+            config.n_heads,
+            config.n_kv_heads,
+            config.intermediate_size,
+            config.vocab_size,
+        )
+        self.part = Part(self.shard, [])
+        self.reads = []
+
+    def load(self, progress) -> Part:
+        ctx, config, part = self.ctx, self.config, self.part
+        vocabulary = self.shard.vocabulary()
+        vocab = (vocabulary.start, vocabulary.stop)
+        if ctx.is_first_stage:
+            with together(ctx.tensor):
+                raw = self._read("model.embed_tokens.weight", "embed_tokens", -1, vocab)
+            part.embed = raw
+        for layer in ctx.layers:
+            part.layers.append(self._layer(layer))
+            if progress:
+                progress(layer)
+        if ctx.is_last_stage:
+            with together(ctx.tensor):
+                part.norm = float32(self._read("model.norm.weight", "norm", -1))
+                if not config.tie_word_embeddings:
+                    raw = self._read("lm_head.weight", "lm_head", -1, vocab)
+                elif not ctx.is_first_stage:
+                    name = "model.embed_tokens.weight"
+                    raw = self._read(name, "lm_head", -1, vocab, share_as=TIED_COPY)
+            part.head = self._matrix("lm_head", -1, [float32(raw)], config.hidden_size)
+        if part.problem:
+            raise UsageError(part.problem)
+        return part
+
+    def _layer(self, layer) -> Layer:
+        config = self.config
+        with together(self.ctx.tensor):
+            norms, qkv, o, gate_up, down = self._read_layer(layer)
+        hidden, attn = config.hidden_size, config.n_heads * config.head_dim
+        return Layer(
+            norms[0],
+            self._matrix("qkv", layer, qkv, hidden),
+            self._matrix("o_proj", layer, o, attn, split=True),
+            norms[1],
+            self._matrix("gate_up", layer, gate_up, hidden),
+            self._matrix("down_proj", layer, down, config.intermediate_size, split=True),
+        )
+
+    def _read_layer(self, layer):
+        """The raw slices of one layer, as float32 pieces."""
+        config, shard, read = self.config, self.shard, self._read
+        prefix = f"model.layers.{layer}."
+        attention, mlp = prefix + "self_attn.", prefix + "mlp."
+        heads = shard.q(config.head_dim)
+        queries = (heads.start, heads.stop)
+        held = shard.kv_heads
+        kv = (held.start * config.head_dim, held.stop * config.head_dim)
+        ffn = (shard.ffn().start, shard.ffn().stop)
+        norms = [
+            read(prefix + "input_layernorm.weight", "input_norm", layer),
+            read(prefix + "post_attention_layernorm.weight", "post_norm", layer),
+        ]
+        qkv = [
+            read(attention + "q_proj.weight", "q_proj", layer, queries),
+            read(attention + "k_proj.weight", "k_proj", layer, kv, kv_heads=held),
+            read(attention + "v_proj.weight", "v_proj", layer, kv, kv_heads=held),
+        ]
+        gate_up = [
+            read(mlp + "gate_proj.weight", "gate_proj", layer, ffn),
+            read(mlp + "up_proj.weight", "up_proj", layer, ffn),
+        ]
+        o = read(attention + "o_proj.weight", "o_proj", layer, None, queries)
+        down = read(mlp + "down_proj.weight", "down_proj", layer, None, ffn)
+        widened = [[float32(raw) for raw in raws] for raws in (norms, qkv, [o], gate_up, [down])]
+        return widened
+
+    def _read(self, name, short, layer, rows=None, cols=None, kv_heads=None, share_as=None):
+        """A slice of a stored tensor, after taking down its share of the tensor's fingerprint."""
+        record = self.checkpoint.tensors[name]
+        ranges = (rows, cols)
+        if self.faults:
+            ranges = self.faults.misread(short, layer, record.shape, ranges)
+        raw = self.checkpoint.read(name, *ranges)
+        if self.faults:
+            raw = self.faults.weights(short, layer, raw)
+        key = share_as or name
+        share = self._share(name, raw, Slab(record.shape, _offset(record.shape, rows, cols)), kv_heads)
+        self.reads.append((key, name, rows, cols, kv_heads, share))
+        self.part.shares[key] = self.part.shares.get(key, 0) ^ share
+        self.part.bytes_of[key] = self.part.bytes_of.get(key, 0) + raw.nbytes
+        return raw
+
+    def _share(self, name, raw, slab, kv_heads) -> int:
+        """The slice's share of the tensor's fingerprint; replicas count for the lowest rank.
+
+        What several tensor ranks hold (norms, shared key/value heads) is kept in ``copies`` too,
+        to be compared by agreement.
+        """
+        tag = Tag(self.ctx.seed, name)
+        if kv_heads is None:
+            share = fingerprint(raw, tag, slab)
+            if len(slab.global_shape) > 1:
+                return share
+            self.part.copies[name, -1] = share
+            return share if self.ctx.place.t == 0 else 0
+        width = self.config.head_dim
+        share = 0
+        for i, head in enumerate(kv_heads):
+            place = Slab(slab.global_shape, (head * width, 0))
+            own = fingerprint(raw[i * width : (i + 1) * width], tag, place)
+            if head in self.shard.owned_kv_heads:
+                share ^= own
+            if len(self.shard.holders(head)) > 1:
+                self.part.copies[name, head] = own
+        return share
+
+    def read_again(self, wanted: str) -> bool:
+        """Whether this rank's slices of a tensor still have the shares that they had at first."""
+        intact = True
+        for key, name, rows, cols, kv_heads, share in self.reads:
+            if key == wanted:
+                shape = self.checkpoint.tensors[name].shape
+                raw = self.checkpoint.read(name, rows, cols)
+                again = self._share(name, raw, Slab(shape, _offset(shape, rows, cols)), kv_heads)
+                intact &= again == share
+        return intact
+
+    def _matrix(self, name, layer, pieces, global_inputs, split=False) -> Matrix:
+        """Scale and round to integers; ``split``: the inputs are spread over the tensor ranks."""
+        values = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        if not self.exact:
+            return Matrix(values)
+        largest = exact.weight_absmax(values)
+        if split and self.ctx.tensor.size > 1:
+            largest = self._global_maxima(name, layer, largest)
+        bits = exact.bits(global_inputs)
+        result = exact.quantize_weights(values, largest, bits)
+        integers, exponents, n_bad, first_bad = result
+        if n_bad:
+            # Not raised here: the other tensor ranks are about to meet in the next reduction.
+            self.part.problem = self.part.problem or (
+                f"{name} of layer {layer} has {n_bad} rows with NaN or Inf, the first is row "
+                f"{first_bad} of rank {self.ctx.rank}'s slice; exact arithmetic needs finite weights"
+            )
+        key = Tag(self.ctx.seed, f"{name} r", layer).key(LINEAR, (values.shape[0],), 8)
+        r = exact.odd_vector(np.uint64(key), values.shape[0])
+        return Matrix(integers, bits, exponents, r, exact.project_weights(integers, r))
+
+    def _global_maxima(self, name, layer, largest):
+        """The rows' maxima over all tensor ranks, by one MPI_MAX, kept with their evidence."""
+        tensor = self.ctx.tensor
+        packed, reduced = np.empty((2, largest.size), np.uint64)
+        pack_maxima(largest, np.uint64(tensor.rank), packed)
+        tensor.Allreduce(packed, reduced, op=MPI.MAX)
+        words = np.zeros(1, np.uint64)
+        rank, size = np.uint64(tensor.rank), np.uint64(tensor.size)
+        bad = unpack_maxima(packed, reduced, largest, rank, size, np.uint64(0), 0, words, 0)
+        self.part.maxima.append((layer, name, int(words[0]), bad))
+        return largest

@@ -1,0 +1,145 @@
+"""What the launcher says of this process before MPI starts, and whether MPI then agrees.
+
+Nothing here imports MPI or numpy at its top: thread limits must be set before numpy is imported,
+and usage errors are said by rank 0 alone, before there is a communicator.
+"""
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from spimpi.errors import UsageError
+
+THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """The launcher's word on this process; a size that it does not tell is None."""
+
+    launcher: str
+    rank: int
+    size: int | None
+    local_rank: int | None
+    local_size: int | None
+
+
+def launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
+    """What the launcher's variables say of this process; None where nothing launched it.
+
+    The innermost launcher wins: mpirun starts its daemons through srun, whose variables the ranks
+    then inherit. In the shell of an sbatch script SLURM_PROCID is 0 although nothing was launched;
+    only srun sets SLURM_STEP_NUM_TASKS.
+    """
+
+    def number(name):
+        text = environ.get(name, "")
+        return int(text) if text.isdigit() else None
+
+    if (rank := number("OMPI_COMM_WORLD_RANK")) is not None:
+        size, local_size = number("OMPI_COMM_WORLD_SIZE"), number("OMPI_COMM_WORLD_LOCAL_SIZE")
+        local_rank = number("OMPI_COMM_WORLD_LOCAL_RANK")
+        return Launch("Open MPI's mpirun", rank, size, local_rank, local_size)
+    pmi_rank, pmi_size = number("PMI_RANK"), number("PMI_SIZE")
+    step, slurm_rank = number("SLURM_STEP_NUM_TASKS"), number("SLURM_PROCID")
+    if step is not None and slurm_rank is not None and pmi_size in (None, step):
+        rank = slurm_rank if pmi_rank is None else pmi_rank
+        local_size = _tasks_on_node(environ, number("SLURM_NODEID"))
+        return Launch("srun", rank, step, number("SLURM_LOCALID"), local_size)
+    if pmi_rank is not None:
+        local_rank, local_size = number("MPI_LOCALRANKID"), number("MPI_LOCALNRANKS")
+        return Launch("MPICH's mpiexec", pmi_rank, pmi_size, local_rank, local_size)
+    if (rank := number("PMIX_RANK")) is not None:
+        return Launch("a PMIx launcher", rank, None, None, None)
+    return None
+
+
+def _tasks_on_node(environ, node: int | None) -> int | None:
+    """SLURM_STEP_TASKS_PER_NODE reads 4(x2),3: two nodes of 4 tasks and one of 3."""
+    text = environ.get("SLURM_STEP_TASKS_PER_NODE", "")
+    counts = []
+    for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+        counts += [int(count)] * int(repeat or 1)
+    return counts[node] if node is not None and node < len(counts) else None
+
+
+def launcher_rank() -> int:
+    """This process's rank as the launcher says, before MPI is initialised; 0 without a launcher."""
+    found = launch()
+    return found.rank if found else 0
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def set_thread_limits() -> dict[str, int]:
+    """Give this rank its share of the node's cores; returns the variables that were set.
+
+    Sets OMP_NUM_THREADS, OPENBLAS_NUM_THREADS and NUMBA_NUM_THREADS to the usable cores over the
+    ranks on this node, at least 1; what the user has set stays. Has an effect only before numpy
+    is imported, for that is when the libraries read them.
+    """
+    found = launch()
+    ranks = 1 if found is None else found.local_size or found.size or usable_cores()
+    share = max(1, usable_cores() // ranks)
+    chosen = {name: share for name in THREAD_VARIABLES if name not in os.environ}
+    os.environ.update({name: str(n) for name, n in chosen.items()})
+    return chosen
+
+
+def check_world(comm, expect_ranks: int | None = None) -> None:
+    """Raise UsageError unless the world has the launcher's size and the expected one.
+
+    With a launcher of another MPI each process is a world of its own, and every one of them would
+    pass. Not collective: it must work where the ranks do not know of each other.
+    """
+    size = comm.Get_size()
+    found = launch()
+    if found and found.size is not None and found.size != size:
+        msg = (
+            f"{found.launcher} started {found.size} ranks, but the MPI world of this process has "
+            f"{size}: mpi4py uses {mpi_library()}, which is not this launcher's MPI. Start with "
+            "that library's own mpirun or mpiexec (its bin folder first on PATH; under Slurm "
+            "`srun --mpi=pmix` for Open MPI, `srun --mpi=pmi2` for MPICH)"
+        )
+        raise UsageError(msg)
+    if expect_ranks is not None and expect_ranks != size:
+        by = f"started by {found.launcher}" if found else "no launcher found: start with mpirun"
+        msg = (
+            f"expected {expect_ranks} ranks (--expect-ranks), found an MPI world of {size} "
+            f"({by}; mpi4py uses {mpi_library()})"
+        )
+        raise UsageError(msg)
+
+
+def mpi_library() -> str:
+    """Name and version of the MPI library that mpi4py uses, in a few words."""
+    from mpi4py import MPI
+
+    lines = MPI.Get_library_version().strip("\0").splitlines()
+    words = [re.sub(r"\s+", " ", line).strip() for line in lines if line.strip()]
+    return words[0].split(", package:")[0] if words else "an MPI without a name"
+
+
+def leader_first(comm, action: Callable):
+    """Run ``action`` on one rank of each node, then on the others; returns its result.
+
+    Collective. For imports that compile kernels: the node's leader compiles, the others load.
+    Where it raises, the job must end: no rank waits for the others on that path.
+    """
+    from mpi4py import MPI
+
+    node = comm.Split_type(MPI.COMM_TYPE_SHARED)
+    if node.rank == 0:
+        result = action()
+        node.Barrier()
+    else:
+        node.Barrier()
+        result = action()
+    node.Free()
+    return result

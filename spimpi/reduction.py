@@ -1,0 +1,187 @@
+"""Fingerprints over a communicator: XOR, sums mod 2^64, agreement, and whole check records.
+
+All functions are collective over the communicator they take. A caller's communicator is never
+used for point-to-point messages here, and never kept.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+
+import numpy as np
+from mpi4py import MPI
+
+from spimpi.errors import SpimpiError, UsageError
+
+ALL_ONES = np.uint64(0xFFFFFFFFFFFFFFFF)
+
+# One check's share of a reduction. xor, total: combined over the contributions; every, none:
+# AND of a result and of its complement (they agree exactly where every == ~none); count: failures
+# found locally; place: the lowest code of a failing place.
+RECORD = np.dtype(
+    [
+        ("xor", "<u8"),
+        ("total", "<u8"),
+        ("every", "<u8"),
+        ("none", "<u8"),
+        ("count", "<u8"),
+        ("place", "<u8"),
+    ]
+)
+
+
+class PendingWords:
+    """A reduction of words under way; ``wait()`` returns the result."""
+
+    def __init__(self, request, result, finish: Callable):
+        self._request, self._result, self._finish = request, result, finish
+
+    def wait(self):
+        self._request.Wait()
+        return self._finish(self._result)
+
+
+def _as_words(fingerprints) -> tuple[np.ndarray, Callable]:
+    """A uint64 buffer of one or many fingerprints, and how to give the result back."""
+    single = isinstance(fingerprints, (int, np.integer))
+    values = [fingerprints] if single else fingerprints
+    words = np.array([int(v) for v in values], dtype=np.uint64)
+    return words, (lambda out: int(out[0])) if single else (lambda out: [int(v) for v in out])
+
+
+def reduce_fingerprints(comm, fingerprints: int | Sequence[int]) -> int | list[int]:
+    """MPI_BXOR of one fingerprint or of a sequence of them (one call). Collective."""
+    words, finish = _as_words(fingerprints)
+    comm.Allreduce(MPI.IN_PLACE, words, op=MPI.BXOR)
+    return finish(words)
+
+
+def ireduce_fingerprints(comm, fingerprints: int | Sequence[int]) -> PendingWords:
+    """As ``reduce_fingerprints``, without waiting. Collective."""
+    words, finish = _as_words(fingerprints)
+    result = np.empty_like(words)
+    return PendingWords(comm.Iallreduce(words, result, op=MPI.BXOR), result, finish)
+
+
+def sum_words(comm, words: int | Sequence[int]) -> int | list[int]:
+    """Sums mod 2^64 of linear fingerprints or counts. Collective."""
+    buffer, finish = _as_words(words)
+    comm.Allreduce(MPI.IN_PLACE, buffer, op=MPI.SUM)
+    return finish(buffer)
+
+
+def isum_words(comm, words: int | Sequence[int]) -> PendingWords:
+    """As ``sum_words``, without waiting. Collective."""
+    buffer, finish = _as_words(words)
+    result = np.empty_like(buffer)
+    return PendingWords(comm.Iallreduce(buffer, result, op=MPI.SUM), result, finish)
+
+
+def agree(comm, fingerprints: int | Sequence[int]) -> bool | list[bool]:
+    """Whether all ranks hold the same word(s): one MPI_BAND of (f, ~f). Collective."""
+    words, finish = _as_words(fingerprints)
+    both = np.concatenate([words, ~words])
+    comm.Allreduce(MPI.IN_PLACE, both, op=MPI.BAND)
+    return finish(both[: words.size] == ~both[words.size :])
+
+
+def dissenters(comm, fingerprint: int) -> list[int]:
+    """Ranks of ``comm`` that differ from the majority; without a majority, all. Collective."""
+    everyone = np.empty(comm.size, np.uint64)
+    comm.Allgather(np.array([fingerprint], np.uint64), everyone)
+    return minority(everyone)
+
+
+def minority(words: np.ndarray) -> list[int]:
+    """Positions that differ from the value that more than half hold; all where none does."""
+    values, counts = np.unique(words, return_counts=True)
+    if values.size <= 1:
+        return []
+    best = int(np.argmax(counts))
+    if 2 * counts[best] <= words.size:
+        return list(range(words.size))
+    return [int(i) for i in np.flatnonzero(words != values[best])]
+
+
+def _merge(incoming, inout, datatype):
+    """Merge two buffers of RECORDs; MPI calls it, in any order and any number of records."""
+    a = np.frombuffer(incoming, np.uint64).reshape(-1, 6)
+    b = np.frombuffer(inout, np.uint64).reshape(-1, 6)
+    b[:, 0] ^= a[:, 0]
+    b[:, 1] += a[:, 1]
+    b[:, 2:4] &= a[:, 2:4]
+    b[:, 4] += a[:, 4]
+    np.minimum(b[:, 5], a[:, 5], out=b[:, 5])
+
+
+class RecordReduction:
+    """The custom MPI_Op that merges RECORDs, with its datatype. Made once, freed by ``free``."""
+
+    def __init__(self):
+        self.op = MPI.Op.Create(_merge, commute=True)
+        self.datatype = MPI.UINT64_T.Create_contiguous(6).Commit()
+
+    def free(self):
+        self.op.Free()
+        self.datatype.Free()
+
+    def start(self, comm, records: np.ndarray, merged: np.ndarray):
+        """Start merging into ``merged``; returns the request. Collective."""
+        n = records.size
+        return comm.Iallreduce(
+            [records, n, self.datatype], [merged, n, self.datatype], op=self.op
+        )
+
+    def merge(self, comm, records: np.ndarray) -> np.ndarray:
+        """The merged records, on every rank. Collective."""
+        merged = np.empty_like(records)
+        self.start(comm, records, merged).Wait()
+        return merged
+
+
+def empty_records(*shape) -> np.ndarray:
+    """RECORDs that change nothing when merged."""
+    records = np.zeros(shape, RECORD)
+    records["every"] = records["none"] = records["place"] = ALL_ONES
+    return records
+
+
+def blocks(buffer: np.ndarray, counts) -> list:
+    """A receive buffer of one block a rank, as mpi4py's v-collectives take it.
+
+    Displacements are spelled out: mpi4py reads a list of two counts as (count, displacement).
+    """
+    displacements = [0, *accumulate(counts)][: len(counts)]
+    return [buffer, (list(counts), displacements)]
+
+
+@contextmanager
+def together(comm):
+    """Run a local block on every rank; an error on one becomes the same error on all. Collective.
+
+    The block must not communicate. Only SpimpiError and OSError are agreed on: anything else is a
+    bug, and ends the job by its traceback.
+    """
+    error = None
+    try:
+        yield
+    except SpimpiError as caught:
+        error = caught
+    except OSError as caught:
+        error = UsageError(str(caught))
+    first = np.array([comm.rank if error is not None else comm.size], np.int64)
+    comm.Allreduce(MPI.IN_PLACE, first, op=MPI.MIN)
+    if first[0] == comm.size:
+        return
+    said = comm.bcast((type(error), str(error)) if comm.rank == first[0] else None, int(first[0]))
+    kind, text = said
+    if first[0] != 0 and comm.size > 1:
+        text += f" (found by rank {first[0]})"
+    raise _same_kind(kind, text)
+
+
+def _same_kind(kind, text):
+    try:
+        return kind(text)
+    except TypeError:
+        return SpimpiError(text)

@@ -1,0 +1,140 @@
+"""What a trace holds: the columns of an event, their enumerations, the table of tensors."""
+
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+
+import numpy as np
+
+SCHEMA_VERSION = 1
+
+
+class Stage(IntEnum):
+    """Which part of the run made the check."""
+
+    FABRIC = 0
+    WEIGHTS = 1
+    COMPUTE = 2
+    TENSOR = 3
+    PIPELINE = 4
+    DATA = 5
+    GOLDEN = 6
+
+
+class Op(IntEnum):
+    """What was checked. CONTENT is a fingerprint compared with one that was known beforehand."""
+
+    ALLGATHER = 0
+    ALLREDUCE_SUM = 1
+    ALLREDUCE_MAX = 2
+    ALLREDUCE_BOR = 3
+    ALLREDUCE_BXOR = 4
+    BROADCAST = 5
+    HANDOFF = 6
+    AGREEMENT = 7
+    MATMUL = 8
+    AT_REST = 9
+    CONTENT = 10
+    NONFINITE = 11
+
+
+class Status(IntEnum):
+    """The outcome of one check."""
+
+    VERIFIED = 0
+    FAILED = 1
+    NOT_ESTABLISHED = 2
+
+
+class Established(IntFlag):
+    """What a check that held has established; the kinds add up."""
+
+    MOVED = 1
+    AGREED = 2
+    COMPUTED = 4
+    EXPECTED = 8
+
+
+EVENT = np.dtype(
+    [
+        ("step", "<i4"),
+        ("microbatch", "<i2"),
+        ("repeat", "<u2"),
+        ("layer", "<i2"),
+        ("stage", "u1"),
+        ("op", "u1"),
+        ("verdict", "u1"),
+        ("established", "u1"),
+        ("tensor", "<u2"),
+        ("nonfinite", "<u2"),
+        ("peer", "<i4"),
+        ("sequence", "<u4"),
+        ("element", "<i8"),
+        ("fingerprint", "<u8"),
+        ("expected", "<u8"),
+        ("bytes", "<u8"),
+        ("t_start", "<f8"),
+        ("t_end", "<f8"),
+    ]
+)
+
+DESCRIPTIONS = {
+    "step": "step of the inference; 0 is the prefill",
+    "microbatch": "microbatch, -1: none",
+    "repeat": "number of the repetition (--repeat), from 0",
+    "layer": "decoder layer, -1: none",
+    "stage": "part of the run that made the check",
+    "op": "what was checked",
+    "verdict": "outcome of the check",
+    "established": "what the check established; the bits add up",
+    "tensor": "row of /tensors",
+    "nonfinite": "NaN and Inf found, at most 65535 counted",
+    "peer": "world rank at the other end, -1: none",
+    "sequence": "sequence number of the hand-off, 0: none",
+    "element": "global linear index of the corrupted element, -1: not located",
+    "fingerprint": "fingerprint found",
+    "expected": "fingerprint expected",
+    "bytes": "bytes that the check covered on this rank",
+    "t_start": "start of the check, seconds since /ranks/started of its rank",
+    "t_end": "end of the check, seconds since /ranks/started of its rank",
+}
+
+ENUMERATIONS = {"stage": Stage, "op": Op, "verdict": Status, "established": Established}
+
+NOTHING = {"microbatch": -1, "layer": -1, "peer": -1, "element": -1}
+
+
+def blank_events(n: int) -> np.ndarray:
+    """``n`` events, shape (n,), EVENT, in which each column says "none"."""
+    events = np.zeros(n, EVENT)
+    for name, value in NOTHING.items():
+        events[name] = value
+    return events
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A row of /tensors: name, global shape (-1: differs from step to step), dtype's name.
+
+    Rows stand in program order (first use), which is how failures are ordered.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+
+    def __post_init__(self):
+        object.__setattr__(self, "shape", tuple(int(n) for n in self.shape))
+
+
+@dataclass(frozen=True)
+class RankInfo:
+    """A row of /ranks: one rank's process and where its events lie."""
+
+    rank: int
+    host: str
+    pid: int
+    device: str
+    started: float  # seconds since the epoch; the zero of t_start and t_end
+    offset: int  # its first row in /events
+    count: int
+    fingerprint: int  # of its rows, see trace/checksum.py

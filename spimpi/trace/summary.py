@@ -1,0 +1,171 @@
+"""What a trace says in short: checks a stage, the failures in program order, the verdict."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from spimpi.trace.schema import EVENT, Established, Op, RankInfo, Stage, Status, TensorInfo
+
+# Within one tensor: what names the rank at fault comes before what sees the consequence.
+_OPS = (
+    Op.NONFINITE, Op.MATMUL, Op.AT_REST, Op.ALLREDUCE_MAX, Op.ALLREDUCE_SUM, Op.ALLREDUCE_BOR,
+    Op.ALLREDUCE_BXOR, Op.ALLGATHER, Op.BROADCAST, Op.AGREEMENT, Op.HANDOFF, Op.CONTENT,
+)  # fmt: skip
+_PHASES = {Stage.FABRIC: 0, Stage.WEIGHTS: 1}
+_INFERENCE = 2
+_AFTER_LAYERS = np.iinfo(np.int32).max
+KEPT = 100_000  # failures held while looking for the first ones
+
+
+@dataclass
+class StageSummary:
+    """One stage over all ranks. ``seconds``: of the rank that spent most in its checks."""
+
+    events: int = 0
+    failed: int = 0
+    not_established: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    established: Established = Established(0)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A check that failed, in words; ``rank`` is the one that recorded it."""
+
+    repeat: int
+    step: int
+    microbatch: int
+    layer: int
+    stage: str
+    op: str
+    tensor: str
+    rank: int
+    host: str
+    peer: int
+    element: int
+    nonfinite: int
+    expected: str
+    found: str
+
+
+@dataclass
+class Summary:
+    stages: dict[Stage, StageSummary] = field(default_factory=dict)
+    failures: list[Failure] = field(default_factory=list)
+    n_failed: int = 0
+    verdict: str = "verified"
+    exit_status: int = 0
+
+    @property
+    def n_events(self) -> int:
+        return sum(stage.events for stage in self.stages.values())
+
+
+def summarise(trace, n_failures: int = 10) -> Summary:
+    """Read a whole trace once, rank by rank; check it, count it, order its failures.
+
+    Ranks whose rows are not intact are left out, and then named in ``trace.problems``.
+    """
+    summary = Summary()
+    failed, ranks, n_kept = [], [], 0
+    first_layered = len(trace.tensors)
+    for info, rows in trace.intact_events():
+        _add(summary, rows)
+        first_layered = min(first_layered, _first_layered(rows))
+        bad = rows[rows["verdict"] == Status.FAILED][: max(KEPT - n_kept, n_failures)]
+        n_kept += len(bad)
+        failed.append(bad)
+        ranks += [info] * len(bad)
+    summary.n_failed = sum(stage.failed for stage in summary.stages.values())
+    events = np.concatenate(failed) if failed else np.zeros(0, EVENT)
+    order = program_order(events, np.array([r.rank for r in ranks], np.int64), first_layered)
+    summary.failures = [_failure(events[i], ranks[i], trace.tensors) for i in order[:n_failures]]
+    summary.verdict, summary.exit_status = _verdict(trace, summary.n_failed)
+    return summary
+
+
+def program_order(events: np.ndarray, ranks: np.ndarray, first_layered: int) -> np.ndarray:
+    """Positions that sort failures in program order.
+
+    Fabric and weights come before the inference, which goes by step, layer and tensor (rows of
+    /tensors stand in program order). A tensor of no layer comes before the layers or after them:
+    ``first_layered`` is the first row of /tensors that has a layer.
+    """
+    phase = np.full(len(events), _INFERENCE)
+    for stage, number in _PHASES.items():
+        phase[events["stage"] == stage] = number
+    layer = events["layer"].astype(np.int64)
+    after = (phase == _INFERENCE) & (layer < 0) & (events["tensor"] >= first_layered)
+    layer[after] = _AFTER_LAYERS
+    op_rank = np.array([_OPS.index(op) for op in Op] + [len(_OPS)])
+    op = op_rank[np.minimum(events["op"], len(Op))]
+    keys = (events["repeat"], phase, events["step"], layer, events["tensor"], op)
+    keys += (events["microbatch"], ranks)
+    return np.lexsort(keys[::-1])
+
+
+def _first_layered(rows: np.ndarray) -> int:
+    inference = ~np.isin(rows["stage"], [int(stage) for stage in _PHASES])
+    layered = rows["tensor"][inference & (rows["layer"] >= 0)]
+    return int(layered.min()) if len(layered) else np.iinfo(np.uint16).max
+
+
+def _add(summary: Summary, rows: np.ndarray) -> None:
+    for number in np.unique(rows["stage"]):
+        chosen = rows[rows["stage"] == number]
+        stage = summary.stages.setdefault(_member(Stage, number), StageSummary())
+        verdict = chosen["verdict"]
+        stage.events += len(chosen)
+        stage.failed += int((verdict == Status.FAILED).sum())
+        stage.not_established += int((verdict == Status.NOT_ESTABLISHED).sum())
+        stage.bytes += int(chosen["bytes"].sum())
+        stage.seconds = max(stage.seconds, _seconds(chosen))
+        held = chosen["established"][verdict == Status.VERIFIED]
+        stage.established |= Established(int(np.bitwise_or.reduce(held))) if len(held) else 0
+
+
+def _seconds(rows: np.ndarray) -> float:
+    """Time covered by the rows of one rank; checks made together share their time."""
+    rows = rows[np.argsort(rows["t_start"], kind="stable")]
+    ends = np.maximum.accumulate(rows["t_end"])
+    starts = rows["t_start"].copy()
+    starts[1:] = np.maximum(starts[1:], ends[:-1])
+    return float(np.maximum(ends - starts, 0).sum())
+
+
+def _verdict(trace, n_failed: int) -> tuple[str, int]:
+    ended = trace.attributes.get("end_state", "verified")
+    if n_failed or ended == "failed":
+        return "failed", 1
+    if not trace.complete or ended != "verified":
+        return "incomplete", 3
+    return "verified", 0
+
+
+def _member(kind, number):
+    """The enumeration's member, or the plain number where a later spimpi has added one."""
+    try:
+        return kind(int(number))
+    except ValueError:
+        return int(number)
+
+
+def name_of(member) -> str:
+    return getattr(member, "name", str(member)).lower().replace("_", " ")
+
+
+def _failure(event, info: RankInfo, tensors: list[TensorInfo]) -> Failure:
+    row = {name: event[name].item() for name in EVENT.names}
+    index = row["tensor"]
+    return Failure(
+        **{k: row[k] for k in ("repeat", "step", "microbatch", "layer", "peer", "element")},
+        nonfinite=row["nonfinite"],
+        stage=name_of(_member(Stage, row["stage"])),
+        op=name_of(_member(Op, row["op"])),
+        tensor=tensors[index].name if index < len(tensors) else f"tensor {index}",
+        rank=info.rank,
+        host=info.host,
+        expected=f"{row['expected']:016x}",
+        found=f"{row['fingerprint']:016x}",
+    )

@@ -1,0 +1,160 @@
+"""From every rank's checks to one verdict: totals, the first failure, what was established."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from mpi4py import MPI
+
+from spimpi.checks.recorder import StageTotals
+from spimpi.checks.verdict import Verdict, Where
+from spimpi.inference.program_order import order_codes
+from spimpi.reduction import ALL_ONES, empty_records
+from spimpi.trace.schema import Established, Op, Stage
+
+HANDED_ON = (Op.HANDOFF,)
+
+
+@dataclass
+class Outcome:
+    """What a run found. The same on every rank, but for ``tokens``, which rank 0 has."""
+
+    verdict: Verdict
+    totals: dict[Stage, StageTotals]
+    seconds: dict[str, float]
+    n_events: int
+    n_failed: int
+    tokens: np.ndarray | None
+    expected_from: str
+    completed_runs: int = 1
+    limits: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def exit_status(self) -> int:
+        if self.n_failed:
+            return 1
+        return 3 if self.verdict.missing else 0
+
+
+def global_totals(ctx, recorder) -> tuple[dict[Stage, StageTotals], int, int]:
+    """Checks, failures, bytes and mean seconds of every stage over all ranks. Collective."""
+    stages = list(Stage)
+    records = empty_records(len(stages) + 1)
+    for record, stage in zip(records, stages):
+        totals = recorder.totals[stage]
+        record["total"], record["count"] = totals.n_bytes, totals.checks
+    records[-1]["count"] = recorder.n_events
+    records[-1]["total"] = sum(t.failed for t in recorder.totals.values())
+    merged = ctx.records.merge(ctx.world, records)
+    failed = np.array([recorder.totals[s].failed for s in stages], np.int64)
+    seconds = np.array([recorder.totals[s].seconds for s in stages])
+    ctx.world.Allreduce(MPI.IN_PLACE, failed, op=MPI.SUM)
+    ctx.world.Allreduce(MPI.IN_PLACE, seconds, op=MPI.SUM)
+    seconds /= ctx.world.size
+    totals = {
+        stage: StageTotals(
+            int(merged[i]["count"]), int(failed[i]), int(merged[i]["total"]), float(seconds[i])
+        )
+        for i, stage in enumerate(stages)
+    }
+    return totals, int(merged[-1]["count"]), int(merged[-1]["total"])
+
+
+def any_failed(ctx, recorder) -> bool:
+    """Whether any rank has a failure so far. Collective."""
+    own = sum(t.failed for t in recorder.totals.values())
+    return bool(ctx.world.allreduce(own, op=MPI.SUM))
+
+
+def first_failure(ctx, recorder, names: list[str]) -> Where | None:
+    """The failure that comes first in program order, on every rank. Collective.
+
+    The lowest code wins by the records' ``place``; the lowest rank that has it tells.
+    """
+    failures = recorder.all_failures()
+    codes = order_codes(failures, names)
+    records = empty_records(1)
+    if codes.size:
+        records["place"] = codes.min()
+    first = ctx.records.merge(ctx.world, records)[0]["place"]
+    if first == ALL_ONES:
+        return None
+    mine = failures[codes == first] if codes.size else failures
+    named = [e for e in mine if e["peer"] >= 0]
+    # A rank that can name the culprit speaks before one that only saw the failure.
+    rank = ctx.world.rank
+    bid = rank if named else rank + ctx.world.size if mine.size else 3 * ctx.world.size
+    bids = ctx.world.allreduce(bid, op=MPI.MIN)
+    speaker = bids % ctx.world.size
+    said = None
+    if rank == speaker:
+        event = named[0] if named else mine[0]
+        said = (event.tobytes(), _note(recorder, event))
+    raw, note = ctx.world.bcast(said, root=speaker)
+    event = np.frombuffer(raw, failures.dtype)[0]
+    return _where(ctx, event, names, speaker, note, _golden_says(ctx, recorder, event))
+
+
+def _note(recorder, event) -> str:
+    return recorder.notes.get(
+        (int(event["step"]), int(event["microbatch"]), int(event["layer"])), ""
+    )
+
+
+def _golden_says(ctx, recorder, event) -> bool | None:
+    """Whether the golden comparison of the same tensor failed; None where there is none.
+
+    The golden fingerprint is taken from the lowest replica, so it decides between two.
+    """
+    answer = None
+    if ctx.rank == 0 and recorder.totals[Stage.GOLDEN].checks:
+        answer = any(
+            f["stage"] == Stage.GOLDEN
+            and all(f[k] == event[k] for k in ("tensor", "layer", "step", "repeat"))
+            for f in recorder.all_failures()
+        )
+    return ctx.world.bcast(answer)
+
+
+def _where(ctx, event, names, speaker, note, golden_failed) -> Where:
+    op = Op(int(event["op"]))
+    peer = int(event["peer"])
+    rank = peer if peer >= 0 and op not in HANDED_ON else None
+    details = [note] if note else []
+    if op == Op.HANDOFF:
+        rank = speaker
+        details.append(f"received from rank {peer} ({ctx.hosts[peer]})")
+    if op == Op.AGREEMENT and rank is None and ctx.tensor.size == 2:
+        pair = _tensor_pair(ctx, speaker)
+        if golden_failed is None:
+            details.append(f"ranks {pair[0]} and {pair[1]} differ, and nothing tells which is right")
+        else:
+            rank = pair[0] if golden_failed else pair[1]
+            details.append("its replica is the one that the golden run confirms")
+    if event["nonfinite"]:
+        details.append(f"{int(event['nonfinite'])} rows with NaN or Inf")
+    if op == Op.CONTENT and rank is None and event["stage"] == Stage.GOLDEN:
+        details.append("every check on the ranks held: the wrong value was consistent")
+    return Where(
+        op.name.lower().replace("_", " "), names[event["tensor"]], int(event["step"]),
+        int(event["layer"]), int(event["microbatch"]), rank,
+        ctx.hosts[rank] if rank is not None else "", speaker,
+        f"{int(event['expected']):016x}", f"{int(event['fingerprint']):016x}",
+        "; ".join(details), int(event["repeat"]),
+    )  # fmt: skip
+
+
+def _tensor_pair(ctx, rank) -> tuple[int, int]:
+    place = ctx.grid.coordinates(rank)
+    return tuple(ctx.grid.rank_of(place.d, place.p, t) for t in range(2))
+
+
+def established(ctx, job, has_golden: bool) -> Established:
+    """What a pass of this run proves."""
+    kinds = Established.MOVED
+    if ctx.tensor.size > 1:
+        kinds |= Established.AGREED
+    if job.exact:
+        kinds |= Established.COMPUTED
+    if has_golden:
+        kinds |= Established.EXPECTED
+    return kinds

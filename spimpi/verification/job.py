@@ -1,0 +1,161 @@
+"""What a run is asked to verify, validated before anything is loaded."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from spimpi.errors import UsageError
+from spimpi.inference import golden as golden_runs
+from spimpi.inference import prompts as prompt_texts
+from spimpi.inference.checkpoint import open_checkpoint
+from spimpi.inference.config import EMBEDDED_MODEL, load_config, published
+from spimpi.topology import grid as grids
+
+DEFAULT_PROMPTS = 8
+DEFAULT_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Request:
+    """The command line's wishes, as typed. ``prompt_ids`` are texts such as "84,104,101"."""
+
+    model: str | None = None
+    config: str | None = None
+    layers: int | None = None
+    topology: str | None = None
+    memory: str | None = None
+    rule: str = "exo"
+    prompts: tuple[str, ...] = ()
+    prompt_ids: tuple[str, ...] = ()
+    tokens: int = DEFAULT_TOKENS
+    seed: int = 1069
+    arith: str = "exact"
+    golden: str | None = None
+    faults: tuple[str, ...] = ()
+    repeat: int = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """A validated request: the open checkpoint, the grid, the prompts as token ids."""
+
+    config: object
+    checkpoint: object
+    directory: Path | None
+    grid: grids.Grid
+    prompts: tuple[np.ndarray, ...]
+    texts: tuple[str, ...] | None
+    n_tokens: int
+    seed: int
+    exact: bool
+    golden: golden_runs.Golden | None
+    golden_wanted: bool
+    faults: tuple
+    repeat: int
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(p) for p in self.prompts]
+
+    @property
+    def workload(self) -> golden_runs.Workload:
+        return golden_runs.Workload.of(
+            self.config, self.checkpoint, self.seed, self.n_tokens, self.prompts
+        )
+
+
+def prepare(request: Request, world_size: int) -> Job:
+    """Validate a request for a world of this size. Local: reads headers and small files only.
+
+    Raises UsageError for everything that can be known to be wrong before loading.
+    """
+    directory, config = _model(request)
+    if request.tokens < 1 or request.repeat < 1:
+        msg = f"--tokens and --repeat must be 1 or more, found {request.tokens}, {request.repeat}"
+        raise UsageError(msg)
+    memory = None
+    if request.memory is not None:
+        from spimpi.topology.exo import parse_memory
+
+        memory = parse_memory(request.memory)
+    grid = grids.parse(
+        request.topology, world_size, config.n_heads, config.n_layers, memory, request.rule
+    )
+    prompts = _prompts(request, config, directory, grid.dp)
+    grids.require_prompts(
+        grid, len(prompts.ids), config.n_heads, asked=request.topology is not None
+    )
+    prompt_texts.check_length(prompts, request.tokens, config)
+    if directory is None:
+        from spimpi.inference.checkpoint_seeded import SeededCheckpoint
+
+        checkpoint = SeededCheckpoint(config, request.seed)
+    else:
+        checkpoint = open_checkpoint(directory, config)
+    faults = _faults(request, grid, config, prompts, checkpoint)
+    texts = tuple(prompts.texts) if prompts.texts else None
+    job = Job(
+        config, checkpoint, directory, grid, tuple(prompts.ids), texts, request.tokens,
+        request.seed, request.arith == "exact", None, request.golden is not None, faults,
+        request.repeat,
+    )  # fmt: skip
+    return _with_golden(job, request)
+
+
+def _model(request):
+    if request.model is not None and request.config is not None:
+        msg = "--model (a directory) and --config (published shapes) exclude each other"
+        raise UsageError(msg)
+    if request.config is not None:
+        return None, published(request.config, request.layers)
+    if request.layers is not None:
+        msg = "--layers goes with --config; a model directory has the layers that it has"
+        raise UsageError(msg)
+    directory = EMBEDDED_MODEL if request.model is None else Path(request.model)
+    return directory, load_config(directory)
+
+
+def _prompts(request, config, directory, dp):
+    if request.prompts and request.prompt_ids:
+        msg = "--prompt and --prompt-ids exclude each other"
+        raise UsageError(msg)
+    if request.prompt_ids:
+        ids = [prompt_texts.parse_ids(text, config.vocab_size) for text in request.prompt_ids]
+        return prompt_texts.Prompts(ids)
+    texts = list(request.prompts) or prompt_texts.built_in(max(DEFAULT_PROMPTS, dp))
+    return prompt_texts.encode(texts, config, directory)
+
+
+def _faults(request, grid, config, prompts, checkpoint):
+    if not request.faults:
+        return ()
+    from spimpi.faults import parse, validate
+
+    lengths = [len(ids) for ids in prompts.ids]
+    faults = tuple(parse(text) for text in request.faults)
+    itemsize = max(record.itemsize for record in checkpoint.tensors.values())
+    for fault in faults:
+        validate(
+            fault, grid, config, lengths, request.tokens,
+            exact=request.arith == "exact", weight_itemsize=itemsize,
+        )  # fmt: skip
+    return faults
+
+
+def _with_golden(job: Job, request: Request) -> Job:
+    """The golden file that was named, or the embedded model's where it fits."""
+    from dataclasses import replace
+
+    if request.golden is not None:
+        if not job.exact:
+            msg = "--golden needs exact arithmetic: --arith blas has no reproducible fingerprints"
+            raise UsageError(msg)
+        golden = golden_runs.read(request.golden)
+        golden_runs.require_same(golden, job.workload)
+        return replace(job, golden=golden)
+    if job.exact and job.directory == EMBEDDED_MODEL and golden_runs.EMBEDDED_GOLDEN.exists():
+        golden = golden_runs.read(golden_runs.EMBEDDED_GOLDEN)
+        if golden_runs.fits(golden, job.workload):
+            return replace(job, golden=golden)
+    return job

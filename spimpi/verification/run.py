@@ -1,0 +1,264 @@
+"""``verify_distributed_inference``: what ``spimpi verify`` runs."""
+
+from dataclasses import replace
+from time import perf_counter
+
+import numpy as np
+from mpi4py import MPI
+
+from spimpi.checks.fabric import check_fabric, tensor_names
+from spimpi.checks.recorder import Recorder
+from spimpi.checks.verdict import Verdict
+from spimpi.context import DistributedContext
+from spimpi.errors import IncompleteError, SpimpiError
+from spimpi.fingerprint import fingerprint
+from spimpi.fingerprint.tag import Tag
+from spimpi.inference import golden as golden_runs
+from spimpi.inference.footprint import rank_bytes, require_memory
+from spimpi.inference.model import Stage
+from spimpi.inference.schedule import expected_events
+from spimpi.inference.tensors import PROGRAM
+from spimpi.inference.weight_check import check_weights, second_read, weight_names
+from spimpi.inference.weights import Loader
+from spimpi.partition import Slab
+from spimpi.reduction import blocks, empty_records, together
+from spimpi.topology.data import rows_of
+from spimpi.topology.grid import choose
+from spimpi.trace.schema import Established, Op
+from spimpi.trace.schema import Stage as Phase
+from spimpi.verification import conclude
+from spimpi.verification.job import Job
+
+GOLDEN_BYTES = 64 << 20  # weights up to this size get a golden run on the fly
+
+
+class Quiet:
+    """A reporter that says nothing."""
+
+    def progress(self, place: str) -> None:
+        pass
+
+
+def trace_tensor_names(job: Job) -> list[str]:
+    """Names in the trace's table of tensors, in program order."""
+    return tensor_names() + weight_names(job.checkpoint, job.config, job.grid) + list(PROGRAM)
+
+
+def verify_distributed_inference(comm, job: Job, reporter=None, watchdog=None, tracer=None):
+    """Fabric, weights, inference, golden comparison, trace, verdict; returns an Outcome.
+
+    ``tracer`` is a Tracer; None writes no trace. Collective over ``comm``: every rank returns the same outcome or raises the same error.
+    """
+    with DistributedContext(comm, job.grid, job.seed, tracer) as ctx:
+        return _Run(ctx, job, reporter or Quiet(), watchdog).whole()
+
+
+def make_golden(job: Job) -> golden_runs.Golden:
+    """The golden run of a job, on this rank alone. Local."""
+    alone = replace(
+        job, grid=choose(1, job.config.n_heads, job.config.n_layers), golden=None, faults=(), repeat=1
+    )
+    with DistributedContext(MPI.COMM_SELF, alone.grid, job.seed) as ctx:
+        run = _Run(ctx, alone, Quiet(), None)
+        with together(ctx.world):
+            require_memory(ctx, run.wanted_bytes())
+        stage = run.stage(run.weights())
+        tokens = stage.run([np.asarray(p, np.int64) for p in job.prompts])
+        where = conclude.first_failure(ctx, run.recorder, run.names)
+        if where is not None:
+            msg = f"the golden run itself failed a check: {where}"
+            raise IncompleteError(msg)
+    return golden_runs.Golden(
+        job.workload, job.config.n_layers, stage.golden.copy(), tokens, "made on one rank"
+    )
+
+
+class _Run:
+    def __init__(self, ctx, job, reporter, watchdog):
+        self.ctx, self.job, self.reporter, self.watchdog = ctx, job, reporter, watchdog
+        self.names = trace_tensor_names(job)
+        index = {name: i for i, name in enumerate(self.names)}
+        self.recorder = Recorder(index, ctx.rank, watch=watchdog)
+        self.seconds: dict[str, float] = {}
+        self.injector = self._injector()
+        self.golden = None
+        self.has_golden = job.exact and (
+            job.golden is not None or job.checkpoint.total_bytes <= GOLDEN_BYTES
+        )
+
+    def whole(self):
+        ctx, job = self.ctx, self.job
+        ctx.hosts, ctx.n_nodes  # noqa: B018  collective on first use, hence here
+        with together(ctx.world):
+            require_memory(ctx, self.wanted_bytes())
+        if ctx.tracer:
+            self._at("opening the trace")
+            with together(ctx.world):
+                if ctx.rank == 0:
+                    ctx.tracer.prepare()
+            with together(ctx.world):
+                self.recorder.journal = ctx.tracer.open(ctx, job, self.names)
+        try:
+            outcome = self._verify()
+        except SpimpiError:
+            if ctx.tracer:
+                ctx.tracer.discard()
+            raise
+        if ctx.tracer:
+            self._at("sealing the trace")
+            ctx.tracer.seal(ctx, outcome)
+        return outcome
+
+    def _verify(self):
+        ctx = self.ctx
+        self._timed("fabric", lambda: check_fabric(ctx, self.recorder, self._at))
+        part = self._timed("weights", self.weights)
+        self._prepare_golden()
+        tokens, runs = self._timed("inference", lambda: self._inference(part))
+        self._at("verdict")
+        return self._conclude(tokens, runs)
+
+    def _at(self, place):
+        if self.watchdog:
+            self.watchdog.at(place)
+        self.reporter.progress(place)
+
+    def _timed(self, name, work):
+        self._at(name)
+        start = perf_counter()
+        result = work()
+        self.seconds[name] = perf_counter() - start
+        return result
+
+    def _injector(self):
+        if not self.job.faults:
+            return None
+        from spimpi.faults.inject import Injector
+
+        return Injector(self.job.faults, self.ctx, self.job.config, self.job.lengths)
+
+    def _own_rows(self):
+        return rows_of(self.job.lengths, self.ctx.grid.dp, self.ctx.place.d)
+
+    def wanted_bytes(self) -> int:
+        ctx, job = self.ctx, self.job
+        rows = self._own_rows()
+        itemsize = max(record.itemsize for record in job.checkpoint.tensors.values())
+        most_rows = -(-rows.size // min(rows.size, ctx.grid.pp))
+        return rank_bytes(
+            ctx, job.config, itemsize, np.unique(rows.sequence).size,
+            max(job.lengths) + job.n_tokens, most_rows,
+        )  # fmt: skip
+
+    def weights(self):
+        """Load this rank's part and check it against the second read."""
+        ctx, job = self.ctx, self.job
+        loader = Loader(ctx, job.config, job.checkpoint, job.exact, self.injector)
+        with together(ctx.world):
+            loader.load(lambda layer: self._at(f"weights of layer {layer}"))
+        self._at("second read of the weights")
+        with together(ctx.world):
+            shares = second_read(ctx, job.checkpoint)
+        check_weights(ctx, job.config, job.checkpoint, loader, shares, self.recorder)
+        return loader.part
+
+    def stage(self, part) -> Stage:
+        job = self.job
+        return Stage(
+            self.ctx, job.config, part, job.lengths, job.n_tokens, job.exact, self.recorder,
+            self.injector,
+        )  # fmt: skip
+
+    def _prepare_golden(self):
+        """Rank 0's golden run: as given, or made now where the model is small. Collective."""
+        if not self.has_golden:
+            return
+        self.golden = self.job.golden
+        if self.golden is None:
+            self._at("golden run on one rank")
+            with together(self.ctx.world):
+                if self.ctx.rank == 0:
+                    self.golden = make_golden(self.job)
+
+    def _inference(self, part):
+        ctx, job = self.ctx, self.job
+        stage = self.stage(part)
+        block = self._own_rows().sequence
+        own = [np.asarray(p, np.int64) for p in job.prompts[block[0] : block[-1] + 1]]
+        for repeat in range(job.repeat):
+
+            def progress(step, repeat=repeat):
+                runs = f", run {repeat + 1} of {job.repeat}" if job.repeat > 1 else ""
+                self._at(f"token {step + 1} of {job.n_tokens}{runs}")
+
+            tokens = self._gather_tokens(stage.run(own, repeat, progress), repeat)
+            self._compare(stage, repeat)
+            if conclude.any_failed(ctx, self.recorder):
+                break
+        return tokens, repeat + 1
+
+    def _gather_tokens(self, tokens, repeat):
+        """Everybody's tokens on the first stage, by a checked allgather over the data ranks."""
+        ctx, job = self.ctx, self.job
+        if not ctx.is_first_stage:
+            return None
+        if ctx.data.size == 1:
+            return tokens
+        start = perf_counter()
+        shape = (len(job.prompts), job.n_tokens)
+        tag = Tag(ctx.seed, "tokens", -1, 0)
+        gathered = np.empty(shape, np.int64)
+        counts = [
+            rows_of(job.lengths, ctx.grid.dp, d, step=1).size * job.n_tokens
+            for d in range(ctx.grid.dp)
+        ]
+        first = int(self._own_rows().sequence[0])
+        share = np.uint64(fingerprint(tokens, tag, Slab(shape, (first, 0))))
+        ctx.data.Allgatherv(np.ascontiguousarray(tokens), blocks(gathered, counts))
+        result = np.uint64(fingerprint(gathered, tag))
+        records = empty_records(1)
+        records["xor"], records["every"], records["none"] = share, result, ~result
+        merged = ctx.records.merge(ctx.data, records)[0]
+        wrong = merged["every"] != ~merged["none"] or merged["xor"] != merged["every"]
+        self.recorder.one(
+            "tokens", Op.ALLGATHER, Phase.DATA, Established.MOVED | Established.AGREED, result,
+            merged["xor"], wrong, t_start=start, repeat=repeat, bytes=gathered.nbytes,
+            step=job.n_tokens - 1,
+        )  # fmt: skip
+        return gathered
+
+    def _compare(self, stage, repeat):
+        """The run's golden table against the golden run's. Collective over the world."""
+        if not self.has_golden:
+            return
+        table = golden_runs.global_table(self.ctx.world, stage.golden)
+        if self.golden is not None and self.ctx.rank == 0:
+            golden_runs.compare(table, self.golden, self.recorder, repeat)
+
+    def _conclude(self, tokens, runs):
+        ctx, job = self.ctx, self.job
+        totals, n_events, n_failed = conclude.global_totals(ctx, self.recorder)
+        where = conclude.first_failure(ctx, self.recorder, self.names) if n_failed else None
+        missing = []
+        if job.golden_wanted and not self.has_golden:
+            missing.append("the golden comparison that was asked for")
+        wanted = ctx.world.allreduce(expected_events(ctx, job, runs, self.has_golden), op=MPI.SUM)
+        if wanted != n_events:
+            missing.append(f"{wanted} checks were due, {n_events} were recorded")
+        idle = self._faults_without_effect()
+        if idle and not n_failed:
+            missing.append(f"injected faults that changed nothing: {', '.join(idle)}")
+        kinds = conclude.established(ctx, job, self.has_golden)
+        verdict = Verdict(not n_failed and not missing, kinds, where, tuple(missing))
+        source = ""
+        if self.has_golden:
+            source = ctx.world.bcast(self.golden.source if ctx.rank == 0 else None)
+        return conclude.Outcome(
+            verdict, totals, self.seconds, n_events, n_failed, tokens, source, runs
+        )
+
+    def _faults_without_effect(self) -> list[str]:
+        if self.injector is None:
+            return []
+        idle = self.ctx.world.allreduce(np.array(self.injector.changed, int), op=MPI.SUM)
+        return [str(f) for f, changed in zip(self.job.faults, idle) if not changed]

@@ -1,0 +1,116 @@
+"""The trace of a verification run: journals while it runs, one sealed file at its end."""
+
+import os
+import time
+from contextlib import suppress
+from pathlib import Path
+
+from spimpi import __version__
+from spimpi.trace.journal import Journal
+from spimpi.trace.schema import TensorInfo
+from spimpi.trace.seal import check_can_write, choose_driver, prepare, seal
+from spimpi.inference.exact import ARITHMETIC
+
+ENDS = {0: "verified", 1: "failed", 3: "incomplete"}
+
+
+def default_path() -> Path:
+    """A name of its own for every run, in the current directory."""
+    return Path(f"spimpi-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.h5")
+
+
+class Tracer:
+    """Where and how a run is traced. Constructing it checks, and writes nothing."""
+
+    def __init__(self, rank: int, path, driver: str, overwrite: bool, command: str):
+        self.path, self.overwrite, self.command = Path(path), overwrite, command
+        self.driver = choose_driver(driver)
+        self.journal = None
+        if rank == 0:
+            check_can_write(self.path, overwrite)
+
+    def prepare(self) -> None:
+        """Make room for the journals. On rank 0, before any rank opens one."""
+        prepare(self.path, self.overwrite)
+
+    def open(self, ctx, job, names) -> Journal:
+        """Open this rank's journal. Local."""
+        header = {
+            "run_id": f"{self.path.stem}",
+            "spimpi": __version__,
+            "command": self.command,
+            "world": ctx.world.size,
+            "topology": job.grid.text(),
+            "layer_sizes": list(job.grid.layer_sizes),
+            "model": job.config.name,
+            "identity": job.checkpoint.identity() if ctx.rank == 0 else "",
+            "seed": job.seed,
+            "arithmetic": ARITHMETIC if job.exact else "float32-blas",
+            "prompts": len(job.prompts),
+            "prompt_tokens": sum(job.lengths),
+            "new_tokens": job.n_tokens,
+            "injected": [str(fault) for fault in job.faults],
+        }
+        folder = f"{self.path}.journal"
+        self.journal = Journal(folder, ctx.rank, header, _tensors(job, names))
+        return self.journal
+
+    def seal(self, ctx, outcome) -> None:
+        """Close the journals and make the trace of them. Collective over ctx.world."""
+        self.journal.close(ENDS[outcome.exit_status])
+        attributes = {
+            "end_state": ENDS[outcome.exit_status],
+            "verdict": str(outcome.verdict),
+            "established": outcome.verdict.kinds,
+            "expected_from": outcome.expected_from,
+            "seconds": outcome.seconds,
+            "runs": outcome.completed_runs,
+        }
+        seal(ctx.world, self.journal, self.path, attributes, self.driver, self.overwrite)
+
+    def discard(self) -> None:
+        """Take this rank's journal away: the run was refused before it began."""
+        if self.journal is None:
+            return
+        with suppress(OSError):
+            self.journal.close("error")
+            self.journal.path.unlink()
+            self.journal.path.parent.rmdir()
+
+
+def _tensors(job, names) -> list[TensorInfo]:
+    """The table of tensors; -1 stands for the rows of a step."""
+    config, records = job.config, job.checkpoint.tensors
+    hidden, d = config.hidden_size, config.head_dim
+    n_prompts = len(job.prompts)
+    attn = config.n_heads * d
+    activations = {
+        "embed": ((-1, hidden), "float32"),
+        "qkv": ((-1, attn + 2 * config.n_kv_heads * d), "float32"),
+        "scores": ((-1, config.n_heads, -1), "float64"),
+        "attn": ((-1, attn), "float32"),
+        "attn_max": ((-1,), "uint32"),
+        "attn_out": ((-1, hidden), "int64"),
+        "resid": ((-1, hidden), "float32"),
+        "gate_up": ((-1, 2 * config.intermediate_size), "float32"),
+        "ffn": ((-1, config.intermediate_size), "float32"),
+        "ffn_max": ((-1,), "uint32"),
+        "ffn_out": ((-1, hidden), "int64"),
+        "hidden": ((-1, hidden), "float32"),
+        "logits": ((n_prompts, config.vocab_size), "float32"),
+        "tokens": ((n_prompts,), "int64"),
+    }
+    infos = []
+    for name in names:
+        record = records.get(name.split(" ")[0])
+        if name in activations:
+            shape, dtype = activations[name]
+        elif record is not None:
+            shape, dtype = record.shape, record.dtype
+        elif name.startswith("lm_head"):
+            record = records["model.embed_tokens.weight"]
+            shape, dtype = record.shape, record.dtype
+        else:
+            shape, dtype = (-1,), "uint64"
+        infos.append(TensorInfo(name, shape, dtype))
+    return infos

@@ -1,0 +1,137 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+from reference_models import greedy, tiny_config
+
+from spimpi.errors import MissingDependency, UsageError
+from spimpi.inference.config import EMBEDDED_MODEL, load_config, published
+from spimpi.inference.prompts import Prompts, built_in, check_length, decode, encode, parse_ids
+
+
+@pytest.fixture
+def words(tmp_path):
+    """A directory with a tokenizer of three words that puts an id of its own in front."""
+    tokenizers = pytest.importorskip("tokenizers", reason="the package that reads tokenizer.json")
+    vocabulary = {"<start>": 0, "the": 1, "file": 2, "?": 3}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<start> $A", special_tokens=[("<start>", 0)]
+    )
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return tmp_path
+
+
+def test_built_in_prompts_are_short_and_of_different_lengths():
+    texts = built_in(8)
+    assert len(set(map(len, texts))) == 8
+    assert all(1 <= len(text.encode()) <= 24 for text in built_in(200))
+
+
+def test_built_in_prompts_begin_with_those_of_the_embedded_model():
+    known = json.loads((EMBEDDED_MODEL / "greedy.json").read_text())
+    assert built_in(3) == list(known)
+
+
+def test_more_prompts_begin_with_fewer_and_never_repeat():
+    many = built_in(200)
+    assert len(many) == len(set(many)) == 200
+    assert all(built_in(n) == many[:n] for n in (0, 1, 3, 8, 9, 64))
+
+
+def test_the_embedded_model_takes_bytes():
+    config = load_config(EMBEDDED_MODEL)
+    prompts = encode(["The ", "é"], config, EMBEDDED_MODEL)
+    assert [ids.tolist() for ids in prompts.ids] == [[84, 104, 101, 32], [0xC3, 0xA9]]
+    assert all(ids.dtype == np.int64 for ids in prompts.ids)
+    assert prompts.texts == ["The ", "é"]
+
+
+def test_seeded_models_take_bytes_too():
+    prompts = encode(["The "], published("llama-3.2-1b"))
+    assert prompts.ids[0].tolist() == [84, 104, 101, 32]
+
+
+def test_a_tokenizer_makes_the_ids_where_there_is_one(words):
+    config = tiny_config(vocab_size=256)
+    assert encode(["the file the"], config, words).ids[0].tolist() == [0, 1, 2, 1]
+    assert decode([1, 2], config, words) == "the file"
+
+
+def test_an_id_of_the_tokenizer_outside_the_vocabulary_is_refused(words):
+    with pytest.raises(UsageError, match="prompt id 2 is not in the vocabulary: expected 0 to 1"):
+        encode(["the file"], tiny_config(vocab_size=2), words)
+
+
+def test_a_broken_tokenizer_is_named(tmp_path):
+    pytest.importorskip("tokenizers", reason="the package that reads tokenizer.json")
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UsageError, match=r"tokenizer\.json cannot be read"):
+        encode(["the"], tiny_config(), tmp_path)
+
+
+def test_without_the_package_the_message_says_what_to_install(words, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)  # as if it were not installed
+    with pytest.raises(MissingDependency, match="pip install tokenizers") as caught:
+        encode(["the"], tiny_config(), words)
+    assert caught.value.exit_status == 2
+
+
+def test_text_without_a_tokenizer_is_refused_with_the_way_out(tmp_path):
+    with pytest.raises(UsageError, match="no tokenizer.json.*32000 ids.*--prompt-ids"):
+        encode(["the"], tiny_config(vocab_size=32000), tmp_path)
+
+
+def test_an_empty_prompt_is_refused():
+    with pytest.raises(UsageError, match="prompt 1 is empty"):
+        encode(["a", ""], tiny_config(vocab_size=256))
+    with pytest.raises(UsageError, match="empty"):
+        parse_ids(" ", 256)
+
+
+def test_ids_are_parsed():
+    found = parse_ids("84, 104,101", 256)
+    assert found.tolist() == [84, 104, 101] and found.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("84,x", "found 'x'"),
+        ("84,,3", "found ''"),
+        ("8.5", "found '8.5'"),
+        ("84,256", "256 is not in the vocabulary: expected 0 to 255"),
+        ("-1", "-1 is not in the vocabulary"),
+    ],
+)
+def test_wrong_ids_are_named(text, message):
+    with pytest.raises(UsageError, match=message):
+        parse_ids(text, 256)
+
+
+def test_bytes_decode_to_text_whatever_they_are(tmp_path):
+    config = load_config(EMBEDDED_MODEL)
+    assert decode([84, 104, 101], config, EMBEDDED_MODEL) == "The"
+    assert decode([84, 255], config, EMBEDDED_MODEL) == "T\ufffd"
+
+
+def test_ids_that_are_no_bytes_have_no_text(tmp_path):
+    assert decode([84, 300], published("llama-3.2-1b")) is None
+    assert decode([84], tiny_config(vocab_size=32000), tmp_path) is None
+
+
+def test_prompts_that_do_not_fit_the_model_are_refused_with_the_numbers():
+    config = tiny_config(max_position_embeddings=10)
+    prompts = Prompts([np.arange(3), np.arange(6)])
+    check_length(prompts, 4, config)
+    with pytest.raises(UsageError, match="prompt 1 has 6 tokens, with 5 more.*11.*at most 10"):
+        check_length(prompts, 5, config)
+
+
+def test_transformers_continues_the_embedded_model_as_its_greedy_file_says():
+    pytest.importorskip("torch", reason="torch is the reference")
+    known = json.loads((EMBEDDED_MODEL / "greedy.json").read_text())
+    text, continuation = next(iter(known.items()))
+    assert greedy(EMBEDDED_MODEL, text.encode(), 8) == continuation[:8]

@@ -1,0 +1,83 @@
+"""What the launchers' variables mean, as the launchers were seen to set them."""
+
+import pytest
+
+from spimpi import launch as module
+from spimpi.errors import UsageError
+from spimpi.launch import Launch, check_world, launch, set_thread_limits
+
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_SIZE": "5",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "3",
+    "OMPI_COMM_WORLD_RANK": "4",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
+HYDRA = {"PMI_SIZE": "3", "PMI_RANK": "2", "MPI_LOCALRANKID": "2", "MPI_LOCALNRANKS": "3"}
+SRUN = {
+    "SLURM_STEP_NUM_TASKS": "11",
+    "SLURM_PROCID": "9",
+    "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "2",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2),3",
+    "SLURM_NTASKS": "11",
+}
+SBATCH_SHELL = {"SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"}
+
+
+class World:
+    """A communicator is asked for nothing but its size here."""
+
+    def __init__(self, size):
+        self.size = size
+
+    def Get_size(self):
+        return self.size
+
+
+def test_mpirun_of_open_mpi_tells_rank_and_sizes():
+    assert launch(OPEN_MPI) == Launch("Open MPI's mpirun", 4, 5, 1, 3)
+
+
+def test_mpiexec_of_mpich_tells_rank_and_sizes():
+    assert launch(HYDRA) == Launch("MPICH's mpiexec", 2, 3, 2, 3)
+
+
+def test_srun_tells_how_many_tasks_share_the_node():
+    assert launch(SRUN) == Launch("srun", 9, 11, 1, 3)
+
+
+def test_srun_with_pmi_is_srun_still():
+    assert launch(SRUN | {"PMI_RANK": "9", "PMI_SIZE": "11"}) == Launch("srun", 9, 11, 1, 3)
+
+
+def test_the_shell_of_a_batch_script_was_not_launched():
+    assert launch(SBATCH_SHELL) is None
+
+
+def test_mpirun_inside_an_srun_step_is_what_counts():
+    step = SRUN | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1"}
+    assert launch(step | OPEN_MPI).size == 5
+    assert launch(step | HYDRA) == Launch("MPICH's mpiexec", 2, 3, 2, 3)
+
+
+def test_threads_are_the_ranks_share_of_the_node_and_the_users_choice_stays(monkeypatch):
+    environ = OPEN_MPI | {"OMP_NUM_THREADS": "7"}
+    monkeypatch.setattr(module, "usable_cores", lambda: 6)
+    monkeypatch.setattr(module, "launch", lambda: launch(environ))
+    monkeypatch.setattr(module.os, "environ", environ)
+    assert set_thread_limits() == {"OPENBLAS_NUM_THREADS": 2, "NUMBA_NUM_THREADS": 2}
+    assert environ["OMP_NUM_THREADS"] == "7"
+
+
+def test_a_launcher_of_another_mpi_is_refused(monkeypatch):
+    monkeypatch.setattr(module, "launch", lambda: launch(HYDRA))
+    check_world(World(3))
+    with pytest.raises(UsageError, match="MPICH's mpiexec started 3 ranks.* has 1"):
+        check_world(World(1))
+
+
+def test_fewer_ranks_than_expected_are_refused_even_without_a_launcher(monkeypatch):
+    monkeypatch.setattr(module, "launch", lambda: None)
+    check_world(World(1))
+    with pytest.raises(UsageError, match="expected 4 ranks.*found an MPI world of 1"):
+        check_world(World(1), expect_ranks=4)

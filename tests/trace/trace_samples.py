@@ -1,0 +1,80 @@
+"""Events and traces to test with."""
+
+import numpy as np
+import pytest
+
+from spimpi.trace.journal import Journal
+from spimpi.trace.schema import EVENT, Op, Stage, Status, TensorInfo, blank_events
+from spimpi.trace.seal import journal_folder, prepare, seal
+
+TENSORS = [
+    TensorInfo("embed", (-1, 64), "float32"),
+    TensorInfo("hidden", (-1, 64), "float32"),
+    TensorInfo("logits", (2, 259), "float32"),
+]
+
+
+def some_events(n: int, seed: int = 0) -> np.ndarray:
+    """``n`` events with something in every column, no failure among them."""
+    rng = np.random.default_rng(seed)
+    events = blank_events(n)
+    events["step"] = np.arange(n) // 8
+    events["layer"] = np.arange(n) % 8 - 1
+    events["microbatch"] = rng.integers(-1, 4, n)
+    events["stage"] = rng.integers(0, len(Stage), n)
+    events["op"] = rng.integers(0, len(Op), n)
+    events["established"] = rng.integers(0, 16, n)
+    events["tensor"] = rng.integers(0, len(TENSORS), n)
+    events["peer"] = rng.integers(-1, 4, n)
+    events["sequence"] = rng.integers(0, 1000, n)
+    events["fingerprint"] = rng.integers(0, 2**64, n, dtype=np.uint64)
+    events["expected"] = events["fingerprint"]
+    events["bytes"] = rng.integers(0, 8 << 20, n)
+    events["t_start"] = np.sort(rng.random(n))
+    events["t_end"] = events["t_start"] + 1e-3
+    return events
+
+
+def failing(events: np.ndarray, row: int, **columns) -> np.ndarray:
+    """The events with one more failure, at ``row``."""
+    events = events.copy()
+    events["verdict"][row] = Status.FAILED
+    events["expected"][row] = events["fingerprint"][row] ^ np.uint64(1)
+    for name, value in columns.items():
+        events[name][row] = value
+    return events
+
+
+def header(world: int, **more) -> dict:
+    return {"run_id": "run-1", "world": world, "model": "tiny", "topology": {"tp": 2}, **more}
+
+
+def write_journal(comm, path, events, end_state="verified", **more) -> Journal:
+    """Each rank's journal of the trace ``path``. Collective."""
+    if comm.rank == 0 and not journal_folder(path).exists():
+        prepare(path, overwrite=True)
+    comm.Barrier()
+    journal = Journal(journal_folder(path), comm.rank, header(comm.size, **more), TENSORS)
+    for start in range(0, len(events), 20):
+        journal.append(events[start : start + 20])
+    journal.close(end_state)
+    return journal
+
+
+def write_trace(comm, path, events, driver="parts", end_state="verified", **options) -> None:
+    """A sealed trace. Collective."""
+    journal = write_journal(comm, path, events, end_state)
+    seal(comm, journal, path, {"end_state": end_state}, driver, **options)
+
+
+def same(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.dtype == b.dtype == EVENT and a.tobytes() == b.tobytes()
+
+
+def skip_without_mpio() -> None:
+    from mpi4py import MPI  # noqa: F401  before h5py
+
+    import h5py
+
+    if not h5py.get_config().mpi:
+        pytest.skip("this h5py is serial: the mpio driver needs one built with MPI")
