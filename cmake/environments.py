@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -109,7 +110,8 @@ def _create(folder: Path) -> None:
     same_python = _read(stamp).get("python") == sys.version
     if not same_python or not system_mpi.run_quietly(str(_python(folder)), "-m", "pip", "-V"):
         _require_venv()
-        folder.mkdir(exist_ok=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
         # Marks the folder as ours, so that an interrupted run can be repeated.
         stamp.write_text("{}")
         _run([sys.executable, "-m", "venv", str(folder)])

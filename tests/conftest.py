@@ -67,7 +67,7 @@ def comm(request):
 
 @pytest.fixture(scope="session")
 def run_ranks():
-    """``run_ranks(n, *command, timeout=120, env=None)`` runs a command on n ranks, from a serial test.
+    """``run_ranks(n, *command, timeout=120, env=None)``: a command on n ranks, from a serial test.
 
     A command that starts with "spimpi" or a Python file runs with this Python. Returns the
     CompletedProcess: returncode, stdout, stderr as text. More ranks than cores and root need Open

@@ -30,7 +30,7 @@ def measure(comm) -> dict:
     prompt = [np.arange(PROMPT, dtype=np.int64) % CONFIG.vocab_size]
     kinds = {"exact": (True, False), "checked": (True, True), "blas": (False, False)}
     with DistributedContext(comm, grid) as ctx:
-        parts = {e: Loader(ctx, CONFIG, checkpoint, e).load(None) for e in (True, False)}
+        parts = {e: Loader(ctx, CONFIG, checkpoint, e).load() for e in (True, False)}
         stages = {}
         for name, (exact, checked) in kinds.items():
             index = {tensor: i for i, tensor in enumerate(PROGRAM)}

@@ -5,9 +5,10 @@ from time import perf_counter
 
 import numpy as np
 
-from spimpi.trace.schema import EVENT, Stage, Status
+from spimpi.trace.schema import EVENT, Op, Stage, Status
 
 KEPT_FAILURES = 1000
+LOCAL = (Op.MATMUL, Op.AT_REST, Op.NONFINITE)  # a failure of these is the recording rank's own
 
 
 @dataclass
@@ -55,23 +56,20 @@ class Recorder:
     def one(
         self, tensor, op, stage, established, fingerprint, expected, failed,
         *, t_start, step=0, microbatch=0, layer=-1, bytes=0, sequence=0, repeat=0, peer=-1,
-        nonfinite=0, element=-1, unknown=False,
+        nonfinite=0, element=-1,
     ) -> None:  # fmt: skip
-        """Take one event; it ends now. ``unknown``: the check could not be made."""
-        event = np.zeros(1, EVENT)
+        """Take one event; it ends now."""
         now = perf_counter()
-        row = event[0]
-        row["step"], row["microbatch"], row["layer"], row["repeat"] = step, microbatch, layer, repeat
-        row["stage"], row["op"], row["established"] = stage, op, established
-        row["tensor"] = self.tensor_index[tensor]
-        row["verdict"] = Status.FAILED if failed else Status.VERIFIED
-        if unknown:
-            row["verdict"], row["established"] = Status.NOT_ESTABLISHED, 0
-        row["peer"] = self.rank if failed and peer < 0 and op_is_local(op) else peer
-        row["nonfinite"], row["sequence"], row["element"] = nonfinite, sequence, element
-        row["fingerprint"], row["expected"], row["bytes"] = fingerprint, expected, bytes
-        row["t_start"], row["t_end"] = t_start - self.origin, now - self.origin
-        self._take(event)
+        status = Status.FAILED if failed else Status.VERIFIED
+        if failed and peer < 0 and op in LOCAL:
+            peer = self.rank
+        # In the order of EVENT's fields: one assignment, because this is on the decoding path.
+        values = (
+            step, microbatch, repeat, layer, stage, op, status, established,
+            self.tensor_index[tensor], min(int(nonfinite), 0xFFFF), peer, sequence, element,
+            fingerprint, expected, bytes, t_start - self.origin, now - self.origin,
+        )  # fmt: skip
+        self._take(np.array([values], EVENT))
         totals = self.totals[stage]
         totals.checks += 1
         totals.n_bytes += int(bytes)
@@ -96,10 +94,3 @@ class Recorder:
 
     def all_failures(self) -> np.ndarray:
         return np.concatenate(self.failures) if self.failures else np.zeros(0, EVENT)
-
-
-def op_is_local(op) -> bool:
-    """Whether a failure of this check is the recording rank's own."""
-    from spimpi.trace.schema import Op
-
-    return op in (Op.MATMUL, Op.AT_REST, Op.NONFINITE)

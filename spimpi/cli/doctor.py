@@ -40,9 +40,12 @@ def add_arguments(parser):
     )
 
 
-@subcommand("doctor", "what this environment can do; whether all ranks compute alike", add_arguments)
+HELP = "what this environment can do, and whether all ranks compute alike"
+
+
+@subcommand("doctor", HELP, add_arguments)
 def run(args) -> int:
-    """Collective over the world. 0: fit; 1: ranks compute differently; 2: the environment is not fit."""
+    """Collective over the world. 0: fit; 1: ranks compute differently; 2: unfit environment."""
     set_thread_limits()
     comm = _world()
     check_world(comm, args.expect_ranks)
@@ -74,7 +77,10 @@ def _world():
 
 
 def rank_facts(comm) -> dict:
-    """What this rank finds about itself, as plain values. Collective: kernels compile once a node."""
+    """What this rank finds about itself, as plain values.
+
+    Collective: the kernels are compiled once a node.
+    """
     from mpi4py import MPI
 
     found = launch()
@@ -232,11 +238,11 @@ def report_lines(facts, status, problems, notes) -> list[str]:
     more = f", and {len(hosts) - 4} more" if len(hosts) > 4 else ""
     packages = ", ".join(f"{name} {version}" for name, version in first["packages"].items())
     memory = min((rank["memory"] for rank in facts if rank["memory"]), default=None)
-    cpus = " / ".join(f"{cpu} ({n} ranks)" for cpu, n in Counter(r["cpu"] for r in facts).items())
+    cpus = " / ".join(f"{cpu} ({n} rank(s))" for cpu, n in Counter(r["cpu"] for r in facts).items())
     rows = [
         ("packages", f"Python {first['python']}, {packages}"),
         ("MPI", f"{first['mpi']}, started by {first['launcher'] or 'no launcher'}"),
-        ("ranks", f"{len(facts)} on {len(hosts)} nodes ({most}{more})"),
+        ("ranks", f"{len(facts)} on {len(hosts)} node(s): {most}{more}"),
         ("processor", cpus),
         ("threads", _thread_line(first)),
         ("memory", "unknown" if memory is None else f"{memory / 2**30:.1f} GiB free a node"),
@@ -276,4 +282,4 @@ def _computing_line(facts, status) -> str:
         return "differs between ranks, or denormals are flushed: see below"
     if any(rank["digest"] is None for rank in facts):
         return "not established: the kernels cannot be imported on every rank"
-    return f"alike on {len(facts)} ranks, denormals kept (digest {facts[0]['digest']})"
+    return f"alike on {len(facts)} rank(s), denormals kept (digest {facts[0]['digest']})"

@@ -3,7 +3,6 @@
 import json
 import sys
 import time
-from contextlib import suppress
 from dataclasses import asdict
 
 from spimpi.cli.registry import subcommand
@@ -30,7 +29,8 @@ def add_arguments(parser):
         description=f"Print {text}. Exit status: 0 verified and intact; 1 a check failed; "
         "3 the run did not end, or rows are missing or altered; 2 not a trace.",
     )
-    show.add_argument("file", metavar="FILE", help="the trace; of a killed run its journals are read")
+    text = "the trace; of a killed run its journals are read"
+    show.add_argument("file", metavar="FILE", help=text)
     show.add_argument("--json", action="store_true", help="print it as JSON")
     show.add_argument(
         "--failures", type=int, default=10, metavar="N", help="failures to print (default 10)"
@@ -47,7 +47,6 @@ def run_show(args) -> int:
     if args.failures < 0:
         msg = f"--failures must not be negative, found {args.failures}"
         raise UsageError(msg)
-    _stay_serial()
     from spimpi.trace.reader import open as open_trace
     from spimpi.trace.summary import summarise
 
@@ -58,15 +57,6 @@ def run_show(args) -> int:
         else:
             _print(trace, summary)
     return summary.exit_status
-
-
-def _stay_serial() -> None:
-    """Keep an h5py that is built with MPI from starting it: a login node may not let it."""
-    if "mpi4py.MPI" not in sys.modules:
-        with suppress(ImportError):
-            import mpi4py
-
-            mpi4py.rc.initialize = False
 
 
 def as_json(trace, summary) -> dict:
@@ -152,22 +142,13 @@ def _print_failures(out, summary) -> None:
         "in program order",
         "bold red",
     )
-    columns = ("step", "layer", "tensor", "check", "rank", "host", "expected", "found", "note")
-    rows = [
-        (
-            f"{f.step}" + (f" (run {f.repeat})" if f.repeat else ""),
-            f"{f.layer}" if f.layer >= 0 else "none",
-            f.tensor,
-            f.op,
-            str(f.rank),
-            f.host,
-            f.expected,
-            f.found,
-            _note(f),
+    for number, f in enumerate(summary.failures, 1):
+        layer = f"layer {f.layer}, " if f.layer >= 0 else ""
+        run = f" of run {f.repeat}" if f.repeat else ""
+        out.line(
+            f"{number:3}. step {f.step}{run}, {layer}{f.tensor}: {f.op} on rank {f.rank} "
+            f"({f.host}), expected {f.expected}, found {f.found}{_note(f)}"
         )
-        for f in summary.failures
-    ]
-    out.table(columns, rows)
 
 
 def _note(failure) -> str:
@@ -180,7 +161,7 @@ def _note(failure) -> str:
         notes.append(f"element {failure.element}")
     if failure.nonfinite:
         notes.append(f"{failure.nonfinite} NaN or Inf")
-    return ", ".join(notes)
+    return "".join(f", {note}" for note in notes)
 
 
 def _verdict_line(summary) -> tuple[str, str]:

@@ -78,6 +78,7 @@ def linear_fingerprint_counted(
     """
     cpu = _cpu(threads)
     arrays.check_array(q)
+    arrays.check_where(where)
     if q.dtype.kind not in "biuf":
         msg = f"a linear fingerprint is of integers or floats, found dtype {q.dtype}"
         raise UsageError(msg)
@@ -138,6 +139,7 @@ def colour_field_fingerprint(
     in bytes. Over the whole tensor this is the expected fingerprint.
     """
     cpu = _cpu(threads)
+    arrays.check_where(where)
     walk = arrays.plan_field(_checked_shape(shape), _checked_itemsize(itemsize), where)
     return cpu.xor_colours(walk, tag.key(COLOUR, walk.global_shape, walk.wordsize), threads)
 

@@ -89,11 +89,14 @@ def slab_of(shape, where) -> Slab:
         return whole(shape)
     if isinstance(where, TensorPartition):
         return where.slab(shape)
-    if not isinstance(where, Slab):
-        msg = f"where must be None, a TensorPartition or a Slab, found {type(where).__name__}"
-        raise UsageError(msg)
     where.check_holds(shape)
     return where
+
+
+def check_where(where) -> None:
+    if where is not None and not isinstance(where, (TensorPartition, Slab)):
+        msg = f"where must be None, a TensorPartition or a Slab, found {type(where).__name__}"
+        raise UsageError(msg)
 
 
 def check_array(x) -> None:
@@ -113,12 +116,9 @@ def walk_of(x, where) -> tuple[np.ndarray, Walk]:
     records): then it is a copy.
     """
     check_array(x)
+    check_where(where)
     x = np.asanyarray(x)
-    try:
-        walk = plan(x.dtype, x.shape, x.strides, where)
-    except TypeError as unhashable:  # only a foreign ``where`` can be
-        msg = f"where must be None, a TensorPartition or a Slab, found {type(where).__name__}"
-        raise UsageError(msg) from unhashable
+    walk = plan(x.dtype, x.shape, x.strides, where)
     if walk is None or not x.flags.aligned:
         x = np.array(x, order="C", copy=True, subok=False)
         walk = plan(x.dtype, x.shape, x.strides, where)

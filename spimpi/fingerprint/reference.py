@@ -1,4 +1,4 @@
-"""The fingerprint algebra in plain Python integers: slow, readable, and the oracle for every kernel.
+"""The fingerprint algebra in plain Python integers: slow, readable, the oracle for every kernel.
 
 Nothing here knows numpy. Elements come as (index, bits) or (index, value) pairs of plain ints,
 where ``index`` counts the GLOBAL tensor in row-major order from 0; formulas: docs/fingerprint.md.

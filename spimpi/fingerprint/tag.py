@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import index
 
 from spimpi.errors import UsageError
 
@@ -38,12 +39,15 @@ class Tag:
     step: int = 0
 
     def __post_init__(self):
+        # numpy's integers would wrap, or refuse to, in the key's 64-bit arithmetic
+        for field in ("seed", "layer", "step"):
+            object.__setattr__(self, field, index(getattr(self, field)))
         if not 0 <= self.seed <= MASK:
             msg = f"a seed is an unsigned 64-bit number, found {self.seed}"
             raise UsageError(msg)
 
     def key(self, domain: int, shape, itemsize: int) -> int:
-        """The key of the tensor's stream in a domain, for its GLOBAL shape and item size (bytes)."""
+        """Key of the tensor's stream in a domain, for its GLOBAL shape and item size (bytes)."""
         return _stream_key(self, domain, tuple(shape), itemsize)
 
 
@@ -52,7 +56,7 @@ def _stream_key(tag: Tag, domain: int, shape: tuple[int, ...], itemsize: int) ->
     name = tag.name.encode()
     words = [VERSION, domain, len(name)]
     words += [int.from_bytes(name[i : i + 8], "little") for i in range(0, len(name), 8)]
-    words += [tag.layer, tag.step, itemsize, len(shape), *shape]
+    words += [tag.layer, tag.step, *map(int, (itemsize, len(shape), *shape))]
     key = mix((tag.seed + GOLDEN) & MASK)
     for word in words:
         key = absorb(key, word)

@@ -10,7 +10,6 @@ import numpy as np
 
 from spimpi.fingerprint.words import GOLDEN, ONE, close, element, linear_weight, mix, mix_open
 from spimpi.inference.elementary import exp, sincos
-from spimpi.inference.tensors import ATTN, FFN, HIDDEN, QKV, RESID
 from spimpi.jit import inlined, kernel
 
 
@@ -176,25 +175,3 @@ def stream_keys(prefixes, layers, step, shapes, keys):
             for j in range(2 + shapes[n, 1]):
                 key = _absorb(key, np.uint64(shapes[n, j]))
             keys[i, n] = key
-
-
-@kernel(
-    "void(u4[:,::1], u4[:,::1], u4[:,::1], u4[:,::1], u4[:,::1],"
-    " u8[::1], u8[::1], i8[::1], i8, i8[:,::1], u8[::1])"
-)
-def fingerprint_layer(x, qkv, attn, resid, ffn, input_keys, keys, places, first_row, segments, out):
-    """Fingerprint again, in one call, all that a layer's tensors should still hold.
-
-    ``places`` = (columns of attn, its first column here, columns of ffn, its first column here,
-    columns of qkv), columns being those of the global tensor.
-    ``out`` receives input, qkv (all segments), attn, resid, ffn.
-    """
-    width = x.shape[1]
-    out[0] = block_words(x, input_keys[HIDDEN], first_row, 0, width)
-    share = np.uint64(0)
-    for s in range(segments.shape[0]):
-        share ^= _segment_words(qkv, keys[QKV], first_row, segments[s], places[4])
-    out[1] = share
-    out[2] = block_words(attn, keys[ATTN], first_row, places[1], places[0])
-    out[3] = block_words(resid, keys[RESID], first_row, 0, width)
-    out[4] = block_words(ffn, keys[FFN], first_row, places[3], places[2])

@@ -15,7 +15,7 @@ from spimpi.reduction import empty_records, minority
 from spimpi.trace.schema import EVENT, Established, Op, Stage, Status
 
 # Positions in ``rest_*``: tensors that are fingerprinted when made and again when used up.
-INPUT, QKV, ATTN, RESID, FFN, ATTN_OUT, FFN_OUT = range(7)
+INPUT, QKV, ATTN, RESID, FFN, ATTN_OUT, FFN_OUT, OUTPUT = range(8)
 REST = ("input", "qkv", "attn", "resid", "ffn", "attn_out", "ffn_out")
 PRODUCTS = ("qkv", "scores", "attn", "attn_out", "gate_up", "ffn_out")
 
@@ -96,9 +96,11 @@ class LayerResults:
         self.rest_expected = np.zeros((n, 7), np.uint64)
         self.rest_found = np.zeros((n, 7), np.uint64)
         self.segments = np.zeros((n, n_segments), np.uint64)
+        self.segments_found = np.zeros((n, n_segments), np.uint64)
         self.heads = np.zeros((n, n_heads), np.uint64)
         self.hidden = np.zeros(n, np.uint64)
-        self.sums = np.zeros((n, 2), np.uint64)
+        self.sums_by_tensor = np.zeros((n, 7), np.uint64)
+        self.sums = self.sums_by_tensor[:, ATTN_OUT : FFN_OUT + 1]
         self.maxima = np.zeros((n, 2), np.uint64)
         self.max_bad = np.zeros((n, 2), np.int64)
         self.product_found = np.zeros((n, 6), np.uint64)
@@ -115,11 +117,18 @@ class LayerResults:
         self.nonfinite[:] = 0
         self.seconds = 0.0
 
-    def start(self, ctx, exact: bool, held: np.ndarray):
+    def start(self, ctx, exact: bool, held: np.ndarray, shared_at):
         """Send the records of all layers. Collective over ctx.tensor; nothing to do on one rank.
 
-        ``held``: which of the shared key/value heads this rank holds.
+        ``held``: which of the shared key/value heads this rank holds; ``shared_at``: pairs of
+        (shared head, its column segment).
         """
+        np.bitwise_xor.reduce(self.segments, axis=1, out=self.rest_expected[:, QKV])
+        np.bitwise_xor.reduce(self.segments_found, axis=1, out=self.rest_found[:, QKV])
+        self.rest_expected[1:, INPUT] = self.hidden[:-1]
+        self.heads[:] = 0
+        for head, segment in shared_at:
+            self.heads[:, head] ^= self.segments[:, segment]
         if ctx.tensor.size == 1:
             return
         n = self.hidden.size

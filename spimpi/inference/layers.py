@@ -15,8 +15,16 @@ from spimpi.inference import exact, kernels
 from spimpi.inference.attention import NO_FAULT, Cache, attend, attention_bits
 from spimpi.inference.config import rope_inverse_frequencies
 from spimpi.inference.exact import odd_vector
-from spimpi.inference.layer_checks import ATTN, ATTN_OUT, FFN, FFN_OUT, INPUT, RESID, LayerResults
-from spimpi.inference.layer_checks import QKV as REST_QKV
+from spimpi.inference.layer_checks import (
+    ATTN,
+    ATTN_OUT,
+    FFN,
+    FFN_OUT,
+    INPUT,
+    OUTPUT,
+    RESID,
+    LayerResults,
+)
 from spimpi.inference.tensors import ATTN as KEY_ATTN
 from spimpi.inference.tensors import ATTN_MAX, FFN_MAX, HIDDEN, QKV, Widths
 from spimpi.inference.tensors import ATTN_OUT as KEY_ATTN_OUT
@@ -103,11 +111,17 @@ class Layers:
             np.int64,
         )  # fmt: skip
         self.segments, self.owned, self.shared, self.shared_at = _segments(shard, config)
-        self.places = np.array(
-            [self.widths.attn, shard.heads.start * d, self.widths.ffn, shard.ffn().start,
-             self.widths.qkv],
-            np.int64,
-        )  # fmt: skip
+        hidden = (0, self.widths.hidden)
+        # Tensor -> (its row of the keys, the key, its first column here, its global columns).
+        self.columns = {
+            INPUT: (0, HIDDEN, *hidden),
+            ATTN: (1, KEY_ATTN, shard.heads.start * d, self.widths.attn),
+            RESID: (1, KEY_RESID, *hidden),
+            FFN: (1, KEY_FFN, shard.ffn().start, self.widths.ffn),
+            ATTN_OUT: (1, KEY_ATTN_OUT, *hidden),
+            FFN_OUT: (1, KEY_FFN_OUT, *hidden),
+            OUTPUT: (1, HIDDEN, *hidden),
+        }
         frequencies = rope_inverse_frequencies(config)
         self.cosines = np.empty((n_positions, d // 2), np.float32)
         self.sines = np.empty((n_positions, d // 2), np.float32)
@@ -138,26 +152,31 @@ class Layers:
         layer, space, results = self.part.layers[i], b.space, b.results
         name = self.ctx.layers[i]
         results.times[i, 0] = perf_counter()
+        made, found = results.rest_expected[i], results.rest_found[i]
         self._project("qkv", i, x, layer.attn_norm, layer.qkv, space.qkv, b)
-        self._fingerprint_qkv(i, b)
+        self._fingerprint_qkv(results.segments[i], i, b)
         self._fault("qkv", name, space.qkv, b)
         self._attend(i, b)
-        self._made(ATTN, KEY_ATTN, i, space.attn, b, self.places[1], self.places[0])
+        self._fingerprint_qkv(results.segments_found[i], i, b)
+        self._fingerprint(made, ATTN, i, space.attn, b)
         self._fault("attn", name, space.attn, b)
         self._reduce("attn_out", 0, i, space.attn, layer.o, b)
+        self._fingerprint(found, ATTN, i, space.attn, b)
         kernels.add(x, space.delta, space.resid)
+        self._fingerprint(found, INPUT, i, x, b)
         self._fault("resid", name, space.resid, b, replica=True)
-        self._made(RESID, KEY_RESID, i, space.resid, b, 0, self.widths.hidden)
+        self._fingerprint(made, RESID, i, space.resid, b)
         self._fault("resid", name, space.resid, b)
         self._project("gate_up", i, space.resid, layer.ffn_norm, layer.gate_up, space.gate_up, b)
         kernels.swiglu(space.gate_up, space.ffn)
-        self._made(FFN, KEY_FFN, i, space.ffn, b, self.places[3], self.places[2])
+        self._fingerprint(made, FFN, i, space.ffn, b)
         self._fault("ffn", name, space.ffn, b)
         self._reduce("ffn_out", 1, i, space.ffn, layer.down, b)
+        self._fingerprint(found, FFN, i, space.ffn, b)
         kernels.add(space.resid, space.delta, out)
+        self._fingerprint(found, RESID, i, space.resid, b)
         self._fault("hidden", name, out, b, replica=True)
-        if self.checked:
-            self._check_layer(i, x, out, b)
+        self._fingerprint(results.hidden, OUTPUT, i, out, b)
         self._fault("hidden", name, out, b)
         results.times[i, 1] = perf_counter()
 
@@ -166,49 +185,29 @@ class Layers:
             apply = self.faults.replica if replica else self.faults.payload
             apply(tensor, layer, array, b.first_row)
 
-    def _made(self, rest, key, i, array, b, first_col, n_cols):
-        """Fingerprint a tensor that was just made; it is compared when it has been used."""
-        if self.checked:
-            start = perf_counter()
-            kernels.fingerprint_block(
-                array.view(np.uint32), b.keys[i + 1], key, b.first_row, first_col, n_cols,
-                b.results.rest_expected[i], rest,
-            )  # fmt: skip
-            b.results.seconds += perf_counter() - start
+    def _fingerprint(self, words, tensor, i, array, b):
+        """words[tensor] = fingerprint of a tensor of layer i, as it was made or after its last use.
 
-    def _fingerprint_qkv(self, i, b):
+        For OUTPUT the word is words[i].
+        """
         if not self.checked:
             return
         start = perf_counter()
-        results = b.results
-        kernels.fingerprint_segments(
-            b.space.qkv.view(np.uint32), b.keys[i + 1], QKV, b.first_row, self.segments,
-            self.widths.qkv, results.segments[i], 0,
-        )  # fmt: skip
-        results.rest_expected[i, REST_QKV] = np.bitwise_xor.reduce(results.segments[i])
-        results.heads[i] = 0
-        for j, at in self.shared_at:
-            results.heads[i, j] ^= results.segments[i, at]
-        results.seconds += perf_counter() - start
-
-    def _check_layer(self, i, x, out, b):
-        """Compare what the layer's tensors hold now with what they held when they were made."""
-        start = perf_counter()
-        results, space = b.results, b.space
-        kernels.fingerprint_layer(
-            x.view(np.uint32), space.qkv.view(np.uint32), space.attn.view(np.uint32),
-            space.resid.view(np.uint32), space.ffn.view(np.uint32), b.keys[i], b.keys[i + 1],
-            self.places, b.first_row, self.segments, results.rest_found[i],
-        )  # fmt: skip
-        if self.many:
-            self._check_sums(i, b)
+        row, key, first_col, n_cols = self.columns[tensor]
+        slot = i if tensor == OUTPUT else tensor
         kernels.fingerprint_block(
-            out.view(np.uint32), b.keys[i + 1], HIDDEN, b.first_row, 0, self.widths.hidden,
-            results.hidden, i,
-        )  # fmt: skip
-        if i + 1 < len(self.part.layers):
-            results.rest_expected[i + 1, INPUT] = results.hidden[i]
-        results.seconds += perf_counter() - start
+            array.view(np.uint32), b.keys[i + row], key, b.first_row, first_col, n_cols, words, slot
+        )
+        b.results.seconds += perf_counter() - start
+
+    def _fingerprint_qkv(self, words, i, b):
+        if self.checked:
+            start = perf_counter()
+            kernels.fingerprint_segments(
+                b.space.qkv.view(np.uint32), b.keys[i + 1], QKV, b.first_row, self.segments,
+                self.widths.qkv, words, 0,
+            )  # fmt: skip
+            b.results.seconds += perf_counter() - start
 
 
 class ExactLayers(Layers):
@@ -306,6 +305,12 @@ class ExactLayers(Layers):
             outgoing = np.zeros_like(sent)
         ctx.tensor.Allreduce(outgoing, summed, op=MPI.SUM)
         exact.scale_back_sums(summed, space.exponents, matrix.exponents, matrix.bits, space.delta)
+        if self.checked:
+            start = perf_counter()
+            keys, row = b.keys[i + 1], b.first_row
+            kernels.linear_block(sent, keys, key, row, results.rest_found[i], ATTN_OUT + which)
+            kernels.linear_block(summed, keys, key, row, results.sums[i], which)
+            results.seconds += perf_counter() - start
 
     def _global_maxima(self, which, i, b):
         """Row maxima over the tensor ranks, with their owners, checked."""
@@ -320,15 +325,6 @@ class ExactLayers(Layers):
             space.packed, space.reduced, space.maxima, tensor.rank, tensor.size, key,
             b.first_row, results.maxima[i], which,
         )  # fmt: skip
-
-    def _check_sums(self, i, b):
-        space, results = b.space, b.results
-        for which, key in ((0, KEY_ATTN_OUT), (1, KEY_FFN_OUT)):
-            keys = b.keys[i + 1]
-            kernels.linear_block(
-                space.sent[which], keys, key, b.first_row, results.rest_found[i], ATTN_OUT + which
-            )
-            kernels.linear_block(space.summed[which], keys, key, b.first_row, results.sums[i], which)
 
 
 class BlasLayers(Layers):
@@ -381,29 +377,15 @@ class BlasLayers(Layers):
         sent, summed = space.sent[which], space.summed[which]
         np.matmul(x, matrix.values.T, out=sent)
         name = ctx.layers[i]
-        if self.checked:
-            key = KEY_ATTN_OUT if which == 0 else KEY_FFN_OUT
-            kernels.fingerprint_block(
-                sent.view(np.uint32), b.keys[i + 1], key, b.first_row, 0, self.widths.hidden,
-                results.rest_expected[i], ATTN_OUT + which,
-            )  # fmt: skip
+        self._fingerprint(results.rest_expected[i], ATTN_OUT + which, i, sent, b)
         self._fault(tensor, name, sent, b)
         outgoing = sent
         if self.faults is not None and self.faults.drop(tensor, name):
             outgoing = np.zeros_like(sent)
         ctx.tensor.Allreduce(outgoing, summed, op=MPI.SUM)
         space.delta[:] = summed
-
-    def _check_sums(self, i, b):
-        space, results, keys = b.space, b.results, b.keys[i + 1]
-        for which, key in ((0, KEY_ATTN_OUT), (1, KEY_FFN_OUT)):
-            for array, words, slot in (
-                (space.sent[which], results.rest_found[i], ATTN_OUT + which),
-                (space.summed[which], results.sums[i], which),
-            ):
-                kernels.fingerprint_block(
-                    array.view(np.uint32), keys, key, b.first_row, 0, self.widths.hidden, words, slot
-                )
+        self._fingerprint(results.rest_found[i], ATTN_OUT + which, i, sent, b)
+        self._fingerprint(results.sums_by_tensor[i], ATTN_OUT + which, i, summed, b)
 
 
 @dataclass
@@ -437,6 +419,3 @@ def _segments(shard, config):
             owned.append(head in shard.owned_kv_heads)
             segments.append(((start_local + j) * d, start_global + head * d, d))
     return np.array(segments, np.int64), np.array(owned), shared, tuple(shared_at)
-
-
-assert (ATTN, FFN, FFN_OUT) == (2, 4, 6)

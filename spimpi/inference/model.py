@@ -9,7 +9,7 @@ from time import perf_counter
 import numpy as np
 from mpi4py import MPI
 
-from spimpi.checks.handoff import Receiver, Sender, describe_mismatch, same_place
+from spimpi.checks.handoff import IN_FLIGHT, Receiver, Sender, describe_mismatch, same_place
 from spimpi.fingerprint.tag import CONTENT, Tag
 from spimpi.inference import exact, kernels
 from spimpi.inference.checkpoint import float32
@@ -140,7 +140,7 @@ class Stage:
         if self.faults is not None:
             self.faults.begin(step)
         if self.from_previous:
-            for start, stop in cuts[:2]:
+            for start, stop in cuts[:IN_FLIGHT]:
                 self.from_previous.post(stop - start)
         last = last_rows(rows)
         batches = []
@@ -150,8 +150,12 @@ class Stage:
             if self.ctx.is_first_stage:
                 x = self._embed(tokens[start:stop], batch)
             else:
-                x = self._receive(batch, cuts, m)
+                x = self._receive(batch)
             self._layers(x, batch, last, start)
+            if self.from_previous and m + IN_FLIGHT < len(cuts):
+                # Only now is the buffer of this microbatch free for one that is to come.
+                start, stop = cuts[m + IN_FLIGHT]
+                self.from_previous.post(stop - start)
         if self.ctx.is_last_stage:
             chosen = self._sample(step, rows)
         if self.to_next:
@@ -185,7 +189,9 @@ class Stage:
             self.layers.forward(i, x, out, batch)
             x = out
         if self.checked:
-            batch.results.start(self.ctx, self.layers.exact, self._writer.held)
+            batch.results.start(
+                self.ctx, self.layers.exact, self._writer.held, self.layers.shared_at
+            )
         if self.to_next:
             self.to_next.send(**self._expected_record(batch), fingerprint=batch.results.hidden[-1])
             return
@@ -311,12 +317,9 @@ class Stage:
 
     # Hand-offs
 
-    def _receive(self, batch, cuts, m):
+    def _receive(self, batch):
         """Take the microbatch that the previous stage sent, and check it."""
         x, record = self.from_previous.take()
-        if m + 2 < len(cuts):
-            start, stop = cuts[m + 2]
-            self.from_previous.post(stop - start)
         if not self.checked:
             return x
         start = perf_counter()

@@ -88,7 +88,7 @@ class Loader:
     An error that one tensor rank meets is raised on all of them, never on one alone.
     """
 
-    def __init__(self, ctx, config, checkpoint, exact_arithmetic, faults):
+    def __init__(self, ctx, config, checkpoint, exact_arithmetic: bool, faults=None):
         self.ctx, self.config, self.checkpoint = ctx, config, checkpoint
         self.exact, self.faults = exact_arithmetic, faults
         self.shard = TensorShard(
@@ -102,7 +102,7 @@ class Loader:
         self.part = Part(self.shard, [])
         self.reads = []
 
-    def load(self, progress) -> Part:
+    def load(self, progress=None) -> Part:
         ctx, config, part = self.ctx, self.config, self.part
         vocabulary = self.shard.vocabulary()
         vocab = (vocabulary.start, vocabulary.stop)

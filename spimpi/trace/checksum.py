@@ -18,7 +18,7 @@ RECORD = np.dtype(
     [("number", "<u4"), ("event", EVENT), ("writer", "<u2"), ("checksum", "<u8")]
 )
 WORDS = 10
-BLOCK = 4096  # records; the working set stays within a core's cache
+BLOCK = 2048  # records; the working set stays within a core's cache
 
 _GOLDEN = np.uint64(GOLDEN)
 _M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)

@@ -28,10 +28,17 @@ from spimpi.trace.schema import EVENT, SCHEMA_VERSION, TensorInfo
 MAGIC = "spimpi-journal"
 FIRST_LINE = 64
 END = 0xFFFFFFFF
+# Of a journal's header, what is one rank's own and not the run's.
+OWN_HEADER = ("schema_version", "rank", "host", "pid", "device", "started")
 END_RECORD = np.dtype(
     [("number", "<u4"), ("count", "<u8"), ("state", "S66"), ("writer", "<u2"), ("checksum", "<u8")]
 )
 BUFFERED = 4096  # rows held before they are written without being asked to
+
+
+def journal_folder(path) -> Path:
+    """Where the journals of the trace ``path`` are while the run goes on."""
+    return Path(f"{path}.journal")
 
 
 def journal_path(folder, rank: int) -> Path:
@@ -134,12 +141,16 @@ class Journal:
 
 @dataclass
 class JournalContents:
-    """What a journal holds. ``events``: all rows before the first damaged or torn one."""
+    """What a journal holds. ``events``: all rows before the first damaged or torn one.
+
+    ``fingerprint`` is that of these rows: the XOR of their records' checksums.
+    """
 
     path: Path
     header: dict = field(default_factory=dict)
     tensors: list[TensorInfo] = field(default_factory=list)
     events: np.ndarray = field(default_factory=lambda: np.zeros(0, EVENT))
+    fingerprint: int = 0
     complete: bool = False
     end_state: str | None = None
     problems: list[str] = field(default_factory=list)
@@ -204,6 +215,7 @@ def _read_records(file, contents: JournalContents) -> None:
         good = (checksums(records) == records["checksum"]) & (records["number"] == numbers)
         n = len(records) if good.all() else int(np.argmin(good))
         blocks.append(unpack(records[:n]))
+        contents.fingerprint ^= int(np.bitwise_xor.reduce(records["checksum"][:n]))
         count += n
         if n < len(records):
             left = len(data) - n * size + len(file.read())

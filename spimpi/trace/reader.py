@@ -11,10 +11,8 @@ import numpy as np
 from spimpi.errors import IncompleteError, UsageError
 from spimpi.trace import layout
 from spimpi.trace.checksum import rows_fingerprint
-from spimpi.trace.journal import read_journal
+from spimpi.trace.journal import OWN_HEADER, journal_folder, read_journal
 from spimpi.trace.schema import EVENT, SCHEMA_VERSION, RankInfo, TensorInfo
-
-OWN_HEADER = ("schema_version", "rank", "host", "pid", "device", "started")
 
 
 def open(path) -> "Trace":
@@ -28,7 +26,7 @@ def open(path) -> "Trace":
         path = path.with_name(path.name.removesuffix(".journal"))
     if path.is_file():
         return SealedTrace(path)
-    folder = Path(f"{path}.journal")
+    folder = journal_folder(path)
     if folder.is_dir():
         return JournalTrace(path, folder)
     msg = f"there is no trace {path}" + (", it is a directory" if path.is_dir() else "")
@@ -229,8 +227,8 @@ class JournalTrace(Trace):
     def __init__(self, path: Path, folder: Path):
         self.path, self.complete = path, False
         self.problems = [
-            f"the run was killed or has not ended: {path.name} was never sealed, this is what its "
-            "journals hold"
+            f"{path.name} was never sealed: the run was killed, has not ended or could not seal; "
+            "this is what its journals hold"
         ]
         journals = [read_journal(file) for file in sorted(folder.glob("rank-*.journal"))]
         self._use([journal for journal in journals if journal.header])
@@ -264,7 +262,7 @@ class JournalTrace(Trace):
             self.ranks.append(
                 RankInfo(
                     rank, header["host"], header["pid"], header["device"],
-                    float(header["started"]), offset, count, rows_fingerprint(journal.events),
+                    float(header["started"]), offset, count, journal.fingerprint,
                 )
             )  # fmt: skip
             self._events[rank] = journal.events

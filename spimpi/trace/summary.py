@@ -106,30 +106,31 @@ def program_order(events: np.ndarray, ranks: np.ndarray, first_layered: int) -> 
 
 
 def _first_layered(rows: np.ndarray) -> int:
-    inference = ~np.isin(rows["stage"], [int(stage) for stage in _PHASES])
-    layered = rows["tensor"][inference & (rows["layer"] >= 0)]
+    outside = (rows["stage"] == Stage.FABRIC) | (rows["stage"] == Stage.WEIGHTS)
+    layered = rows["tensor"][(rows["layer"] >= 0) & ~outside]
     return int(layered.min()) if len(layered) else np.iinfo(np.uint16).max
 
 
 def _add(summary: Summary, rows: np.ndarray) -> None:
-    for number in np.unique(rows["stage"]):
-        chosen = rows[rows["stage"] == number]
+    stages, verdicts = rows["stage"].copy(), rows["verdict"].copy()
+    for number in np.unique(stages):
+        chosen = stages == number
+        verdict = verdicts[chosen]
         stage = summary.stages.setdefault(_member(Stage, number), StageSummary())
-        verdict = chosen["verdict"]
-        stage.events += len(chosen)
+        stage.events += len(verdict)
         stage.failed += int((verdict == Status.FAILED).sum())
         stage.not_established += int((verdict == Status.NOT_ESTABLISHED).sum())
-        stage.bytes += int(chosen["bytes"].sum())
-        stage.seconds = max(stage.seconds, _seconds(chosen))
-        held = chosen["established"][verdict == Status.VERIFIED]
+        stage.bytes += int(rows["bytes"][chosen].sum())
+        seconds = _seconds(rows["t_start"][chosen], rows["t_end"][chosen])
+        stage.seconds = max(stage.seconds, seconds)
+        held = rows["established"][chosen][verdict == Status.VERIFIED]
         stage.established |= Established(int(np.bitwise_or.reduce(held))) if len(held) else 0
 
 
-def _seconds(rows: np.ndarray) -> float:
-    """Time covered by the rows of one rank; checks made together share their time."""
-    rows = rows[np.argsort(rows["t_start"], kind="stable")]
-    ends = np.maximum.accumulate(rows["t_end"])
-    starts = rows["t_start"].copy()
+def _seconds(starts: np.ndarray, ends: np.ndarray) -> float:
+    """Time covered by the checks of one rank; checks made together share their time."""
+    order = np.argsort(starts, kind="stable")
+    starts, ends = starts[order], np.maximum.accumulate(ends[order])
     starts[1:] = np.maximum(starts[1:], ends[:-1])
     return float(np.maximum(ends - starts, 0).sum())
 

@@ -46,7 +46,7 @@ def failing(events: np.ndarray, row: int, **columns) -> np.ndarray:
 
 
 def header(world: int, **more) -> dict:
-    return {"run_id": "run-1", "world": world, "model": "tiny", "topology": {"tp": 2}, **more}
+    return {"run_id": "run-1", "world": world, "model": "tiny", "topology": {"tp": 2}} | more
 
 
 def write_journal(comm, path, events, end_state="verified", **more) -> Journal:
@@ -54,7 +54,7 @@ def write_journal(comm, path, events, end_state="verified", **more) -> Journal:
     if comm.rank == 0 and not journal_folder(path).exists():
         prepare(path, overwrite=True)
     comm.Barrier()
-    journal = Journal(journal_folder(path), comm.rank, header(comm.size, **more), TENSORS)
+    journal = Journal(journal_folder(path), comm.rank, {**header(comm.size), **more}, TENSORS)
     for start in range(0, len(events), 20):
         journal.append(events[start : start + 20])
     journal.close(end_state)

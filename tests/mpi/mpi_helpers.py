@@ -1,0 +1,71 @@
+"""Smaller worlds inside the one that a test runs in, and jobs whose expected result is known."""
+
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+from spimpi.checks.fabric import SIZES, check_fabric
+from spimpi.verification import run
+from spimpi.verification.job import Request, prepare
+from spimpi.verification.run import make_golden, verify_distributed_inference
+
+# Six query heads that share two key/value heads: tensor ranks that number 3, 4, 5 or 6 cut them
+# unevenly, and share key/value heads.
+GROUPED = dict(
+    vocab_size=37, hidden_size=24, intermediate_size=22, n_layers=3, n_heads=6, n_kv_heads=2,
+    head_dim=4,
+)  # fmt: skip
+IDS = ("3,1,4,1,5,9,2", "6,5", "35,8,9,7,9,3,2,3,8,4,6", "2,6,4,3", "3,8,32", "7,9,5,0", "2", "8,8")
+
+
+@contextmanager
+def first_ranks(comm, n):
+    """A communicator of the first ``n`` ranks; None on the others, which sleep until it is done."""
+    inside = comm.rank < n
+    part = comm.Split(0 if inside else 1, comm.rank)
+    yield part if inside else None
+    part.Free()
+    # A rank that waits in Barrier spins, and takes the core from one that works.
+    done = comm.Ibarrier()
+    while not done.Test():
+        time.sleep(0.002)
+
+
+def on_rank_0(comm, work):
+    """What ``work()`` gives on rank 0, on every rank."""
+    made, done = (work() if comm.rank == 0 else None), comm.Ibarrier()
+    while not done.Test():
+        time.sleep(0.002)
+    return comm.bcast(made)
+
+
+def golden_of(comm, **wishes):
+    """The golden run of a request, made by one rank, on every rank."""
+    return on_rank_0(comm, lambda: make_golden(prepare(Request(**wishes), 1)))
+
+
+def verify(comm, golden=None, **wishes):
+    """The outcome of a request on ``comm``, its tensors compared with a golden run."""
+    job = prepare(Request(**wishes), comm.size)
+    if golden is not None:
+        job = replace(job, golden=golden)
+    return verify_distributed_inference(comm, job)
+
+
+def quick_fabric(monkeypatch):
+    """Preflight with as many payloads as ever, but small ones: it has tests of its own."""
+    sizes = range(1, 1 + len(SIZES))
+    monkeypatch.setattr(run, "check_fabric", partial(check_fabric, sizes=tuple(sizes)))
+
+
+def topologies(n, n_heads, n_layers, n_prompts):
+    """Wishes for every topology of ``n`` ranks that fits: grids, and rings with two memories."""
+    for tp in range(1, n + 1):
+        for pp in range(1, n // tp + 1):
+            dp = n // (tp * pp)
+            if tp * pp * dp == n and tp <= n_heads and pp <= n_layers and dp <= n_prompts:
+                yield {"topology": f"tp={tp},pp={pp},dp={dp}"}
+    if 1 < n <= n_layers:
+        yield {"topology": "exo"}
+        yield {"topology": "exo", "memory": ",".join(str(3 * i + 2) for i in range(n))}

@@ -1,0 +1,195 @@
+"""Reading: what is missing or altered is named, and no wrong value is ever given out."""
+
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from trace_samples import same, some_events, write_journal, write_trace
+
+from spimpi.errors import IncompleteError, SpimpiError, UsageError
+from spimpi.trace import open as open_trace
+from spimpi.trace.seal import journal_folder
+
+
+def test_columns_are_read_lazily(tmp_path, one, driver):
+    import h5py
+
+    write_trace(one, tmp_path / "run.h5", some_events(50), driver)
+    with open_trace(tmp_path / "run.h5") as trace:
+        column = trace.column("t_end")
+        assert isinstance(column, h5py.Dataset)
+        assert np.array_equal(column[10:20], some_events(50)["t_end"][10:20])
+        with pytest.raises(UsageError, match="no column 'colour'; there are step, microbatch"):
+            trace.column("colour")
+        with pytest.raises(UsageError, match="no rank 1"):
+            trace.events(1)
+
+
+def test_reading_needs_neither_mpi_nor_numba(tmp_path, one):
+    write_trace(one, tmp_path / "run.h5", some_events(5))
+    code = (
+        "import sys, spimpi.trace.reader as r; t = r.open(sys.argv[1]); t.events();"
+        "print([m for m in ('mpi4py.MPI', 'numba') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "run.h5"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_missing_part_is_named_and_never_read_as_fill_values(mpi_tmp_path):
+    from mpi4py import MPI
+
+    world, path = MPI.COMM_WORLD, mpi_tmp_path / "run.h5"
+    write_trace(world, path, some_events(30, world.rank))
+    if world.rank == 0:
+        (mpi_tmp_path / "run.h5.parts" / "rank-00001.h5").unlink()
+    world.Barrier()
+    with open_trace(path) as trace:
+        assert not trace.complete
+        assert "rank 1 on" in trace.problems[0] and "is missing" in trace.problems[0]
+        assert same(trace.events(0), some_events(30, 0))
+        for read in (lambda: trace.events(1), trace.events, lambda: trace.column("step")):
+            with pytest.raises(IncompleteError, match="rank-00001.h5 is missing"):
+                read()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_exchanged_parts_are_named(mpi_tmp_path):
+    from mpi4py import MPI
+
+    world, path = MPI.COMM_WORLD, mpi_tmp_path / "run.h5"
+    write_trace(world, path, some_events(30, world.rank))
+    first, second = (mpi_tmp_path / "run.h5.parts" / f"rank-0000{r}.h5" for r in (0, 1))
+    if world.rank == 0:
+        shutil.copy(first, second)
+    world.Barrier()
+    with open_trace(path) as trace, pytest.raises(IncompleteError, match="not the one that was"):
+        trace.events(1)
+
+
+def test_a_part_of_an_earlier_run_is_named(tmp_path, one):
+    for name in ("old", "run"):
+        write_trace(one, tmp_path / f"{name}.h5", some_events(30, len(name) + ord(name[0])))
+    shutil.copy(
+        tmp_path / "old.h5.parts" / "rank-00000.h5", tmp_path / "run.h5.parts" / "rank-00000.h5"
+    )
+    with (
+        open_trace(tmp_path / "run.h5") as trace,
+        pytest.raises(IncompleteError, match="rank 0 on .*events were altered: expected fingerp"),
+    ):
+        trace.events()
+
+
+def test_an_altered_value_is_named(tmp_path, one, driver):
+    import h5py
+
+    path = tmp_path / "run.h5"
+    write_trace(one, path, some_events(30), driver)
+    rows = path if driver == "mpio" else tmp_path / "run.h5.parts" / "rank-00000.h5"
+    with h5py.File(rows, "r+") as file:
+        file["events/layer"][7] += 1
+    with open_trace(path) as trace, pytest.raises(IncompleteError, match="were altered"):
+        trace.events()
+
+
+def test_altered_attributes_and_tables_are_named(tmp_path, one):
+    import h5py
+
+    for place in ("attribute", "ranks/host", "tensors/name"):
+        path = tmp_path / f"{place[:3]}.h5"
+        write_trace(one, path, some_events(3))
+        with h5py.File(path, "r+") as file:
+            if place == "attribute":
+                file.attrs["model"] = "other"
+            else:
+                file[place][0] = "other"
+        trace = open_trace(path)
+        assert not trace.complete and "tables of ranks and tensors are damaged" in trace.problems[0]
+
+
+def content(trace):
+    return trace.attributes, trace.ranks, trace.tensors, trace.events().tobytes()
+
+
+@pytest.mark.parametrize("which", ["run.h5", "run.h5.parts/rank-00000.h5"])
+def test_a_flipped_bit_anywhere_is_harmless_or_named(tmp_path, one, which):
+    import h5py
+
+    if h5py.version.hdf5_version_tuple < (1, 14):
+        pytest.skip("HDF5 1.10 itself crashes on one in 200 flips of its metadata")
+    path, damaged = tmp_path / "run.h5", tmp_path / which
+    write_trace(one, path, some_events(40))
+    sound = damaged.read_bytes()
+    with open_trace(path) as trace:
+        expected = content(trace)
+    named = 0
+    for place in range(3, len(sound), 61):
+        data = bytearray(sound)
+        data[place] ^= 1 << place % 8
+        damaged.write_bytes(data)
+        try:
+            with open_trace(path) as trace:
+                assert not trace.complete or content(trace) == expected, place
+                named += not trace.complete
+        except SpimpiError:
+            named += 1
+    assert named > 20
+
+
+def test_a_file_cut_short_anywhere_is_named(tmp_path, one, driver):
+    path = tmp_path / "run.h5"
+    write_trace(one, path, some_events(40), driver)
+    data = path.read_bytes()
+    for length in range(0, len(data) - 1, len(data) // 20):
+        path.write_bytes(data[:length])
+        with pytest.raises(SpimpiError):
+            open_trace(path)
+
+
+def test_a_run_that_never_sealed_is_read_from_its_journals(tmp_path, one):
+    path = tmp_path / "run.h5"
+    write_journal(one, path, some_events(50), world=3)
+    for name in (path, journal_folder(path)):
+        with open_trace(name) as trace:
+            assert (trace.driver, trace.complete) == ("journals", False)
+            assert same(trace.events(), some_events(50))
+            assert np.array_equal(trace.column("step"), some_events(50)["step"])
+            assert "never sealed: the run was killed" in trace.problems[0]
+            assert "no journal of 2 of 3 ranks: 1, 2" in trace.problems[-1]
+
+
+def test_a_journal_of_another_run_is_left_out_by_name(tmp_path, one):
+    path = tmp_path / "run.h5"
+    write_journal(one, path, some_events(50), world=2)
+    write_journal(one, tmp_path / "other.h5", some_events(60), world=2, run_id="run-0")
+    source = journal_folder(tmp_path / "other.h5") / "rank-00000.journal"
+    shutil.copy(source, journal_folder(path) / "rank-00001.journal")
+    trace = open_trace(path)
+    assert len(trace) == 50
+    assert any("rank-00001.journal: of another run" in problem for problem in trace.problems)
+
+
+def test_what_is_not_a_trace_is_refused_in_one_line(tmp_path):
+    from mpi4py import MPI  # noqa: F401
+
+    import h5py
+
+    (tmp_path / "text.h5").write_text("not HDF5")
+    h5py.File(tmp_path / "other.h5", "w").close()
+    with h5py.File(tmp_path / "newer.h5", "w") as file:
+        file.attrs["schema_version"] = 2
+    for name, message in (
+        ("absent.h5", "there is no trace .*absent.h5"),
+        ("text.h5", "not a trace: not an HDF5 file, or cut short"),
+        ("other.h5", "not a trace: an HDF5 file without a schema_version"),
+        ("newer.h5", "has schema 2, this spimpi reads up to schema 1"),
+        (".", "there is no trace .*, it is a directory"),
+    ):
+        with pytest.raises(UsageError, match=message) as caught:
+            open_trace(tmp_path / name)
+        assert "\n" not in str(caught.value)
