@@ -119,8 +119,8 @@ def _masks(field, rank, size):
 def _max(comm, tag, n):
     """Each element's colour comes from one rank, smaller numbers from the others.
 
-    63 bits of it, as the run's own maxima have: Debian's Open MPI 4.1.4 compares uint64 as if it
-    were signed (MPI_MAX and MPI_MIN of words with the top bit set come out wrong).
+    63 bits of it, as the run's own maxima have: Open MPI 4.1.4 compares MPI_UNSIGNED_LONG, which
+    numpy's uint64 becomes, as if it were signed (MPI_MAX of words with the top bit set is wrong).
     """
     field = colours(tag, (n,), 8, 0, n) >> np.uint64(1)
     expected = _content(tag, field)

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import traceback
 
 from spimpi.cli.registry import COMMANDS
 from spimpi.errors import SpimpiError
@@ -51,3 +52,15 @@ def main(argv=None) -> int:
         if launcher_rank() == 0:
             print(f"spimpi: {error}", file=sys.stderr)
         return error.exit_status
+    except Exception:  # Python's own status for it is 1, which says that corruption was found
+        traceback.print_exc()
+        _end_job()
+        return SpimpiError.exit_status
+
+
+def _end_job() -> None:
+    """End the other ranks too, which may wait for this one: by MPI_Abort."""
+    MPI = sys.modules.get("mpi4py.MPI")
+    if MPI is not None and MPI.Is_initialized() and not MPI.Is_finalized():
+        if MPI.COMM_WORLD.size > 1:
+            MPI.COMM_WORLD.Abort(SpimpiError.exit_status)

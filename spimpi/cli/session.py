@@ -1,18 +1,21 @@
 """An MPI session of the command line: start-up, errors on any rank, the end."""
 
 import sys
+import time
 import traceback
 from contextlib import contextmanager
 
 from spimpi.errors import SpimpiError
+
+PATIENCE = 10.0  # seconds for every rank to raise an error that concerns all
 
 
 @contextmanager
 def session(timeout: float, expect_ranks: int | None):
     """Yields (the world, a watchdog). Kernels are compiled once a node before that.
 
-    A SpimpiError must have been raised on every rank, and passes on. Any other exception is one
-    rank's alone: it ends the whole job by MPI_Abort with status 4, since the others would wait.
+    A SpimpiError that all ranks raise passes on. One that some raise alone ends the whole job by
+    MPI_Abort, with its own status, since the others would wait; any other exception with status 4.
     """
     from mpi4py import MPI
 
@@ -21,19 +24,37 @@ def session(timeout: float, expect_ranks: int | None):
 
     world = MPI.COMM_WORLD
     host = MPI.Get_processor_name()
+    check_world(world, expect_ranks)
+    ending = world.Dup()  # so that the end's barrier meets no other message
     try:
-        check_world(world, expect_ranks)
         with Watchdog(timeout, world.rank, host, _describe, world.Abort) as watchdog:
             watchdog.at("compiling kernels")
             import_kernels(world)
             yield world, watchdog
-    except SpimpiError:
+    except SpimpiError as error:
+        if not _all_come(ending):
+            print(f"spimpi: {error}", file=sys.stderr)
+            _end_job(world, host, error.exit_status)
         raise
     except BaseException:
         traceback.print_exc()
-        print(f"spimpi: rank {world.rank} ({host}) ends the job", file=sys.stderr, flush=True)
-        world.Abort(4)
+        _end_job(world, host, 4)
         raise
+
+
+def _all_come(comm) -> bool:
+    """Whether all ranks of ``comm`` call this within PATIENCE seconds."""
+    barrier, start = comm.Ibarrier(), time.monotonic()
+    while not barrier.Test():
+        if time.monotonic() - start > PATIENCE:
+            return False
+        time.sleep(0.01)
+    return True
+
+
+def _end_job(world, host, status) -> None:
+    print(f"spimpi: rank {world.rank} ({host}) ends the job", file=sys.stderr, flush=True)
+    world.Abort(status)
 
 
 def import_kernels(world) -> None:

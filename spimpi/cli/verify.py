@@ -5,6 +5,7 @@ import json
 import sys
 
 from spimpi.cli.registry import subcommand
+from spimpi.errors import UsageError
 
 
 def add_model_arguments(parser) -> None:
@@ -28,8 +29,9 @@ def add_arguments(parser) -> None:
     parser.add_argument("--golden", metavar="FILE", help="fingerprints that every tensor must reproduce (spimpi golden)")
     parser.add_argument("--inject", action="append", default=[], metavar="FAULT", help="KIND:key=value,…; repeatable; see below")
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="run the inference N times in this job")
-    parser.add_argument("--trace", metavar="FILE", help="HDF5 trace (default: a name of its own in this directory)")
-    parser.add_argument("--no-trace", action="store_true", help="write no trace")
+    trace = parser.add_mutually_exclusive_group()
+    trace.add_argument("--trace", metavar="FILE", help="HDF5 trace (default: a name of its own in this directory)")
+    trace.add_argument("--no-trace", action="store_true", help="write no trace")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing trace")
     parser.add_argument("--trace-driver", default="auto", choices=("auto", "mpio", "parts"), help="how the trace is written")
     parser.add_argument("--timeout", type=float, default=120, metavar="S", help="end the job after S seconds without progress; 0: never (default: 120)")
@@ -47,6 +49,9 @@ def verify(args) -> int:
     set_thread_limits()
     from spimpi.cli.session import session
 
+    if not args.timeout >= 0:
+        msg = f"--timeout must be 0 (never) or a number of seconds, found {args.timeout}"
+        raise UsageError(msg)
     with session(args.timeout, args.expect_ranks) as (comm, watchdog):
         status, finish = _verify(args, comm, watchdog)
     finish()
@@ -58,7 +63,7 @@ def _verify(args, comm, watchdog):
     from spimpi.reduction import together
     from spimpi.verification.job import Request, prepare
     from spimpi.verification.run import verify_distributed_inference
-    from spimpi.verification.tracing import Tracer, default_path
+    from spimpi.verification.tracing import Tracer, new_run_id
 
     request = Request(
         model=args.model, config=args.config, layers=args.layers, topology=args.topology,
@@ -67,13 +72,16 @@ def _verify(args, comm, watchdog):
         golden=args.golden, faults=tuple(args.inject), repeat=args.repeat,
     )  # fmt: skip
     watchdog.at("reading the request")
-    path = args.trace or comm.bcast(default_path())
+    run_id = comm.bcast(new_run_id())
+    path = args.trace or f"{run_id}.h5"
     with together(comm):
-        job = prepare(request, comm.size)
+        job = prepare(request, comm.size, comm.rank)
         tracer = None
         if not args.no_trace:
             command = " ".join(sys.argv)
-            tracer = Tracer(comm.rank, path, args.trace_driver, args.overwrite, command)
+            tracer = Tracer(
+                comm.rank, path, args.trace_driver, args.overwrite, command, run_id
+            )
     reporter = Reporter(comm.rank == 0, args.json)
     reporter.found(comm, job)
     outcome = verify_distributed_inference(comm, job, reporter, watchdog, tracer)

@@ -9,13 +9,14 @@ from spimpi.errors import UsageError
 from spimpi.inference.attention import Cache
 from spimpi.topology.tensor import TensorShard
 
-PROCESS = 300 << 20  # interpreter, libraries and compiled kernels, measured
 CGROUP_LIMIT = "/sys/fs/cgroup/memory.max"
 CGROUP_USED = "/sys/fs/cgroup/memory.current"
 
 
 def rank_bytes(ctx, config, itemsize: int, n_prompts: int, n_positions: int, n_rows: int) -> int:
     """Bytes that this rank will hold: weights, their check vectors, cache, activations.
+
+    Beyond the interpreter and the libraries, which are there already when memory is looked at.
 
     itemsize: of the stored weights (embedding rows stay as stored); n_prompts and n_rows: this
     rank's; n_positions: longest prompt and new tokens.
@@ -38,7 +39,7 @@ def rank_bytes(ctx, config, itemsize: int, n_prompts: int, n_positions: int, n_r
     if ctx.is_last_stage:
         total += vocabulary * hidden * 4 + 12 * n_prompts * config.vocab_size
     activations = 4 * (8 * hidden + 3 * attn + 4 * kv + 6 * ffn) + 32 * hidden
-    return total + n_rows * activations + PROCESS
+    return total + n_rows * activations
 
 
 def available_bytes() -> int:

@@ -5,8 +5,9 @@ every topology, so one written on one rank is what any other run must reproduce.
 """
 
 import json
-import os
+import tempfile
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from time import perf_counter
 
@@ -55,9 +56,13 @@ def require_free(path: Path) -> None:
     if path.exists():
         msg = f"{path} exists; remove it or name another file (-o)"
         raise UsageError(msg)
-    if not os.access(path.parent, os.W_OK):
-        msg = f"cannot write {path}: the directory {path.parent} is missing or not writable"
-        raise UsageError(msg)
+    try:
+        # Only writing tells: to root every directory looks writable.
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        msg = f"cannot write {path}: {path.parent}: {error.strerror}; name another file (-o)"
+        raise UsageError(msg) from None
 
 
 def write(path, golden: Golden) -> None:
@@ -75,7 +80,8 @@ def write(path, golden: Golden) -> None:
             file.attrs["prompts"] = json.dumps(w.prompts)
             columns = [f"{name}:{layer}" for name, layer in golden_columns(golden.n_layers)]
             file.attrs["columns"] = json.dumps(columns)
-            file["fingerprints"] = golden.table
+            # HDF5's own checksum: a damaged file must not read as a corrupted run.
+            file.create_dataset("fingerprints", data=golden.table, fletcher32=True)
             file["tokens"] = golden.tokens
     except OSError as error:
         msg = f"cannot write {path}: {error}"
@@ -88,7 +94,8 @@ def read(path) -> Golden:
 
     path = Path(path)
     if not path.is_file():
-        msg = f"no golden file {path}: make one with `spimpi golden`"
+        found = "a directory" if path.is_dir() else "nothing"
+        msg = f"no golden file {path}, found {found} there: make one with `spimpi golden`"
         raise UsageError(msg)
     try:
         with h5py.File(path, "r") as file:
@@ -100,11 +107,18 @@ def read(path) -> Golden:
             table, tokens = file["fingerprints"][:], file["tokens"][:]
             prompts = tuple(tuple(p) for p in json.loads(file.attrs["prompts"]))
             a = file.attrs
+            columns = len(golden_columns(int(a["n_layers"])))
+            if table.dtype != np.uint64 or table.ndim != 2 or table.shape[1] != columns:
+                msg = (
+                    f"{path} is damaged: expected {columns} fingerprints a step for its "
+                    f"{a['n_layers']} layers, found {table.dtype} {list(table.shape)}"
+                )
+                raise UsageError(msg)
             workload = Workload(
                 a["model"], a["identity"], int(a["seed"]), len(table), prompts, a["arithmetic"]
             )
             return Golden(workload, int(a["n_layers"]), table, tokens, str(path))
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, KeyError, ValueError, TypeError) as error:
         if isinstance(error, UsageError):
             raise
         msg = f"{path} is not a readable golden file: {error}"
@@ -114,21 +128,24 @@ def read(path) -> Golden:
 def require_same(golden: Golden, workload: Workload) -> None:
     """Raise UsageError unless the golden run was of this workload; more steps there are fine."""
     ours, theirs = workload, golden.workload
-    for what, found, expected in (
-        ("arithmetic", ours.arithmetic, theirs.arithmetic),
-        ("model", f"{ours.model} ({ours.identity})", f"{theirs.model} ({theirs.identity})"),
-        ("seed", ours.seed, theirs.seed),
-    ):
+    for what, found, expected, advice in (
+        ("arithmetic", ours.arithmetic, theirs.arithmetic, "make a new one with `spimpi golden`"),
+        # Seeded weights are of a seed, so a seed is looked at before a model.
+        ("seed", ours.seed, theirs.seed, f"run with --seed {theirs.seed}"),
+        ("model", f"{ours.model} ({ours.identity})", f"{theirs.model} ({theirs.identity})",
+         "give that model (--model, --config), or make a new one if its files were meant to change"),
+    ):  # fmt: skip
         differs = ours.identity != theirs.identity if what == "model" else found != expected
         if differs:
-            also = ": another model, or its files have changed" if what == "model" else ""
-            msg = f"{golden.source} was made with {what} {expected}, this run has {found}{also}"
+            msg = f"{golden.source} was made with {what} {expected}, this run has {found}: {advice}"
             raise UsageError(msg)
     if ours.prompts != theirs.prompts:
+        pairs = enumerate(zip_longest(theirs.prompts, ours.prompts))
+        first, (expected, found) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
         msg = (
-            f"{golden.source} was made with other prompts: {len(theirs.prompts)} of "
-            f"{[len(p) for p in theirs.prompts][:8]} tokens, this run has {len(ours.prompts)} of "
-            f"{[len(p) for p in ours.prompts][:8]}; run with those, or make a golden file for these"
+            f"{golden.source} was made with other prompts: {len(theirs.prompts)} there, "
+            f"{len(ours.prompts)} in this run, prompt {first} is {_ids(expected)} there and "
+            f"{_ids(found)} here; run with those, or make a golden file for these"
         )
         raise UsageError(msg)
     if ours.n_steps > theirs.n_steps:
@@ -137,6 +154,13 @@ def require_same(golden: Golden, workload: Workload) -> None:
             f"{ours.n_steps}: use --tokens {theirs.n_steps} or make a longer golden run"
         )
         raise UsageError(msg)
+
+
+def _ids(prompt) -> str:
+    if prompt is None:
+        return "missing"
+    more = ",…" if len(prompt) > 16 else ""
+    return f"{','.join(map(str, prompt[:16]))}{more} ({len(prompt)} ids)"
 
 
 def fits(golden: Golden, workload: Workload) -> bool:

@@ -1,6 +1,6 @@
 """What a run is asked to verify, validated before anything is loaded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -65,19 +65,28 @@ class Job:
         )
 
 
-def prepare(request: Request, world_size: int) -> Job:
+def prepare(request: Request, world_size: int, rank: int = 0) -> Job:
     """Validate a request for a world of this size. Local: reads headers and small files only.
+
+    Golden files are read on rank 0, which alone compares with them.
 
     Raises UsageError for everything that can be known to be wrong before loading.
     """
     directory, config = _model(request)
-    if request.tokens < 1 or request.repeat < 1:
-        msg = f"--tokens and --repeat must be 1 or more, found {request.tokens}, {request.repeat}"
+    for option, found in (("--tokens", request.tokens), ("--repeat", request.repeat)):
+        if found < 1:
+            msg = f"{option} must be 1 or more, found {found}"
+            raise UsageError(msg)
+    if not 0 <= request.seed < 2**64:
+        msg = f"--seed must be from 0 to 2**64 - 1, found {request.seed}"
         raise UsageError(msg)
     memory = None
     if request.memory is not None:
         from spimpi.topology.exo import parse_memory
 
+        if request.topology is None:
+            msg = "--memory goes with --topology exo, found no --topology"
+            raise UsageError(msg)
         memory = parse_memory(request.memory)
     grid = grids.parse(
         request.topology, world_size, config.n_heads, config.n_layers, memory, request.rule
@@ -100,7 +109,7 @@ def prepare(request: Request, world_size: int) -> Job:
         request.seed, request.arith == "exact", None, request.golden is not None, faults,
         request.repeat,
     )  # fmt: skip
-    return _with_golden(job, request)
+    return _with_golden(job, request, rank)
 
 
 def _model(request):
@@ -143,14 +152,14 @@ def _faults(request, grid, config, prompts, checkpoint):
     return faults
 
 
-def _with_golden(job: Job, request: Request) -> Job:
+def _with_golden(job: Job, request: Request, rank: int) -> Job:
     """The golden file that was named, or the embedded model's where it fits."""
-    from dataclasses import replace
-
+    if request.golden is not None and not job.exact:
+        msg = "--golden needs exact arithmetic: --arith blas has no reproducible fingerprints"
+        raise UsageError(msg)
+    if rank != 0:
+        return job
     if request.golden is not None:
-        if not job.exact:
-            msg = "--golden needs exact arithmetic: --arith blas has no reproducible fingerprints"
-            raise UsageError(msg)
         golden = golden_runs.read(request.golden)
         golden_runs.require_same(golden, job.workload)
         return replace(job, golden=golden)

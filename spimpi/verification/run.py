@@ -1,7 +1,7 @@
 """``verify_distributed_inference``: what ``spimpi verify`` runs."""
 
 from dataclasses import replace
-from time import perf_counter
+from time import perf_counter, sleep
 
 import numpy as np
 from mpi4py import MPI
@@ -53,8 +53,8 @@ def verify_distributed_inference(comm, job: Job, reporter=None, watchdog=None, t
         return _Run(ctx, job, reporter or Quiet(), watchdog).whole()
 
 
-def make_golden(job: Job) -> golden_runs.Golden:
-    """The golden run of a job, on this rank alone. Local."""
+def make_golden(job: Job, at=None) -> golden_runs.Golden:
+    """The golden run of a job, on this rank alone; ``at`` is told where it is. Local."""
     alone = replace(
         job, grid=choose(1, job.config.n_heads, job.config.n_layers), golden=None, faults=(), repeat=1
     )
@@ -63,7 +63,9 @@ def make_golden(job: Job) -> golden_runs.Golden:
         with together(ctx.world):
             require_memory(ctx, run.wanted_bytes())
         stage = run.stage(run.weights())
-        tokens = stage.run([np.asarray(p, np.int64) for p in job.prompts])
+        prompts = [np.asarray(p, np.int64) for p in job.prompts]
+        progress = (lambda step: at(f"golden run, token {step + 1} of {job.n_tokens}")) if at else None
+        tokens = stage.run(prompts, progress=progress)
         where = conclude.first_failure(ctx, run.recorder, run.names)
         if where is not None:
             msg = f"the golden run itself failed a check: {where}"
@@ -82,9 +84,8 @@ class _Run:
         self.seconds: dict[str, float] = {}
         self.injector = self._injector()
         self.golden = None
-        self.has_golden = job.exact and (
-            job.golden is not None or job.checkpoint.total_bytes <= GOLDEN_BYTES
-        )
+        small = job.checkpoint.total_bytes <= GOLDEN_BYTES
+        self.has_golden = job.exact and ctx.world.bcast(job.golden is not None or small)
 
     def whole(self):
         ctx, job = self.ctx, self.job
@@ -173,12 +174,21 @@ class _Run:
         """Rank 0's golden run: as given, or made now where the model is small. Collective."""
         if not self.has_golden:
             return
-        self.golden = self.job.golden
-        if self.golden is None:
-            self._at("golden run on one rank")
-            with together(self.ctx.world):
-                if self.ctx.rank == 0:
-                    self.golden = make_golden(self.job)
+        self.golden, error = self.job.golden, None
+        self._at("golden run on rank 0")
+        if self.ctx.rank == 0 and self.golden is None:
+            try:
+                self.golden = make_golden(self.job, self._at)
+            except SpimpiError as caught:
+                error = caught
+        # The others sleep meanwhile: rank 0 may need the core, and its own watchdog watches it.
+        done = self.ctx.world.Ibarrier()
+        while not done.Test():
+            sleep(0.01)
+            self._at("golden run on rank 0")
+        with together(self.ctx.world):
+            if error is not None:
+                raise error
 
     def _inference(self, part):
         ctx, job = self.ctx, self.job

@@ -14,17 +14,17 @@ from spimpi.inference.exact import ARITHMETIC
 ENDS = {0: "verified", 1: "failed", 3: "incomplete"}
 
 
-def default_path() -> Path:
-    """A name of its own for every run, in the current directory."""
-    return Path(f"spimpi-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.h5")
+def new_run_id() -> str:
+    """A name of its own for every run; rank 0's is taken."""
+    return f"spimpi-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
 class Tracer:
     """Where and how a run is traced. Constructing it checks, and writes nothing."""
 
-    def __init__(self, rank: int, path, driver: str, overwrite: bool, command: str):
+    def __init__(self, rank: int, path, driver: str, overwrite: bool, command: str, run_id: str):
         self.path, self.overwrite, self.command = Path(path), overwrite, command
-        self.driver = choose_driver(driver)
+        self.run_id, self.driver = run_id, choose_driver(driver)
         self.journal = None
         if rank == 0:
             check_can_write(self.path, overwrite)
@@ -36,7 +36,7 @@ class Tracer:
     def open(self, ctx, job, names) -> Journal:
         """Open this rank's journal. Local."""
         header = {
-            "run_id": f"{self.path.stem}",
+            "run_id": self.run_id,
             "spimpi": __version__,
             "command": self.command,
             "world": ctx.world.size,
