@@ -12,15 +12,15 @@ from time import perf_counter
 import numpy as np
 from mpi4py import MPI
 
-from spimpi.fingerprint import colours, linear_flat, xor_flat
-from spimpi.fingerprint.tag import CONTENT, LINEAR, Tag
+from spimpi.fingerprint import fill_colours, linear_flat, xor_flat
+from spimpi.fingerprint.tag import COLOUR, CONTENT, LINEAR, MASK, Tag
 from spimpi.partition import balanced_sizes
 from spimpi.reduction import blocks
 from spimpi.trace.schema import Established, Op, Stage
 
 # Elements of 8 bytes in a result: 8 B, 1 KiB, 64 KiB, 1 MiB, 8 MiB a rank.
 SIZES = (1, 128, 8192, 131072, 1048576)
-MASK = (1 << 64) - 1
+RING = 3  # message tag
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,12 @@ def probes(ctx) -> list[Probe]:
 def check_fabric(ctx, recorder, progress=None, sizes=SIZES) -> int:
     """Run every probe at every size; returns this rank's failures. Collective over the world."""
     failures = 0
+    room = np.empty((2, max(sizes)), np.uint64)
     for probe in probes(ctx):
         for step, n in enumerate(sizes):
             tag = Tag(ctx.seed, probe.name, -1, step)
             start = perf_counter()
-            found, expected = probe.run(probe.comm, tag, n)
+            found, expected = probe.run(probe.comm, tag, room[0, :n], room[1, :n])
             wrong = found != expected
             failures += wrong
             recorder.one(
@@ -84,101 +85,92 @@ def check_fabric(ctx, recorder, progress=None, sizes=SIZES) -> int:
     return failures
 
 
-def expected_events(ctx, sizes=SIZES) -> int:
-    """Events that the preflight records on this rank."""
-    return len(probes(ctx)) * len(sizes)
+# A probe fills ``send``, runs its collective into ``result``, and returns the fingerprint found and
+# the one that was known. Both are uint64 [n]; element i of the whole payload is colour(i).
+
+
+def _colours(tag, n, out, first=0):
+    fill_colours(out, tag.key(COLOUR, (n,), 8), first)
+    return out
 
 
 def _content(tag, words) -> int:
     return xor_flat(words, tag.key(CONTENT, words.shape, 8), 0)
 
 
-def _colour_content(tag, n, first=0) -> int:
-    """Content fingerprint of the colour field itself: from the shape alone."""
-    return _content(tag, colours(tag, (n,), 8, first, first + n))
-
-
 def _linear(tag, words) -> int:
     return linear_flat(words, tag.key(LINEAR, words.shape, 8), 0)
 
 
-def _sum(comm, tag, n):
-    """Rank t sends (t + 1)·colour: the sum is colour·P(P + 1)/2, mod 2^64."""
-    field = colours(tag, (n,), 8, 0, n)
-    expected = _linear(tag, field) * (comm.size * (comm.size + 1) // 2) & MASK
-    result = np.empty(n, np.int64)
-    comm.Allreduce((field * np.uint64(comm.rank + 1)).view(np.int64), result, op=MPI.SUM)
-    return _linear(tag, result.view(np.uint64)), expected
-
-
-def _masks(field, rank, size):
-    """Which elements rank owns: element i belongs to rank colour(i) mod P."""
-    return field % np.uint64(size) == np.uint64(rank)
-
-
-def _max(comm, tag, n):
-    """Each element's colour comes from one rank, smaller numbers from the others.
-
-    63 bits of it, as the run's own maxima have: Open MPI 4.1.4 compares MPI_UNSIGNED_LONG, which
-    numpy's uint64 becomes, as if it were signed (MPI_MAX of words with the top bit set is wrong).
-    """
-    field = colours(tag, (n,), 8, 0, n) >> np.uint64(1)
-    expected = _content(tag, field)
-    own = np.where(_masks(field, comm.rank, comm.size), field, field >> np.uint64(1))
-    result = np.empty(n, np.uint64)
-    comm.Allreduce(own, result, op=MPI.MAX)
-    return _content(tag, result), expected
-
-
-def _bor(comm, tag, n):
-    """Each element's colour comes from one rank, zeros from the others."""
-    field = colours(tag, (n,), 8, 0, n)
-    expected = _content(tag, field)
-    own = np.where(_masks(field, comm.rank, comm.size), field, np.uint64(0))
-    result = np.empty(n, np.uint64)
-    comm.Allreduce(own, result, op=MPI.BOR)
-    return _content(tag, result), expected
-
-
-def _bxor(comm, tag, n):
-    """Rank 0 sends what XORs with everybody's colours to the first colour field."""
-    field = colours(tag, (n,), 8, 0, n)
-    expected = _content(tag, field)
-    own = field * np.uint64(2 * comm.rank + 1)
-    if comm.rank == 0:
-        for rank in range(1, comm.size):
-            own ^= field * np.uint64(2 * rank + 1)
-    result = np.empty(n, np.uint64)
-    comm.Allreduce(own, result, op=MPI.BXOR)
-    return _content(tag, result), expected
-
-
-def _allgather(comm, tag, n):
-    """Balanced blocks of the colour field, gathered."""
+def _block(comm, n) -> slice:
+    """The elements that this rank contributes."""
     sizes = balanced_sizes(n, comm.size)
     start = sum(sizes[: comm.rank])
-    own = colours(tag, (n,), 8, start, start + sizes[comm.rank])
-    result = np.empty(n, np.uint64)
-    comm.Allgatherv(own, blocks(result, sizes))
-    return _content(tag, result), _colour_content(tag, n)
+    return slice(start, start + sizes[comm.rank])
 
 
-def _broadcast(comm, tag, n):
-    result = colours(tag, (n,), 8, 0, n) if comm.rank == 0 else np.zeros(n, np.uint64)
+def _sum(comm, tag, send, result):
+    """Rank t sends (t + 1)·colour: the sum is colour·P(P + 1)/2, mod 2^64."""
+    _colours(tag, send.size, send)
+    expected = _linear(tag, send) * (comm.size * (comm.size + 1) // 2) & MASK
+    np.multiply(send, np.uint64(comm.rank + 1), out=send)
+    comm.Allreduce(send.view(np.int64), result.view(np.int64), op=MPI.SUM)
+    return _linear(tag, result), expected
+
+
+def _assembled(comm, tag, send, result, op, shift):
+    """Each element's colour comes from the one rank that owns it, zeros from the others."""
+    own = _block(comm, send.size)
+    known = _colours(tag, send.size, result)
+    known >>= np.uint64(shift)
+    expected = _content(tag, known)
+    send[:] = 0
+    send[own] = known[own]
+    comm.Allreduce(send, result, op=op)
+    return _content(tag, result), expected
+
+
+def _max(comm, tag, send, result):
+    """63 bits of the colours, as the run's own maxima have: Open MPI 4.1.4 compares
+    MPI_UNSIGNED_LONG, which numpy's uint64 becomes, as if it were signed."""
+    return _assembled(comm, tag, send, result, MPI.MAX, 1)
+
+
+def _bor(comm, tag, send, result):
+    return _assembled(comm, tag, send, result, MPI.BOR, 0)
+
+
+def _bxor(comm, tag, send, result):
+    return _assembled(comm, tag, send, result, MPI.BXOR, 0)
+
+
+def _allgather(comm, tag, send, result):
+    """Balanced blocks of the colour field, gathered."""
+    n = result.size
+    expected = _content(tag, _colours(tag, n, result))
+    own = _block(comm, n)
+    block = send[: own.stop - own.start]
+    _colours(tag, n, block, own.start)
+    result[:] = 0
+    comm.Allgatherv(block, blocks(result, balanced_sizes(n, comm.size)))
+    return _content(tag, result), expected
+
+
+def _broadcast(comm, tag, send, result):
+    expected = _content(tag, _colours(tag, send.size, send))
+    result[:] = send if comm.rank == 0 else 0
     comm.Bcast(result, root=0)
-    return _content(tag, result), _colour_content(tag, n)
+    return _content(tag, result), expected
 
 
-def _ring(comm, tag, n):
+def _ring(comm, tag, send, result):
     """Every rank hands its own colours to the next; the last closes the ring."""
+    n, before = send.size, (comm.rank - 1) % comm.size
     total = n * comm.size
-    before = (comm.rank - 1) % comm.size
-    own = colours(tag, (total,), 8, comm.rank * n, (comm.rank + 1) * n)
-    result = np.empty(n, np.uint64)
-    requests = [
-        comm.Irecv(result, before, 3),
-        comm.Isend(own, (comm.rank + 1) % comm.size, 3),
-    ]
-    MPI.Request.Waitall(requests)
-    expected = _content(tag, colours(tag, (total,), 8, before * n, (before + 1) * n))
+    expected = _content(tag, _colours(tag, total, send, before * n))
+    _colours(tag, total, send, comm.rank * n)
+    result[:] = 0
+    receive = comm.Irecv(result, before, RING)
+    comm.Send(send, (comm.rank + 1) % comm.size, RING)
+    receive.Wait()
     return _content(tag, result), expected

@@ -8,10 +8,12 @@ The sender fingerprints its buffer again when the send has completed, before it 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from time import sleep
 
 import numpy as np
 
 IN_FLIGHT = 2
+LONGEST_NAP = 1e-3  # seconds
 PAYLOAD, RECORD_TAG = 1, 2
 
 HANDOFF = np.dtype(
@@ -30,6 +32,21 @@ HANDOFF = np.dtype(
 )
 
 
+def wait(request, polite: bool) -> None:
+    """Wait for a request; ``polite``: asleep between looks, where ranks share their cores.
+
+    MPI libraries spin while they wait. In a pipeline most ranks wait most of the time, and where
+    several share a core their spinning would be most of what it does.
+    """
+    if not polite:
+        request.Wait()
+        return
+    nap = 2e-5
+    while not request.Test():
+        sleep(nap)
+        nap = min(2 * nap, LONGEST_NAP)
+
+
 @dataclass
 class _Slot:
     buffer: np.ndarray
@@ -44,8 +61,10 @@ class Sender:
     ``sent(buffer, record)`` is called once for every hand-off when its send has completed.
     """
 
-    def __init__(self, comm, to_rank: int, max_rows: int, n_cols: int, dtype, sent: Callable):
-        self.comm, self.to_rank, self.sent = comm, to_rank, sent
+    def __init__(
+        self, comm, to_rank: int, max_rows: int, n_cols: int, dtype, sent: Callable, polite=False
+    ):
+        self.comm, self.to_rank, self.sent, self.polite = comm, to_rank, sent, polite
         self.slots = [
             _Slot(np.empty((max_rows, n_cols), dtype), np.zeros(1, HANDOFF), [])
             for _ in range(IN_FLIGHT)
@@ -85,14 +104,14 @@ class Sender:
 
     def _wait(self, requests) -> None:
         for request in requests:
-            request.Wait()
+            wait(request, self.polite)
 
 
 class Receiver:
     """The receiving end: receives are posted ahead, ``IN_FLIGHT`` at a time."""
 
-    def __init__(self, comm, from_rank: int, max_rows: int, n_cols: int, dtype):
-        self.comm, self.from_rank = comm, from_rank
+    def __init__(self, comm, from_rank: int, max_rows: int, n_cols: int, dtype, polite=False):
+        self.comm, self.from_rank, self.polite = comm, from_rank, polite
         self.slots = [
             _Slot(np.empty((max_rows, n_cols), dtype), np.zeros(1, HANDOFF), [])
             for _ in range(IN_FLIGHT)
@@ -113,7 +132,7 @@ class Receiver:
         """(buffer, record) of the oldest posted receive, when it has arrived."""
         slot = self.slots[self.taken % IN_FLIGHT]
         for request in slot.requests:
-            request.Wait()
+            wait(request, self.polite)
         slot.requests = []
         self.taken += 1
         return slot.buffer[: slot.rows], slot.record[0]

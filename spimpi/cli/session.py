@@ -3,11 +3,12 @@
 import sys
 import time
 import traceback
+import warnings
 from contextlib import contextmanager
 
-from spimpi.errors import SpimpiError
+from spimpi.errors import SpimpiError, UsageError
 
-PATIENCE = 10.0  # seconds for every rank to raise an error that concerns all
+PATIENCE = 5.0  # seconds for every rank to raise an error that concerns all
 
 
 @contextmanager
@@ -17,8 +18,7 @@ def session(timeout: float, expect_ranks: int | None):
     A SpimpiError that all ranks raise passes on. One that some raise alone ends the whole job by
     MPI_Abort, with its own status, since the others would wait; any other exception with status 4.
     """
-    from mpi4py import MPI
-
+    MPI = _initialised_mpi()
     from spimpi.launch import check_world
     from spimpi.watchdog import Watchdog
 
@@ -42,6 +42,29 @@ def session(timeout: float, expect_ranks: int | None):
         raise
 
 
+def _initialised_mpi():
+    """mpi4py's MPI, refused (UsageError) before MPICH meets Open MPI's mpirun, where it aborts."""
+    import mpi4py
+
+    mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+    from mpi4py import MPI
+
+    if not MPI.Is_initialized():
+        from spimpi.launch import launch, mpi_library
+
+        found, library = launch(), mpi_library()
+        if found and found.launcher.startswith("Open MPI") and library.startswith("MPICH"):
+            msg = (
+                f"{found.launcher} started this process, but mpi4py uses {library}: start with "
+                "MPICH's own mpiexec (its bin folder first on PATH)"
+            )
+            raise UsageError(msg)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "suspicious MPI")  # check_world says more, and once
+            MPI.Init_thread(MPI.THREAD_MULTIPLE)
+    return MPI
+
+
 def _all_come(comm) -> bool:
     """Whether all ranks of ``comm`` call this within PATIENCE seconds."""
     barrier, start = comm.Ibarrier(), time.monotonic()
@@ -59,17 +82,13 @@ def _end_job(world, host, status) -> None:
 
 def import_kernels(world) -> None:
     """Import all kernels: a leader on every node compiles them, the others load. Collective."""
-    from mpi4py import MPI
+    from importlib import import_module
 
     import numba  # noqa: F401  the slow import, which all ranks can do at the same time
 
-    node = world.Split_type(MPI.COMM_TYPE_SHARED)
-    if node.rank == 0:
-        import spimpi.inference.model  # noqa: F401
-    node.Barrier()
-    import spimpi.inference.model  # noqa: F401, F811
+    from spimpi.launch import leader_first
 
-    node.Free()
+    leader_first(world, lambda: import_module("spimpi.inference.model"))
 
 
 def _describe(event) -> str:

@@ -61,7 +61,10 @@ def require_free(path: Path) -> None:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        msg = f"cannot write {path}: {path.parent}: {error.strerror}; name another file (-o)"
+        msg = (
+            f"cannot write {path}: no file can be made in {path.parent} ({error.strerror}); "
+            "name another file (-o)"
+        )
         raise UsageError(msg) from None
 
 
@@ -121,7 +124,7 @@ def read(path) -> Golden:
     except (OSError, KeyError, ValueError, TypeError) as error:
         if isinstance(error, UsageError):
             raise
-        msg = f"{path} is not a readable golden file: {error}"
+        msg = f"{path} is no readable golden file ({error}): make one with `spimpi golden`"
         raise UsageError(msg) from None
 
 

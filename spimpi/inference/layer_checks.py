@@ -66,7 +66,9 @@ def layer_plan(exact: bool, n_tensor_ranks: int, shared_heads: tuple[int, ...]):
     at_rest("input")
     product("qkv")
     at_rest("qkv")
-    for i in range(len(shared_heads)):
+    # BLAS may give a shared head other bits on each rank that computes it, so only exact copies
+    # can be compared.
+    for i in range(len(shared_heads) if exact else 0):
         across("qkv", Op.AGREEMENT, agreed, "head", i)
     product("scores")
     product("attn")

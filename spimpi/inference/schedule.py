@@ -53,8 +53,8 @@ def _step(ctx, job, n_shared, step) -> int:
     n = n_microbatches(rows_of(job.lengths, grid.dp, ctx.place.d, step).size, grid.pp)
     many = grid.tp > 1
     # A layer: five tensors at rest; exact: six products; over tensor ranks: two partial sums at
-    # rest, two sums, the output's agreement, shared heads; exact: two maxima.
-    layer = 5 + 6 * job.exact + many * (5 + n_shared + 2 * job.exact)
+    # rest, two sums, the output's agreement; exact: shared heads, two maxima.
+    layer = 5 + 6 * job.exact + many * (5 + (n_shared + 2) * job.exact)
     # Each microbatch: layers, the stage's output at rest, and the embedding's reduction or the
     # hand-off that came in.
     count = n * (len(ctx.layers) * layer + 1 + (many if ctx.is_first_stage else 1))

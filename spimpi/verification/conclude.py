@@ -79,19 +79,26 @@ def first_failure(ctx, recorder, names: list[str]) -> Where | None:
     if first == ALL_ONES:
         return None
     mine = failures[codes == first] if codes.size else failures
-    named = [e for e in mine if e["peer"] >= 0]
-    # A rank that can name the culprit speaks before one that only saw the failure.
-    rank = ctx.world.rank
-    bid = rank if named else rank + ctx.world.size if mine.size else 3 * ctx.world.size
-    bids = ctx.world.allreduce(bid, op=MPI.MIN)
-    speaker = bids % ctx.world.size
+    # A rank whose data changed speaks before one that only met the NaN that came of it (all meet
+    # it: their row maxima are reduced), and one that can name the culprit before one that cannot.
+    mine = sorted(mine, key=_authority)
+    rank, size = ctx.world.rank, ctx.world.size
+    bid = _authority(mine[0]) * size + rank if mine else 3 * size
+    speaker = ctx.world.allreduce(bid, op=MPI.MIN) % size
     said = None
     if rank == speaker:
-        event = named[0] if named else mine[0]
+        event = mine[0]
         said = (event.tobytes(), _note(recorder, event))
     raw, note = ctx.world.bcast(said, root=speaker)
     event = np.frombuffer(raw, failures.dtype)[0]
     return _where(ctx, event, names, speaker, note, _golden_says(ctx, recorder, event))
+
+
+def _authority(event) -> int:
+    """How much a failure says of its cause, 0 the most."""
+    if event["peer"] < 0:
+        return 2
+    return int(event["nonfinite"] > 0 and event["fingerprint"] == event["expected"])
 
 
 def _note(recorder, event) -> str:

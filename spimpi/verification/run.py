@@ -6,6 +6,7 @@ from time import perf_counter, sleep
 import numpy as np
 from mpi4py import MPI
 
+from spimpi.checks.assembled import compare_assembled
 from spimpi.checks.fabric import check_fabric, tensor_names
 from spimpi.checks.recorder import Recorder
 from spimpi.checks.verdict import Verdict
@@ -21,7 +22,7 @@ from spimpi.inference.tensors import PROGRAM
 from spimpi.inference.weight_check import check_weights, second_read, weight_names
 from spimpi.inference.weights import Loader
 from spimpi.partition import Slab
-from spimpi.reduction import blocks, empty_records, together
+from spimpi.reduction import blocks, together
 from spimpi.topology.data import rows_of
 from spimpi.topology.grid import choose
 from spimpi.trace.schema import Established, Op
@@ -226,14 +227,12 @@ class _Run:
         share = np.uint64(fingerprint(tokens, tag, Slab(shape, (first, 0))))
         ctx.data.Allgatherv(np.ascontiguousarray(tokens), blocks(gathered, counts))
         result = np.uint64(fingerprint(gathered, tag))
-        records = empty_records(1)
-        records["xor"], records["every"], records["none"] = share, result, ~result
-        merged = ctx.records.merge(ctx.data, records)[0]
-        wrong = merged["every"] != ~merged["none"] or merged["xor"] != merged["every"]
+        found = compare_assembled(ctx.records, ctx.data, share, result)
+        peer = ctx.grid.rank_of(found.rank, 0, ctx.place.t) if found.rank >= 0 else -1
         self.recorder.one(
             "tokens", Op.ALLGATHER, Phase.DATA, Established.MOVED | Established.AGREED, result,
-            merged["xor"], wrong, t_start=start, repeat=repeat, bytes=gathered.nbytes,
-            step=job.n_tokens - 1,
+            found.expected, found.wrong, t_start=start, repeat=repeat, bytes=gathered.nbytes,
+            step=job.n_tokens - 1, peer=peer,
         )  # fmt: skip
         return gathered
 
