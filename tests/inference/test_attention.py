@@ -1,0 +1,103 @@
+"""Exact attention against plain numpy, its invariance, and its two product checks."""
+
+import numpy as np
+import pytest
+
+from spimpi.inference.attention import NO_FAULT, Cache, attend, attention_bits
+from spimpi.inference.exact import odd_vector
+from spimpi.inference.kernels import rope_table
+
+RNG = np.random.default_rng(1069)
+HEADS, KV, D, POSITIONS = 4, 2, 16, 24
+BITS = attention_bits(D, 64)
+
+
+def run(qkv, sequences, positions, cache, fault=NO_FAULT):
+    cosines, sines = (np.empty((POSITIONS, D // 2), np.float32) for _ in range(2))
+    frequencies = (10000.0 ** (-np.arange(D // 2) / (D // 2))).astype(np.float32)
+    rope_table(frequencies, cosines, sines)
+    out = np.empty((len(qkv), HEADS * D), np.float32)
+    words = np.zeros(7, np.uint64)
+    kv_of_head = np.arange(HEADS) // (HEADS // KV)
+    settings = np.array([D, KV, *BITS, True], np.int64)
+    attend(
+        qkv, np.asarray(sequences), np.asarray(positions), cosines, sines, kv_of_head, settings,
+        cache.keys, cache.key_exponents, cache.key_sums, cache.values, cache.value_exponents,
+        cache.value_sums, odd_vector(np.uint64(3), POSITIONS), np.asarray(fault), out, words,
+    )  # fmt: skip
+    return out, words
+
+
+def random_rows(n):
+    return RNG.standard_normal((n, (HEADS + 2 * KV) * D)).astype(np.float32)
+
+
+def plain(qkv):
+    """Softmax attention of one causal sequence in float64."""
+    heads = qkv.reshape(len(qkv), HEADS + 2 * KV, D).astype(np.float64)
+    angle = np.arange(len(qkv))[:, None] * 10000.0 ** (-np.arange(D // 2) / (D // 2))
+    c, s = np.cos(angle)[:, None], np.sin(angle)[:, None]
+    low, high = heads[..., : D // 2], heads[..., D // 2 :]
+    rotated = np.concatenate([low * c - high * s, high * c + low * s], axis=2)
+    out = np.empty((len(qkv), HEADS, D))
+    for h in range(HEADS):
+        k, v = rotated[:, HEADS + h // 2], heads[:, HEADS + KV + h // 2]
+        scores = rotated[:, h] @ k.T / np.sqrt(D)
+        scores[np.triu_indices(len(qkv), 1)] = -np.inf
+        weights = np.exp(scores - scores.max(axis=1, keepdims=True))
+        out[:, h] = weights / weights.sum(axis=1, keepdims=True) @ v
+    return out.reshape(len(qkv), -1)
+
+
+def test_attention_is_softmax_attention():
+    qkv = random_rows(20)
+    out, words = run(qkv, [0] * 20, range(20), Cache.empty(1, KV, POSITIONS, D))
+    np.testing.assert_allclose(out, plain(qkv), atol=3e-5)
+    assert words[0] == words[1] and words[2] == words[3] and not words[4:].any()
+
+
+@pytest.mark.parametrize("cuts", [(0, 20), (0, 7, 8, 20), tuple(range(21))])
+def test_prefill_chunks_and_decoding_give_the_same_bits(cuts):
+    qkv = np.random.default_rng(5).standard_normal((20, (HEADS + 2 * KV) * D)).astype(np.float32)
+    whole, _ = run(qkv, [0] * 20, range(20), Cache.empty(1, KV, POSITIONS, D))
+    cache = Cache.empty(1, KV, POSITIONS, D)
+    parts = [
+        run(np.ascontiguousarray(qkv[a:b]), [0] * (b - a), range(a, b), cache)[0]
+        for a, b in zip(cuts, cuts[1:])
+    ]
+    assert np.concatenate(parts).tobytes() == whole.tobytes()
+
+
+def test_a_batch_gives_every_sequence_the_bits_that_it_has_alone():
+    first, second = random_rows(6), random_rows(9)
+    cache = Cache.empty(2, KV, POSITIONS, D)
+    both, _ = run(np.concatenate([first, second]), [0] * 6 + [1] * 9, [*range(6), *range(9)], cache)
+    for rows, part in ((first, both[:6]), (second, both[6:])):
+        n = len(rows)
+        alone, _ = run(rows, [0] * n, range(n), Cache.empty(1, KV, POSITIONS, D))
+        assert alone.tobytes() == part.tobytes()
+
+
+@pytest.mark.parametrize(("product", "index"), [(0, 3), (1, 2 * D + 5)])
+def test_one_wrong_integer_of_either_product_is_caught(product, index):
+    qkv = random_rows(8)
+    _, words = run(qkv, [0] * 8, range(8), Cache.empty(1, KV, POSITIONS, D), (5, product, index))
+    assert words[4 + product] == 1 and words[4 + 1 - product] == 0
+
+
+def test_a_key_that_changes_in_the_cache_is_caught():
+    qkv = random_rows(8)
+    cache = Cache.empty(1, KV, POSITIONS, D)
+    run(np.ascontiguousarray(qkv[:7]), [0] * 7, range(7), cache)
+    cache.keys[0, 1, 2, 3] += 1
+    _, words = run(np.ascontiguousarray(qkv[7:]), [0], [7], cache)
+    assert words[4] == 1
+
+
+def test_rows_with_nan_are_counted_and_do_not_spread():
+    qkv = random_rows(6)
+    clean, _ = run(qkv, [0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2], Cache.empty(2, KV, POSITIONS, D))
+    qkv[4, 0] = np.nan
+    out, words = run(qkv, [0, 0, 0, 1, 1, 1], [0, 1, 2, 0, 1, 2], Cache.empty(2, KV, POSITIONS, D))
+    assert words[6] == 1
+    assert out[:4].tobytes() == clean[:4].tobytes()

@@ -1,0 +1,78 @@
+"""Golden files: round trip, refusals, and the one that ships with the embedded model."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from spimpi.errors import UsageError
+from spimpi.inference import golden
+from spimpi.verification.job import Request, prepare
+from spimpi.verification.run import make_golden
+
+
+def small():
+    return prepare(Request(prompts=("The file ", "If "), tokens=3), 1)
+
+
+def test_the_shipped_golden_file_is_what_this_code_computes():
+    shipped = golden.read(golden.EMBEDDED_GOLDEN)
+    job = prepare(Request(tokens=5), 1)
+    made = make_golden(replace(job, golden=None))
+    assert golden.fits(shipped, job.workload)
+    assert (made.table == shipped.table[:5]).all()
+    assert (made.tokens == shipped.tokens[:, :5]).all()
+
+
+def test_a_golden_file_reads_back_as_it_was_written(tmp_path):
+    job = small()
+    made = make_golden(job)
+    golden.write(tmp_path / "g.h5", made)
+    back = golden.read(tmp_path / "g.h5")
+    assert (back.table == made.table).all() and (back.tokens == made.tokens).all()
+    assert back.workload == made.workload
+    golden.require_same(back, job.workload)
+    before = (tmp_path / "g.h5").read_bytes()
+    with pytest.raises(UsageError, match="exists"):
+        golden.write(tmp_path / "g.h5", made)
+    assert (tmp_path / "g.h5").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (dict(prompts=("Another ",)), "prompts"),
+        (dict(seed=7), "seed"),
+        (dict(tokens=4), "--tokens 3"),
+    ],
+)
+def test_a_golden_run_of_something_else_is_refused(change, word, tmp_path):
+    golden.write(tmp_path / "g.h5", make_golden(small()))
+    asked = dict(prompts=("The file ", "If "), tokens=3) | change
+    with pytest.raises(UsageError, match=word):
+        prepare(Request(golden=str(tmp_path / "g.h5"), **asked), 1)
+
+
+def test_every_changed_word_of_a_table_is_found():
+    job = small()
+    made = make_golden(job)
+
+    class Events:
+        failed = 0
+
+        def one(self, *args, **kwargs):
+            self.failed += args[6]
+
+    for step, column in ((0, 0), (1, 20), (2, made.table.shape[1] - 1)):
+        table = made.table.copy()
+        table[step, column] ^= np.uint64(1)
+        events = Events()
+        assert golden.compare(table, made, events) == 1 == events.failed
+    assert golden.compare(made.table, made, Events()) == 0
+
+
+def test_what_is_no_golden_file_is_refused(tmp_path):
+    (tmp_path / "x.h5").write_bytes(b"no HDF5")
+    for name in ("x.h5", "missing.h5"):
+        with pytest.raises(UsageError, match=name):
+            golden.read(tmp_path / name)

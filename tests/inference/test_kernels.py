@@ -1,0 +1,137 @@
+"""The row kernels against numpy, and the fingerprints in them against the reference."""
+
+import numpy as np
+import pytest
+
+from spimpi.fingerprint import fingerprint, linear_fingerprint
+from spimpi.fingerprint.tag import CONTENT, LINEAR, Tag
+from spimpi.inference import kernels
+from spimpi.inference.config import EMBEDDED_MODEL, load_config
+from spimpi.inference.tensors import LAYER_TENSORS, Keys, Widths
+from spimpi.partition import Slab
+
+RNG = np.random.default_rng(1069)
+
+
+def floats(*shape):
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("columns", [1, 7, 64, 65])
+def test_a_block_has_its_share_of_the_global_tensors_fingerprint(columns):
+    tag, shape = Tag(1069, "attn", 2, 1), (9, 100)
+    x = floats(5, columns)
+    keys = np.array([0, tag.key(CONTENT, shape, 4)], np.uint64)
+    words = np.zeros(3, np.uint64)
+    kernels.fingerprint_block(x.view(np.uint32), keys, 1, 3, 11, 100, words, 2)
+    assert int(words[2]) == fingerprint(x, tag, Slab(shape, (3, 11)))
+    x[4, columns - 1] = np.nextafter(x[4, columns - 1], np.float32(9))
+    kernels.fingerprint_block(x.view(np.uint32), keys, 1, 3, 11, 100, words, 1)
+    assert words[1] != words[2]
+
+
+def test_column_segments_are_fingerprinted_where_they_lie_globally():
+    tag, shape = Tag(1, "qkv", 0, 0), (4, 60)
+    x = floats(4, 12)
+    keys = np.array([tag.key(CONTENT, shape, 4)], np.uint64)
+    segments = np.array([(0, 20, 5), (5, 33, 3), (8, 56, 4)], np.int64)
+    words = np.zeros(3, np.uint64)
+    kernels.fingerprint_segments(x.view(np.uint32), keys, 0, 0, segments, 60, words, 0)
+    for word, (local, first, width) in zip(words, segments):
+        part = np.ascontiguousarray(x[:, local : local + width])
+        assert int(word) == fingerprint(part, tag, Slab(shape, (0, int(first))))
+
+
+def test_chosen_rows_add_up_to_all_rows():
+    tag, shape = Tag(1, "embed"), (6, 10)
+    x = floats(6, 10)
+    keys = np.array([tag.key(CONTENT, shape, 4)], np.uint64)
+    words = np.zeros(2, np.uint64)
+    chosen = np.array([True, False, False, True, True, False])
+    for slot, mask in enumerate((chosen, ~chosen)):
+        kernels.fingerprint_chosen_rows(x.view(np.uint32), mask, keys, 0, 0, words, slot)
+    assert int(words[0] ^ words[1]) == fingerprint(x, tag)
+
+
+def test_rows_of_integers_have_their_linear_fingerprint():
+    tag, shape = Tag(1, "attn_out", 3, 2), (8, 12)
+    q = RNG.integers(-(2**53), 2**53, (4, 12))
+    keys = np.array([tag.key(LINEAR, shape, 8)], np.uint64)
+    words = np.zeros(1, np.uint64)
+    kernels.linear_block(q, keys, 0, 2, words, 0)
+    assert int(words[0]) == linear_fingerprint(q, tag, Slab(shape, (2, 0)))
+
+
+@pytest.mark.parametrize("first_layer", [0, 3])
+def test_keys_of_a_step_are_those_of_the_tags(first_layer):
+    config = load_config(EMBEDDED_MODEL)
+    layers = range(first_layer, first_layer + 2)
+    w = Widths.of(config)
+    keys = Keys(7, config, layers).of_step(5, 33)
+    widths = dict(hidden=w.hidden, qkv=w.qkv, attn=w.attn, resid=w.hidden, ffn=w.ffn,
+                  attn_out=w.hidden, ffn_out=w.hidden)  # fmt: skip
+    for row, layer in enumerate(range(first_layer, first_layer + 2), start=1):
+        for column, name in enumerate(LAYER_TENSORS):
+            summed = name.endswith("_out")
+            shape = (33,) if name.endswith("_max") else (33, widths[name])
+            key = Tag(7, name, layer, 5).key(LINEAR if summed else CONTENT, shape, 4 + 4 * summed)
+            assert int(keys[row, column]) == key, name
+    before = ("embed", -1) if first_layer == 0 else ("hidden", first_layer - 1)
+    assert int(keys[0, 0]) == Tag(7, *before, 5).key(CONTENT, (33, w.hidden), 4)
+
+
+def test_rmsnorm_and_swiglu_are_those_of_the_papers():
+    x, weight = floats(3, 40), floats(40)
+    out = np.empty_like(x)
+    kernels.rmsnorm(x, weight, 1e-5, out)
+    wide = x.astype(np.float64)
+    expected = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + 1e-5) * weight
+    np.testing.assert_allclose(out, expected, rtol=2e-7, atol=0)
+    gate_up, made = floats(3, 16), np.empty((3, 8), np.float32)
+    kernels.swiglu(gate_up, made)
+    gate, up = gate_up[:, :8].astype(np.float64), gate_up[:, 8:]
+    np.testing.assert_allclose(made, gate / (1 + np.exp(-gate)) * up, rtol=2e-7, atol=0)
+
+
+def test_the_rows_result_does_not_depend_on_the_other_rows():
+    x, weight = floats(7, 33), floats(33)
+    together, alone = np.empty_like(x), np.empty((1, 33), np.float32)
+    kernels.rmsnorm(x, weight, 1e-6, together)
+    for row in range(7):
+        kernels.rmsnorm(x[row : row + 1], weight, 1e-6, alone)
+        assert alone.tobytes() == together[row].tobytes()
+
+
+def reduced(maxima):
+    """What MPI_MAX of the ranks' packed maxima gives, and what each rank then finds wrong."""
+    packed = []
+    for rank, own in enumerate(maxima):
+        words = np.empty(own.size, np.uint64)
+        kernels.pack_maxima(own, np.uint64(rank), words)
+        packed.append(words)
+    return packed, np.maximum.reduce(packed)
+
+
+def wrong_rows(packed, result, maxima):
+    words = np.zeros(1, np.uint64)
+    counts = []
+    for rank, own in enumerate(maxima):
+        n = np.uint64(len(maxima))
+        arguments = (packed[rank], result, own.copy(), np.uint64(rank), n, np.uint64(5), 0)
+        counts.append(kernels.unpack_maxima(*arguments, words, 0))
+    return counts
+
+
+def test_a_wrong_maximum_is_seen_whichever_way_it_is_wrong():
+    maxima = [RNG.integers(1, 2**31, 6).astype(np.uint32) for _ in range(3)]
+    packed, result = reduced(maxima)
+    assert wrong_rows(packed, result, maxima) == [0, 0, 0]
+    true = np.maximum.reduce(maxima)
+    assert (result >> np.uint64(32) == true).all()
+    for change in (1, -1):
+        broken = result.copy()
+        broken[2] = int(broken[2]) + (change << 32)
+        assert sum(wrong_rows(packed, broken, maxima)) > 0
+    lowered = [p.copy() for p in packed]
+    lowered[1][0] -= np.uint64(1 << 32)  # what rank 1 sent is no longer its maximum
+    assert wrong_rows(lowered, result, maxima)[1] == 1
