@@ -4,6 +4,7 @@ All functions are collective over the communicator they take. A caller's communi
 used for point-to-point messages here, and never kept.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
@@ -14,6 +15,8 @@ from mpi4py import MPI
 from spimpi.errors import SpimpiError, UsageError
 
 ALL_ONES = np.uint64(0xFFFFFFFFFFFFFFFF)
+
+PATIENCE = 5.0  # seconds for the other ranks to come where one has an error
 
 # One check's share of a reduction. xor, total: combined over the contributions; every, none:
 # AND of a result and of its complement (they agree exactly where every == ~none); count: failures
@@ -159,8 +162,10 @@ def blocks(buffer: np.ndarray, counts) -> list:
 def together(comm):
     """Run a local block on every rank; an error on one becomes the same error on all. Collective.
 
-    The block must not communicate. Only SpimpiError and OSError are agreed on: anything else is a
-    bug, and ends the job by its traceback.
+    The block must not communicate, except over groups that agree on their own errors. Only
+    SpimpiError and OSError are agreed on: anything else is a bug, and ends the job by its
+    traceback. A rank with an error whose peers do not come within PATIENCE seconds raises alone,
+    and whoever started the job must end it.
     """
     error = None
     try:
@@ -170,7 +175,11 @@ def together(comm):
     except OSError as caught:
         error = UsageError(str(caught))
     first = np.array([comm.rank if error is not None else comm.size], np.int64)
-    comm.Allreduce(MPI.IN_PLACE, first, op=MPI.MIN)
+    agreement = comm.Iallreduce(MPI.IN_PLACE, first, op=MPI.MIN)
+    if error is None:
+        agreement.Wait()
+    elif not _within(agreement, PATIENCE):
+        raise error  # the others wait for this rank elsewhere: the caller must end the job
     if first[0] == comm.size:
         return
     said = comm.bcast((type(error), str(error)) if comm.rank == first[0] else None, int(first[0]))
@@ -178,6 +187,16 @@ def together(comm):
     if first[0] != 0 and comm.size > 1:
         text += f" (found by rank {first[0]})"
     raise _same_kind(kind, text)
+
+
+def _within(request, seconds) -> bool:
+    """Whether a request completes in so many seconds."""
+    start = time.monotonic()
+    while not request.Test():
+        if time.monotonic() - start > seconds:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def _same_kind(kind, text):

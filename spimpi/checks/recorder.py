@@ -88,6 +88,11 @@ class Recorder:
             if sum(a.size for a in self.failures) < KEPT_FAILURES:
                 self.failures.append(events[bad].copy())
 
+    def flush(self) -> None:
+        """A step has ended: what was recorded so far survives a killed process."""
+        if self.journal is not None:
+            self.journal.flush()
+
     def note(self, step: int, microbatch: int, layer: int, text: str) -> None:
         """Keep words that say more about a failed check than its numbers."""
         self.notes[step, microbatch, layer] = text

@@ -136,7 +136,7 @@ def require_same(golden: Golden, workload: Workload) -> None:
         # Seeded weights are of a seed, so a seed is looked at before a model.
         ("seed", ours.seed, theirs.seed, f"run with --seed {theirs.seed}"),
         ("model", f"{ours.model} ({ours.identity})", f"{theirs.model} ({theirs.identity})",
-         "give that model (--model, --config), or make a new one if its files were meant to change"),
+         "give that model (--model, --config), or make a new one where its files were changed"),
     ):  # fmt: skip
         differs = ours.identity != theirs.identity if what == "model" else found != expected
         if differs:

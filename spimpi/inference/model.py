@@ -166,6 +166,7 @@ class Stage:
             )
             self.facts.recorder.add(events, results.seconds)
             self._share_golden(batch)
+        self.facts.recorder.flush()
 
     def _share_golden(self, batch) -> None:
         """XOR this rank's share of the layer tensors into the golden table."""

@@ -24,7 +24,7 @@ pytestmark = [
     # Asked on every rank, so that all of them skip; imported on rank 0 only, for it is slow.
     pytest.mark.skipif(
         not (find_spec("torch") and find_spec("transformers")),
-        reason="torch and transformers are the independent reference: pip install spimpi[reference]",
+        reason="torch and transformers are the independent reference: `spimpi[reference]`",
     ),
 ]
 
@@ -98,17 +98,15 @@ def logits_of(comm, job, forced):
         part = Loader(ctx, job.config, job.checkpoint, job.exact).load()
         n = forced.shape[1]
         stage = Stage(ctx, job.config, part, job.lengths, n, job.exact, None)
-        stage.repeat = 0
-        own = slice(stage.first_prompt, stage.first_prompt + stage.n_prompts)
+        first = stage.facts.first_prompt
+        own = slice(first, first + stage.facts.n_prompts)
         tokens = np.concatenate(job.prompts[own])
         rows = []
         for step in range(n):
             stage.step(step, tokens)
             tokens = np.ascontiguousarray(forced[own, step])
             if ctx.is_last_stage:
-                # With one tensor rank nothing is gathered: it has all columns.
-                blocks = stage.blocks_of_logits if job.grid.tp > 1 else [stage.logits]
-                rows.append(np.hstack(blocks))
+                rows.append(np.hstack(stage.head.pieces))
         shares = comm.gather((own, np.stack(rows)) if ctx.is_last_stage else None)
     if comm.rank != 0:
         return None
