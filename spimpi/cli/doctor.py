@@ -16,7 +16,6 @@ from spimpi.launch import (
     launch,
     leader_first,
     mpi_library,
-    set_thread_limits,
     usable_cores,
 )
 
@@ -46,7 +45,6 @@ HELP = "what this environment can do, and whether all ranks compute alike"
 @subcommand("doctor", HELP, add_arguments)
 def run(args) -> int:
     """Collective over the world. 0: fit; 1: ranks compute differently; 2: unfit environment."""
-    set_thread_limits()
     comm = _world()
     check_world(comm, args.expect_ranks)
     facts = comm.allgather(rank_facts(comm))

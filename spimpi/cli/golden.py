@@ -12,9 +12,6 @@ def add_arguments(parser) -> None:
 
 @subcommand("golden", "run on one rank and write the expected fingerprints", add_arguments)
 def golden(args) -> int:
-    from spimpi.launch import set_thread_limits
-
-    set_thread_limits()
     from spimpi.cli.session import session
 
     with session(0, None) as (comm, _):

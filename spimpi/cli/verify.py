@@ -44,9 +44,6 @@ def add_arguments(parser) -> None:
 
 @subcommand("verify", "run a distributed inference and verify every part of it", add_arguments)
 def verify(args) -> int:
-    from spimpi.launch import set_thread_limits
-
-    set_thread_limits()
     from spimpi.cli.session import session
 
     if not args.timeout >= 0:

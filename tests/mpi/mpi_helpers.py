@@ -5,6 +5,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
+import numpy as np
+import pytest
+
 from spimpi.checks.fabric import SIZES, check_fabric
 from spimpi.verification import run
 from spimpi.verification.job import Request, prepare
@@ -21,23 +24,37 @@ IDS = ("3,1,4,1,5,9,2", "6,5", "35,8,9,7,9,3,2,3,8,4,6", "2,6,4,3", "3,8,32", "7
 
 @contextmanager
 def first_ranks(comm, n):
-    """A communicator of the first ``n`` ranks; None on the others, which sleep until it is done."""
+    """A communicator of the first ``n`` ranks; None on the others, which sleep until it is done.
+
+    A failure of the first ranks is a failure of all, so that none goes on to the next test.
+    """
     inside = comm.rank < n
     part = comm.Split(0 if inside else 1, comm.rank)
-    yield part if inside else None
+    failed = 1
+    try:
+        yield part if inside else None
+        failed = 0
+    finally:
+        if _anywhere(comm, failed) and not failed:
+            pytest.fail("failed on another rank")
     part.Free()
-    # A rank that waits in Barrier spins, and takes the core from one that works.
-    done = comm.Ibarrier()
-    while not done.Test():
-        time.sleep(0.002)
 
 
 def on_rank_0(comm, work):
     """What ``work()`` gives on rank 0, on every rank."""
-    made, done = (work() if comm.rank == 0 else None), comm.Ibarrier()
-    while not done.Test():
-        time.sleep(0.002)
+    made = work() if comm.rank == 0 else None
+    _anywhere(comm, 0)
     return comm.bcast(made)
+
+
+def _anywhere(comm, flag):
+    """The flags of all ranks added up, waited for asleep: a rank that waits in a blocking call
+    spins, and takes the core from one that works."""
+    own, total = np.array([flag]), np.zeros(1, int)
+    request = comm.Iallreduce(own, total)
+    while not request.Test():
+        time.sleep(0.002)
+    return int(total[0])
 
 
 def golden_of(comm, **wishes):

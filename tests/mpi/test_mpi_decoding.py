@@ -37,14 +37,14 @@ def _logits(comm, grid, directory, prefilled, rest, exact=True):
         part = Loader(ctx, config, open_checkpoint(directory, config), exact).load()
         n_steps = 1 + len(rest[0])
         stage = Stage(ctx, config, part, [len(p) for p in prefilled], n_steps, exact, None)
-        stage.repeat = 0
-        own = slice(stage.first_prompt, stage.first_prompt + stage.n_prompts)
+        first = stage.facts.first_prompt
+        own = slice(first, first + stage.facts.n_prompts)
         tokens = np.concatenate(prefilled[own])
         for step in range(n_steps):
             stage.step(step, tokens)
             if ctx.is_last_stage:
                 columns = part.shard.vocabulary()
-                found.append((own.start, columns.start, stage.logits.copy()))
+                found.append((first, columns.start, stage.head.logits.copy()))
             if step < n_steps - 1:
                 tokens = np.array([ids[step] for ids in rest[own]])
     return found

@@ -1,0 +1,106 @@
+"""A rank reads its share of a checkpoint, holds its share of it, and refuses what will not fit."""
+
+import gc
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from spimpi.context import DistributedContext
+from spimpi.errors import UsageError
+from spimpi.inference import footprint
+from spimpi.inference.checkpoint import open_checkpoint
+from spimpi.inference.config import load_config
+from spimpi.inference.footprint import rank_bytes
+from spimpi.inference.weight_check import second_read
+from spimpi.inference.weights import Loader
+from spimpi.topology.grid import parse
+from spimpi.verification.job import Request, prepare
+from spimpi.verification.run import verify_distributed_inference
+
+pytestmark = pytest.mark.mpi
+
+MIB = 1 << 20
+# 17 million weights: 34 MB in bfloat16, of which one layer's are 5.8 MB.
+LARGE = dict(
+    vocab_size=2048, hidden_size=512, intermediate_size=1536, n_layers=5, n_heads=8, n_kv_heads=4,
+    head_dim=64, dtype="bfloat16", max_position_embeddings=512,
+)  # fmt: skip
+
+
+def _kernel_says(file, key):
+    text = Path(f"/proc/self/{file}").read_text()
+    return int(re.search(rf"^{key}:\s+(\d+)", text, re.MULTILINE).group(1))
+
+
+def _private():
+    """Bytes of private memory now: pages of a mapped file can be taken back at any time."""
+    gc.collect()
+    return 1024 * _kernel_says("status", "RssAnon")
+
+
+def _peak():
+    return 1024 * _kernel_says("status", "VmHWM")
+
+
+@pytest.fixture(scope="module")
+def large(model):
+    return model("large", **LARGE)
+
+
+@pytest.mark.mpi(min_size=4)
+def test_a_tensor_rank_reads_and_holds_a_quarter(comm, large):
+    if comm.size != 4:
+        pytest.skip("tp=4")
+    config = load_config(large)
+    checkpoint = open_checkpoint(large, config)
+    with DistributedContext(comm, parse("tp=4", 4, config.n_heads, config.n_layers)) as ctx:
+        total = checkpoint.total_bytes
+        norms = (2 * config.n_layers + 1) * config.hidden_size * 2
+        assert total > 32 * MIB
+        small = Loader(ctx, config, checkpoint, True)  # a first use allocates what is kept anyway
+        small._layer(0)
+        del small
+        checkpoint.bytes_read = 0
+        Path("/proc/self/clear_refs").write_text("5")  # begin the peak anew
+        read, held, at_first = _kernel_says("io", "rchar"), _private(), _peak()
+        part = Loader(ctx, config, checkpoint, True).load()
+        shares = second_read(ctx, checkpoint)
+        growth, peak = _private() - held, _peak() - at_first
+        read = _kernel_says("io", "rchar") - read
+
+        # Every matrix splits in four exactly; norms are read by all.
+        assert checkpoint.bytes_read == (total - norms) // 4 + norms
+        # The second read is cut by bytes; what the kernel counted beyond it are headers (the
+        # first read maps the file: the kernel doesn't count that).
+        assert abs(checkpoint.bytes_reread - total // 4) <= 8
+        assert checkpoint.bytes_reread <= read < total // 4 + MIB
+        assert set(shares) == set(checkpoint.tensors)
+
+        # Held: four bytes a weight, two of the embedding's, and vectors for the checks.
+        weights = (total - norms) // 2 // 4
+        assert part.n_bytes < 4 * weights + 8 * norms + MIB // 2
+        assert part.n_bytes > 3 * weights
+        # Beside them the allocator keeps room of slices that were freed, and a block of 4 MiB.
+        assert growth < part.n_bytes + 12 * MIB < 4 * weights * 2
+        # At no time more than what is asked for before loading.
+        promised = rank_bytes(ctx, config, 2, 1, 2, 1)
+        assert peak < promised
+        assert promised < 2 * total  # a whole model would take 4 bytes a weight
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(comm, large, monkeypatch):
+    monkeypatch.setattr(footprint, "available_bytes", lambda: 100 * MIB)
+    topology = f"dp={comm.size}"
+    wishes = Request(model=str(large), prompt_ids=("1,2",) * comm.size, topology=topology)
+    job = prepare(wishes, comm.size)
+    with pytest.raises(UsageError, match="does not fit") as caught:
+        verify_distributed_inference(comm, job)
+    said = str(caught.value)
+    assert comm.allgather(said) == [said] * comm.size
+    needed, rank_0, available = (float(n) for n in re.findall(r"([\d.]+) GiB", said))
+    assert available == 0.1
+    assert needed == pytest.approx(comm.size * rank_0, abs=0.1)
+    assert f"{comm.size} ranks on {os.uname().nodename}" in said
+    assert job.checkpoint.bytes_read == job.checkpoint.bytes_reread == 0
