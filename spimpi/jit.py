@@ -14,6 +14,7 @@ import numba
 
 KERNEL_FILES = (
     "jit.py",
+    "fingerprint/tag.py",
     "fingerprint/cpu.py",
     "fingerprint/words.py",
     "inference/elementary.py",

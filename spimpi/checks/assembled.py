@@ -21,11 +21,12 @@ class Comparison:
     rank: int = -1
 
 
-def compare_assembled(records, comm, share, result) -> Comparison:
+def compare_assembled(records, comm, share, result, absent=lambda: 0) -> Comparison:
     """A result put together from owners' parts: XOR of their shares == everybody's result.
 
-    share: fingerprint (uint64) of what this rank contributed; result: of what it now holds.
-    ``records`` is a RecordReduction. Collective over ``comm``.
+    share: fingerprint (uint64) of what this rank contributed; result: of what it now holds;
+    absent(): of what stands in the result where the contribution is missing, asked for on a
+    failure alone. ``records`` is a RecordReduction. Collective over ``comm``.
     """
     own = empty_records(1)
     own["xor"], own["every"], own["none"] = share, result, ~result
@@ -33,12 +34,12 @@ def compare_assembled(records, comm, share, result) -> Comparison:
     wrong = merged["every"] != ~merged["none"] or merged["xor"] != merged["every"]
     if not wrong:
         return Comparison(False, merged["xor"])
-    words = _everyone(comm, share, result)
+    words = _everyone(comm, np.uint64(share) ^ np.uint64(absent()), result)
     odd = minority(words[:, 1])
     if not odd:
-        # All agree on a wrong result: a share that is missing from it is what differs.
-        missing = merged["xor"] ^ words[0, 1]
-        odd = [int(rank) for rank in np.flatnonzero(words[:, 0] == missing)]
+        # All agree on a wrong result: a contribution that is missing from it is what differs.
+        difference = merged["xor"] ^ words[0, 1]
+        odd = [int(rank) for rank in np.flatnonzero(words[:, 0] == difference)]
     return Comparison(True, merged["xor"], odd[0] if len(odd) == 1 else -1)
 
 

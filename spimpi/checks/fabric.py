@@ -15,12 +15,14 @@ from mpi4py import MPI
 from spimpi.fingerprint import fill_colours, linear_flat, xor_flat
 from spimpi.fingerprint.tag import COLOUR, CONTENT, LINEAR, MASK, Tag
 from spimpi.partition import balanced_sizes
-from spimpi.reduction import blocks
+from spimpi.reduction import RECORD, blocks
 from spimpi.trace.schema import Established, Op, Stage
 
 # Elements of 8 bytes in a result: 8 B, 1 KiB, 64 KiB, 1 MiB, 8 MiB a rank.
 SIZES = (1, 128, 8192, 131072, 1048576)
+WORDS = len(RECORD.names)
 RING = 3  # message tag
+POISON = 0x5A5A5A5A5A5A5A5A  # what a receive buffer holds before: nothing that could pass
 
 
 @dataclass(frozen=True)
@@ -36,29 +38,43 @@ class Probe:
 
 def tensor_names() -> list[str]:
     """Names of the fabric's payloads in the trace's table of tensors."""
-    return [f"fabric.{axis}.{kind}" for axis in ("tensor", "pipeline", "data", "world")
-            for kind in ("sum", "max", "bor", "bxor", "allgather", "broadcast", "handoff")]  # fmt: skip
+    return [f"fabric.{axis}.{kind}" for axis in ("tensor", "pipeline", "data", "replica", "world")
+            for kind in ("sum", "max", "bor", "bxor", "records", "allgather", "broadcast",
+                         "handoff")]  # fmt: skip
 
 
 def probes(ctx) -> list[Probe]:
     """The collectives that the run will use, those over a single rank left out."""
     moved, computed = Established.MOVED, Established.MOVED | Established.COMPUTED
     chosen = []
+
+    def records(comm, tag, send, result):
+        return _records(ctx.records, comm, tag, send, result)
+
     if ctx.tensor.size > 1:
         chosen += [
             Probe("fabric.tensor.sum", Op.ALLREDUCE_SUM, computed, ctx.tensor, _sum),
             Probe("fabric.tensor.max", Op.ALLREDUCE_MAX, computed, ctx.tensor, _max),
             Probe("fabric.tensor.bor", Op.ALLREDUCE_BOR, computed, ctx.tensor, _bor),
             Probe("fabric.tensor.allgather", Op.ALLGATHER, moved, ctx.tensor, _allgather),
+            Probe("fabric.tensor.records", Op.ALLREDUCE_BXOR, computed, ctx.tensor, records),
         ]
     if ctx.pipeline.size > 1:
         chosen.append(
             Probe("fabric.pipeline.handoff", Op.HANDOFF, moved, ctx.pipeline, _ring),
         )
     if ctx.data.size > 1:
-        chosen.append(Probe("fabric.data.allgather", Op.ALLGATHER, moved, ctx.data, _allgather))
+        chosen += [
+            Probe("fabric.data.allgather", Op.ALLGATHER, moved, ctx.data, _allgather),
+            Probe("fabric.data.records", Op.ALLREDUCE_BXOR, computed, ctx.data, records),
+        ]
+    if ctx.data.size > 1 and ctx.replica.size > 1:
+        chosen.append(
+            Probe("fabric.replica.bxor", Op.ALLREDUCE_BXOR, computed, ctx.replica, _bxor)
+        )
     if ctx.world.size > 1:
         chosen += [
+            Probe("fabric.world.records", Op.ALLREDUCE_BXOR, computed, ctx.world, records),
             Probe("fabric.world.bxor", Op.ALLREDUCE_BXOR, computed, ctx.world, _bxor),
             Probe("fabric.world.broadcast", Op.BROADCAST, moved, ctx.world, _broadcast),
         ]
@@ -114,6 +130,7 @@ def _sum(comm, tag, send, result):
     _colours(tag, send.size, send)
     expected = _linear(tag, send) * (comm.size * (comm.size + 1) // 2) & MASK
     np.multiply(send, np.uint64(comm.rank + 1), out=send)
+    result[:] = POISON
     comm.Allreduce(send.view(np.int64), result.view(np.int64), op=MPI.SUM)
     return _linear(tag, result), expected
 
@@ -121,11 +138,11 @@ def _sum(comm, tag, send, result):
 def _assembled(comm, tag, send, result, op, shift):
     """Each element's colour comes from the one rank that owns it, zeros from the others."""
     own = _block(comm, send.size)
-    known = _colours(tag, send.size, result)
-    known >>= np.uint64(shift)
-    expected = _content(tag, known)
-    send[:] = 0
-    send[own] = known[own]
+    _colours(tag, send.size, send)
+    send >>= np.uint64(shift)
+    expected = _content(tag, send)
+    send[: own.start] = send[own.stop :] = 0
+    result[:] = POISON
     comm.Allreduce(send, result, op=op)
     return _content(tag, result), expected
 
@@ -144,6 +161,30 @@ def _bxor(comm, tag, send, result):
     return _assembled(comm, tag, send, result, MPI.BXOR, 0)
 
 
+def _records(reduction, comm, tag, send, result):
+    """The custom operation on whole records: each word of a record by its own rule.
+
+    Every rank sends the colours, but the summed words of rank t are (t + 1) times theirs and its
+    places are not below rank 0's; so the result is the colours where that leaves them be.
+    """
+    n = max(send.size // WORDS, 1)
+    own, merged = np.zeros((2, n), RECORD)
+    field = np.empty(n * WORDS, np.uint64)
+    colour = _colours(tag, n * WORDS, field).reshape(n, WORDS)
+    sums = comm.size * (comm.size + 1) // 2
+    expected = colour.copy()
+    expected[:, 0] = colour[:, 0] if comm.size % 2 else 0
+    expected[:, 1] = colour[:, 1] * np.uint64(sums)
+    expected[:, 4] = colour[:, 4] * np.uint64(sums)
+    words = own.view(np.uint64).reshape(n, WORDS)
+    words[:] = colour
+    words[:, [1, 4]] *= np.uint64(comm.rank + 1)
+    words[:, 5] |= np.uint64(0xFF if comm.rank else 0)
+    merged.view(np.uint64)[:] = POISON
+    reduction.start(comm, own, merged).Wait()
+    return _content(tag, merged.view(np.uint64)), _content(tag, expected.ravel())
+
+
 def _allgather(comm, tag, send, result):
     """Balanced blocks of the colour field, gathered."""
     n = result.size
@@ -151,14 +192,14 @@ def _allgather(comm, tag, send, result):
     own = _block(comm, n)
     block = send[: own.stop - own.start]
     _colours(tag, n, block, own.start)
-    result[:] = 0
+    result[:] = POISON
     comm.Allgatherv(block, blocks(result, balanced_sizes(n, comm.size)))
     return _content(tag, result), expected
 
 
 def _broadcast(comm, tag, send, result):
     expected = _content(tag, _colours(tag, send.size, send))
-    result[:] = send if comm.rank == 0 else 0
+    result[:] = send if comm.rank == 0 else POISON
     comm.Bcast(result, root=0)
     return _content(tag, result), expected
 
@@ -169,7 +210,7 @@ def _ring(comm, tag, send, result):
     total = n * comm.size
     expected = _content(tag, _colours(tag, total, send, before * n))
     _colours(tag, total, send, comm.rank * n)
-    result[:] = 0
+    result[:] = POISON
     receive = comm.Irecv(result, before, RING)
     comm.Send(send, (comm.rank + 1) % comm.size, RING)
     receive.Wait()

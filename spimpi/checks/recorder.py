@@ -40,6 +40,7 @@ class Recorder:
     failures: list[np.ndarray] = field(default_factory=list)
     notes: dict[tuple[int, int, int], str] = field(default_factory=dict)
     n_events: int = 0
+    golden_failures: set[tuple[int, int, int, int]] = field(default_factory=set)
 
     def add(self, events: np.ndarray, seconds: float) -> None:
         """Take many events of the decoder layers; ``seconds`` were spent on their checks."""
@@ -85,6 +86,8 @@ class Recorder:
         if bad.any():
             for event in events[bad]:
                 self.totals[Stage(int(event["stage"]))].failed += 1
+                if event["stage"] == Stage.GOLDEN:
+                    self.golden_failures.add(place_of(event))
             if sum(a.size for a in self.failures) < KEPT_FAILURES:
                 self.failures.append(events[bad].copy())
 
@@ -99,3 +102,8 @@ class Recorder:
 
     def all_failures(self) -> np.ndarray:
         return np.concatenate(self.failures) if self.failures else np.zeros(0, EVENT)
+
+
+def place_of(event) -> tuple[int, int, int, int]:
+    """(tensor, layer, step, repeat) of an event."""
+    return tuple(int(event[name]) for name in ("tensor", "layer", "step", "repeat"))

@@ -88,7 +88,8 @@ def import_kernels(world) -> None:
 
     from spimpi.launch import leader_first
 
-    leader_first(world, lambda: import_module("spimpi.inference.model"))
+    modules = ("spimpi.inference.model", "spimpi.inference.checkpoint_seeded")
+    leader_first(world, lambda: [import_module(name) for name in modules])
 
 
 def _describe(event) -> str:

@@ -15,8 +15,8 @@ def add_model_arguments(parser) -> None:
     parser.add_argument("--layers", type=int, metavar="N", help="with --config: only the first N layers")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="repeatable (default: built-in prompts)")
     parser.add_argument("--prompt-ids", action="append", default=[], metavar="IDS", help="token ids, comma-separated; repeatable")
-    parser.add_argument("--tokens", type=int, default=16, metavar="N", help="new tokens a prompt (default: 16)")
-    parser.add_argument("--seed", type=int, default=1069, help="of fingerprints and seeded weights (default: 1069)")
+    parser.add_argument("--tokens", type=int, metavar="N", help="new tokens a prompt (default: 16)")
+    parser.add_argument("--seed", type=int, help="of fingerprints and seeded weights (default: 1069)")
 
 
 def add_arguments(parser) -> None:

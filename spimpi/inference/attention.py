@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit
 
 from spimpi.inference.elementary import bits_of, exp, power_of_two, rounded
-from spimpi.inference.exact import bits
+from spimpi.inference.exact import bits, is_sum
 from spimpi.jit import inlined, kernel
 
 NO_FAULT = np.full(3, -1, np.int64)
@@ -186,6 +186,7 @@ def attend(
                 found = np.int64(0)
                 wanted = np.int64(0)
                 for j in range(n_keys):
+                    bad_scores |= not is_sum(probabilities[j])
                     found += np.int64(probabilities[j]) * r[j]
                 for i in range(head_dim):
                     wanted += np.int64(row_buffer[i]) * key_sums[sequence, kv, i]
@@ -219,6 +220,7 @@ def attend(
                 found = np.int64(0)
                 wanted = np.int64(0)
                 for i in range(head_dim):
+                    bad_output |= not is_sum(result[i])
                     found += np.int64(result[i]) * r[i]
                 for j in range(n_keys):
                     wanted += np.int64(probabilities[j]) * value_sums[sequence, kv, j]

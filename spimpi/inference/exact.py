@@ -314,7 +314,7 @@ def project_weights(wq: np.ndarray, r: np.ndarray) -> np.ndarray:
 
 
 @inlined
-def _is_sum(v):
+def is_sum(v):
     """Whether a float64 is an integer of at most 2**53, as every exact sum is."""
     return (np.rint(v) == v) & (abs(v) <= 9007199254740992.0)
 
@@ -335,7 +335,7 @@ def check_matmul(xq, wr, y, r, found, expected, slot):
         left, right, n_wrong = 0, 0, 0
         values = y[row]
         for i in range(values.size):
-            good = _is_sum(values[i])
+            good = is_sum(values[i])
             left += np.int64(values[i] if good else 0.0) * r[i]
             n_wrong += not good
         values = xq[row]

@@ -9,8 +9,7 @@ from spimpi.errors import UsageError
 from spimpi.inference.attention import Cache
 from spimpi.topology.tensor import TensorShard
 
-CGROUP_LIMIT = "/sys/fs/cgroup/memory.max"
-CGROUP_USED = "/sys/fs/cgroup/memory.current"
+CGROUPS = Path("/sys/fs/cgroup")
 
 
 def rank_bytes(ctx, config, itemsize: int, n_prompts: int, n_positions: int, n_rows: int) -> int:
@@ -42,28 +41,46 @@ def rank_bytes(ctx, config, itemsize: int, n_prompts: int, n_positions: int, n_r
     return total + n_rows * activations
 
 
-def available_bytes() -> int:
-    """Memory that this node can still give: MemAvailable, or less where a cgroup limits it."""
-    with open("/proc/meminfo") as file:
-        facts = dict(line.split(":") for line in file)
-    available = int(facts["MemAvailable"].split()[0]) << 10
+def available_bytes() -> int | None:
+    """Memory that this node can still give: MemAvailable, or less where a cgroup (a Slurm job's,
+    a container's) limits it. None where the system does not tell."""
     try:
-        limit = Path(CGROUP_LIMIT).read_text().strip()
+        with open("/proc/meminfo") as file:
+            facts = dict(line.split(":") for line in file)
+        available = int(facts["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError, ValueError):
+        return None
+    return min([available, *_cgroup_rooms()])
+
+
+def _cgroup_rooms():
+    """What each cgroup (version 2) above this process leaves, from its own up to the root."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+        own = next(line.split(":", 2)[2] for line in lines if line.startswith("0::"))
+    except (OSError, StopIteration):
+        return
+    folder = CGROUPS / own.strip("/")
+    for place in (folder, *folder.parents):
+        if not place.is_relative_to(CGROUPS):
+            return
+        try:
+            limit = (place / "memory.max").read_text().strip()
+            used = int((place / "memory.current").read_text())
+        except (OSError, ValueError):
+            continue
         if limit != "max":
-            available = min(available, int(limit) - int(Path(CGROUP_USED).read_text()))
-    except OSError:
-        pass  # no cgroup v2 here
-    return available
+            yield int(limit) - used
 
 
 def require_memory(ctx, wanted: int) -> None:
     """Raise UsageError, with the numbers, where a node's ranks need more than it has.
 
-    Collective over ctx.node; the caller agrees on the error over the world.
+    Collective over ctx.node, whose ranks all raise or none; the caller agrees over the world.
     """
-    together = ctx.node.allreduce(wanted, op=MPI.SUM)
     available = ctx.node.bcast(available_bytes() if ctx.node.rank == 0 else None)
-    if together <= available:
+    together = ctx.node.allreduce(wanted, op=MPI.SUM)
+    if available is None or together <= available:
         return
     msg = (
         f"the model does not fit: {ctx.node.size} ranks on {os.uname().nodename} need "

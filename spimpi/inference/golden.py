@@ -6,7 +6,7 @@ every topology, so one written on one rank is what any other run must reproduce.
 
 import json
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 from time import perf_counter
@@ -42,13 +42,18 @@ class Workload:
 
 @dataclass(frozen=True)
 class Golden:
-    """A golden run: its workload, table, and the tokens that it chose [prompts, steps]."""
+    """A golden run: its workload, table, and the tokens that it chose [prompts, steps].
+
+    origin: where the model came from, {"model": directory}, {"config": name, "layers": n}, or {}
+    for the embedded one: a run that names only the golden file takes it from there.
+    """
 
     workload: Workload
     n_layers: int
     table: np.ndarray
     tokens: np.ndarray
     source: str
+    origin: dict = field(default_factory=dict)
 
 
 def require_free(path: Path) -> None:
@@ -80,6 +85,7 @@ def write(path, golden: Golden) -> None:
             file.attrs["model"], file.attrs["identity"] = w.model, w.identity
             file.attrs["seed"], file.attrs["arithmetic"] = np.uint64(w.seed), w.arithmetic
             file.attrs["n_layers"] = golden.n_layers
+            file.attrs["origin"] = json.dumps(golden.origin)
             file.attrs["prompts"] = json.dumps(w.prompts)
             columns = [f"{name}:{layer}" for name, layer in golden_columns(golden.n_layers)]
             file.attrs["columns"] = json.dumps(columns)
@@ -120,7 +126,8 @@ def read(path) -> Golden:
             workload = Workload(
                 a["model"], a["identity"], int(a["seed"]), len(table), prompts, a["arithmetic"]
             )
-            return Golden(workload, int(a["n_layers"]), table, tokens, str(path))
+            origin = json.loads(a["origin"])
+            return Golden(workload, int(a["n_layers"]), table, tokens, str(path), origin)
     except (OSError, KeyError, ValueError, TypeError) as error:
         if isinstance(error, UsageError):
             raise

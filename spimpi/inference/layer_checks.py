@@ -6,7 +6,6 @@ That is what keeps a check at a few microseconds in decoding.
 """
 
 from dataclasses import dataclass
-from time import perf_counter
 
 import numpy as np
 
@@ -17,6 +16,10 @@ from spimpi.trace.schema import EVENT, Established, Op, Stage, Status
 # Positions in ``rest_*``: tensors that are fingerprinted when made and again when used up.
 INPUT, QKV, ATTN, RESID, FFN, ATTN_OUT, FFN_OUT, OUTPUT = range(8)
 REST = ("input", "qkv", "attn", "resid", "ffn", "attn_out", "ffn_out")
+NONFINITE = ("input", "attn", "resid", "ffn")  # what is scaled to integers, in that order
+# Columns of a microbatch's records: two sums, two maxima, resid, hidden, then the shared heads.
+SUMS, MAXIMA, RESID_RECORD, HIDDEN_RECORD, HEADS = slice(0, 2), slice(2, 4), 4, 5, 6
+OFFSETS = {"sum": 0, "max": 2, "resid": 4, "hidden": 5, "head": 6}
 PRODUCTS = ("qkv", "scores", "attn", "attn_out", "gate_up", "ffn_out")
 
 
@@ -31,10 +34,10 @@ class LayerCheck:
     source: tuple[str, int]
 
 
-def layer_plan(exact: bool, n_tensor_ranks: int, shared_heads: tuple[int, ...]):
+def layer_plan(exact: bool, n_tensor_ranks: int, held):
     """The checks of one layer in program order, for exact or BLAS arithmetic.
 
-    ``shared_heads``: the key/value heads that more than one tensor rank holds.
+    ``held``: which of the key/value heads that several tensor ranks hold this rank holds.
     """
     moved, agreed, computed = Established.MOVED, Established.AGREED, Established.COMPUTED
     many = n_tensor_ranks > 1
@@ -68,7 +71,7 @@ def layer_plan(exact: bool, n_tensor_ranks: int, shared_heads: tuple[int, ...]):
     at_rest("qkv")
     # BLAS may give a shared head other bits on each rank that computes it, so only exact copies
     # can be compared.
-    for i in range(len(shared_heads) if exact else 0):
+    for i in held if exact else ():
         across("qkv", Op.AGREEMENT, agreed, "head", i)
     product("scores")
     product("attn")
@@ -76,6 +79,7 @@ def layer_plan(exact: bool, n_tensor_ranks: int, shared_heads: tuple[int, ...]):
     if exact:
         across("attn_max", Op.ALLREDUCE_MAX, moved | agreed | computed, "max", 0)
     summed("attn_out", 0)
+    across("resid", Op.AGREEMENT, agreed, "resid", 0)
     at_rest("resid")
     product("gate_up")
     at_rest("ffn")
@@ -108,7 +112,7 @@ class LayerResults:
         self.product_found = np.zeros((n, 6), np.uint64)
         self.product_expected = np.zeros((n, 6), np.uint64)
         self.product_bad = np.zeros((n, 6), np.int64)
-        self.nonfinite = np.zeros((n, 3), np.int64)
+        self.nonfinite = np.zeros((n, len(NONFINITE)), np.int64)
         self.times = np.zeros((n, 2))
         self.seconds = 0.0
         self.records = self.merged = self.request = None
@@ -134,16 +138,15 @@ class LayerResults:
         if ctx.tensor.size == 1:
             return
         n = self.hidden.size
-        records = empty_records(n, 5 + held.size)
+        records = empty_records(n, HEADS + held.size)
+        _agreeing(records, SUMS, self.sums)
         if exact:
-            records["total"][:, :2] = self.rest_expected[:, ATTN_OUT : FFN_OUT + 1]
-        _agreeing(records, slice(0, 2), self.sums)
-        if exact:
-            _agreeing(records, slice(2, 4), self.maxima)
-            records["count"][:, 2:4] = self.max_bad
-            records["place"][:, 2:4][self.max_bad > 0] = ctx.tensor.rank
-        _agreeing(records, 4, self.hidden)
-        _agreeing(records, 5 + np.flatnonzero(held), self.heads[:, held])
+            records["total"][:, SUMS] = self.rest_expected[:, ATTN_OUT : FFN_OUT + 1]
+            _agreeing(records, MAXIMA, self.maxima)
+            records["count"][:, MAXIMA] = self.max_bad
+            _agreeing(records, HEADS + np.flatnonzero(held), self.heads[:, held])
+        _agreeing(records, RESID_RECORD, self.rest_expected[:, RESID])
+        _agreeing(records, HIDDEN_RECORD, self.hidden)
         self.records, self.merged = records, np.empty_like(records)
         self.request = ctx.records.start(ctx.tensor, self.records, self.merged)
 
@@ -181,7 +184,7 @@ class EventWriter:
                     column["tensor"][0] = tensor_index["embed"]
         self.groups = {
             kind: [(i, c.source[1]) for i, c in enumerate(plan) if c.source[0] == kind]
-            for kind in ("rest", "product", "sum", "max", "hidden", "head")
+            for kind in ("rest", "product", *OFFSETS)
         }
         self.exact = any(c.op == Op.MATMUL for c in plan)
 
@@ -198,7 +201,7 @@ class EventWriter:
         self._count_nonfinite(events, results)
         if bad.any():
             events["peer"][bad] = self.ctx.rank
-        if results.merged is not None and self._any_merged_failed(bad):
+        if results.merged is not None and self._wrong_records(results.merged).any():
             self._name_culprits(events, results, bad)
         return events.ravel()
 
@@ -222,33 +225,37 @@ class EventWriter:
         fill("product", r.product_found, r.product_expected, r.product_bad > 0)
         if merged is None:
             return found, expected, bad
-        differ = merged["every"] != ~merged["none"]
-        wrong = differ[:, :2]
-        if self.exact:
-            wrong = wrong | (merged["total"][:, :2] != merged["every"][:, :2])
-            fill("sum", r.sums, merged["total"][:, :2], wrong)
-        else:
-            fill("sum", r.sums, merged["every"][:, :2], wrong)
-        fill("max", r.maxima, merged["every"][:, 2:4], differ[:, 2:4] | (merged["count"][:, 2:4] > 0))
-        fill("hidden", r.hidden[:, None], merged["every"][:, 4:5], differ[:, 4:5])
-        fill("head", r.heads, merged["every"][:, 5:], differ[:, 5:])
+        wrong = self._wrong_records(merged)
+        every = merged["every"]
+        sums = merged["total"][:, SUMS] if self.exact else every[:, SUMS]
+        fill("sum", r.sums, sums, wrong[:, SUMS])
+        fill("max", r.maxima, every[:, MAXIMA], wrong[:, MAXIMA])
+        resid, hidden = slice(RESID_RECORD, RESID_RECORD + 1), slice(HIDDEN_RECORD, HEADS)
+        fill("resid", r.rest_expected[:, RESID : RESID + 1], every[:, resid], wrong[:, resid])
+        fill("hidden", r.hidden[:, None], every[:, hidden], wrong[:, hidden])
+        fill("head", r.heads, every[:, HEADS:], wrong[:, HEADS:])
         return found, expected, bad
+
+    def _wrong_records(self, merged) -> np.ndarray:
+        """Which records failed, [layers × records]; the same on every tensor rank."""
+        wrong = merged["every"] != ~merged["none"]
+        wrong |= merged["count"] > 0
+        if self.exact:
+            wrong[:, SUMS] |= merged["total"][:, SUMS] != merged["every"][:, SUMS]
+        else:
+            wrong[:, MAXIMA] = wrong[:, HEADS:] = False  # exact arithmetic's alone
+        return wrong
 
     def _count_nonfinite(self, events, results):
         """Rows with NaN or Inf fail the check of the tensor in which they were met."""
         if not results.nonfinite.any():
             return
-        # Met when quantised: a layer's input after its norm, attention's, the ffn's.
-        for column, tensor in enumerate(("input", "attn", "ffn")):
+        for column, tensor in enumerate(NONFINITE):
             i = next(k for k, c in enumerate(self.plan) if (c.tensor, c.op) == (tensor, Op.AT_REST))
             counts = results.nonfinite[:, column]
             events["nonfinite"][:, i] = np.minimum(counts, 0xFFFF)
             events["verdict"][counts > 0, i] = Status.FAILED
             events["peer"][counts > 0, i] = self.ctx.rank
-
-    def _any_merged_failed(self, bad):
-        columns = [i for kind in ("sum", "max", "hidden", "head") for i, _ in self.groups[kind]]
-        return bool(bad[:, columns].any())
 
     def _name_culprits(self, events, results, bad):
         """Name the rank behind each failed reduction. Collective: all ranks saw it fail."""
@@ -258,7 +265,7 @@ class EventWriter:
         gathered = np.empty(n_ranks * size, np.uint8)
         ctx.tensor.Allgather(results.records.view(np.uint8).ravel(), gathered)
         records = gathered.view(results.records.dtype).reshape(n_ranks, *results.records.shape)
-        for kind, offset in (("sum", 0), ("max", 2), ("hidden", 4), ("head", 5)):
+        for kind, offset in OFFSETS.items():
             for column, j in self.groups[kind]:
                 for layer in np.flatnonzero(bad[:, column]):
                     everyone = records[:, layer, offset + j]
@@ -288,20 +295,6 @@ def culprit(everyone: np.ndarray, merged, kind: str, exact: bool) -> int:
     missing = merged["total"] - everyone["every"][:1]
     suspects = np.flatnonzero((everyone["total"] == missing) | (everyone["total"] == -missing))
     return int(suspects[0]) if suspects.size == 1 else -1
-
-
-class Stopwatch:
-    """Adds up the seconds between ``start`` and ``stop``."""
-
-    def __init__(self):
-        self.seconds = 0.0
-
-    def __enter__(self):
-        self._start = perf_counter()
-        return self
-
-    def __exit__(self, *_):
-        self.seconds += perf_counter() - self._start
 
 
 assert set(REST[1:]) <= set(LAYER_TENSORS)

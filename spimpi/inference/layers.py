@@ -259,7 +259,7 @@ class ExactLayers(Layers):
         bad = self.product(index, tensor, i, space.normed, space.maxima, matrix, y, b)
         exact.scale_back(y, space.exponents, matrix.exponents, matrix.bits, out)
         if bad:
-            b.results.nonfinite[i, 0] += bad
+            b.results.nonfinite[i, 0 if tensor == "qkv" else 2] += bad
 
     def _attend(self, i, b):
         cache, results, words = self.caches[i], b.results, self.words
@@ -287,7 +287,7 @@ class ExactLayers(Layers):
         y = space.product(b.n_rows, self.widths.hidden)
         bad = self.product(3 if which == 0 else 5, tensor, i, x, space.maxima, matrix, y, b)
         if bad:
-            results.nonfinite[i, 1 + which] += bad
+            results.nonfinite[i, 1 + 2 * which] += bad
         if not self.many:
             exact.scale_back(y, space.exponents, matrix.exponents, matrix.bits, space.delta)
             return

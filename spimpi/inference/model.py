@@ -53,12 +53,11 @@ class Stage:
             scratch = self.layers.scratch if exact_arithmetic else None
             self.head = Head(self.facts, exact_arithmetic, scratch)
         if checked:
-            plan = layer_plan(exact_arithmetic, grid.tp, self.layers.shared)
-            held = [h in part.shard.kv_heads for h in self.layers.shared]
+            held = np.array([h in part.shard.kv_heads for h in self.layers.shared], bool)
+            plan = layer_plan(exact_arithmetic, grid.tp, np.flatnonzero(held))
             self._writer = EventWriter(
-                ctx, plan, ctx.layers, recorder.tensor_index, self._row_bytes(),
-                np.array(held, bool),
-            )  # fmt: skip
+                ctx, plan, ctx.layers, recorder.tensor_index, self._row_bytes(), held
+            )
 
     @property
     def golden(self) -> np.ndarray:

@@ -10,6 +10,9 @@ OPS = (Op.NONFINITE, Op.MATMUL, Op.AT_REST, Op.ALLREDUCE_MAX, Op.ALLREDUCE_SUM, 
        Op.ALLREDUCE_BXOR, Op.ALLGATHER, Op.BROADCAST, Op.AGREEMENT, Op.HANDOFF, Op.CONTENT)  # fmt: skip
 _PHASES = {Stage.FABRIC: 0, Stage.WEIGHTS: 1}
 AFTER_LAYERS = ("logits", "tokens")
+# NaN and Inf are met when a tensor is scaled, by row maxima that were reduced before: a corrupted
+# maximum is what comes first.
+SCALED_BY = {"attn": "attn_max", "ffn": "ffn_max"}
 
 
 def order_codes(events: np.ndarray, tensor_names: list[str]) -> np.ndarray:
@@ -20,6 +23,9 @@ def order_codes(events: np.ndarray, tensor_names: list[str]) -> np.ndarray:
         phase = _PHASES.get(Stage(int(event["stage"])), 2)
         after = phase == 2 and name in AFTER_LAYERS
         layer = 0xFFFF if after else int(event["layer"]) + 1
+        op = OPS.index(Op(int(event["op"])))
+        if name in SCALED_BY and event["nonfinite"] and event["fingerprint"] == event["expected"]:
+            name, op = SCALED_BY[name], len(OPS)
         position = PROGRAM.index(name) if name in PROGRAM else 0
         code = min(int(event["repeat"]), 0xFFF)
         for value, width in (
@@ -27,7 +33,7 @@ def order_codes(events: np.ndarray, tensor_names: list[str]) -> np.ndarray:
             (min(int(event["step"]), 0x3FFFF), 18),
             (layer, 16),
             (position, 5),
-            (OPS.index(Op(int(event["op"]))), 4),
+            (op, 4),
         ):
             code = code << width | value
         codes[i] = code

@@ -22,7 +22,8 @@ def expected_events(ctx, job, n_runs: int, has_golden: bool) -> int:
     shared = [h for h in range(config.n_kv_heads) if len(shard.holders(h)) > 1]
     count = _fabric(grid) + _weights(ctx, job, shard, shared)
     steps = range(job.n_tokens)
-    count += n_runs * sum(_step(ctx, job, len(shared), step) for step in steps)
+    held = sum(head in shard.kv_heads for head in shared)
+    count += n_runs * sum(_step(ctx, job, held, step) for step in steps)
     if ctx.is_first_stage and grid.dp > 1:
         count += n_runs
     if ctx.rank == 0 and has_golden:
@@ -31,7 +32,8 @@ def expected_events(ctx, job, n_runs: int, has_golden: bool) -> int:
 
 
 def _fabric(grid) -> int:
-    probes = 4 * (grid.tp > 1) + (grid.pp > 1) + (grid.dp > 1) + 2 * (grid.size > 1)
+    several = grid.dp > 1 and grid.tp * grid.pp > 1
+    probes = 5 * (grid.tp > 1) + (grid.pp > 1) + 2 * (grid.dp > 1) + several + 3 * (grid.size > 1)
     return probes * len(SIZES)
 
 
@@ -53,8 +55,9 @@ def _step(ctx, job, n_shared, step) -> int:
     n = n_microbatches(rows_of(job.lengths, grid.dp, ctx.place.d, step).size, grid.pp)
     many = grid.tp > 1
     # A layer: five tensors at rest; exact: six products; over tensor ranks: two partial sums at
-    # rest, two sums, the output's agreement; exact: shared heads, two maxima.
-    layer = 5 + 6 * job.exact + many * (5 + (n_shared + 2) * job.exact)
+    # rest, two sums, agreement after attention and of the output; exact: the shared heads that
+    # this rank holds, two maxima.
+    layer = 5 + 6 * job.exact + many * (6 + (n_shared + 2) * job.exact)
     # Each microbatch: layers, the stage's output at rest, and the embedding's reduction or the
     # hand-off that came in.
     count = n * (len(ctx.layers) * layer + 1 + (many if ctx.is_first_stage else 1))

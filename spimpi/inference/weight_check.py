@@ -7,11 +7,12 @@ owner, through other code: the same read twice would prove nothing.
 from time import perf_counter
 
 import numpy as np
+from mpi4py import MPI
 
 from spimpi.fingerprint import xor_flat
 from spimpi.fingerprint.tag import CONTENT, Tag
 from spimpi.inference.weights import TIED_COPY
-from spimpi.reduction import empty_records, minority, reduce_fingerprints
+from spimpi.reduction import empty_records, reduce_fingerprints
 from spimpi.trace.schema import Established, Op, Stage
 
 SOURCE_OF_COPY = "model.embed_tokens.weight"
@@ -51,7 +52,8 @@ def check_weights(ctx, config, checkpoint, loader, expected_shares, recorder) ->
     expected = reduce_fingerprints(ctx.world, shares)
     differs = np.array([f != e for f, e in zip(found, expected)], np.uint8)
     anywhere = np.array(reduce_flags(ctx.world, differs))
-    culprits = _name_holders(ctx, names, anywhere, loader) if anywhere.any() else {}
+    failing = [name for name, bad in zip(names, anywhere) if bad]
+    culprits = _name_holders(ctx, ctx.replica, failing, loader) if failing else {}
     seconds = (perf_counter() - start) / max(len(part.shares), 1)
     for i, name in enumerate(names):
         if name in part.shares:
@@ -60,15 +62,13 @@ def check_weights(ctx, config, checkpoint, loader, expected_shares, recorder) ->
                 bool(differs[i]), t_start=perf_counter() - seconds, bytes=part.bytes_of[name],
                 layer=_layer_of(name), peer=culprits.get(name, -1) if differs[i] else -1,
             )  # fmt: skip
-    return int(differs.sum()) + _check_copies(ctx, config, names, part, recorder) + _check_maxima(
-        ctx, part, recorder
-    )
+    failed = int(differs.sum())
+    failed += _check_copies(ctx, config, loader, recorder) + _check_maxima(ctx, part, recorder)
+    return failed
 
 
 def reduce_flags(comm, flags: np.ndarray) -> np.ndarray:
     """Logical OR of flags over the ranks. Collective."""
-    from mpi4py import MPI
-
     result = np.empty_like(flags)
     comm.Allreduce(flags, result, op=MPI.MAX)
     return result
@@ -79,17 +79,17 @@ def _layer_of(name: str) -> int:
     return int(pieces[2]) if len(pieces) > 2 and pieces[1] == "layers" else -1
 
 
-def _name_holders(ctx, names, anywhere, loader) -> dict[str, int]:
-    """The lowest world rank whose slice of a failing tensor reads differently now. Collective."""
-    from mpi4py import MPI
+def _name_holders(ctx, comm, failing, loader) -> dict[str, int]:
+    """The lowest world rank whose slice of a failing tensor reads differently now.
 
-    failing = [n for n, bad in zip(names, anywhere) if bad]
+    Collective over ``comm``, whose ranks all give the same names.
+    """
     own = np.full(len(failing), ctx.world.size, np.int64)
     for i, name in enumerate(failing):
         if name in loader.part.shares and not loader.read_again(name):
             own[i] = ctx.world.rank
     lowest = np.empty_like(own)
-    ctx.replica.Allreduce(own, lowest, op=MPI.MIN)
+    comm.Allreduce(own, lowest, op=MPI.MIN)
     return {n: int(r) for n, r in zip(failing, lowest) if r < ctx.world.size}
 
 
@@ -108,11 +108,11 @@ def copy_universe(config, stage_layers, is_last_stage, shard) -> list[tuple[str,
     return copies
 
 
-def _check_copies(ctx, config, names, part, recorder) -> int:
+def _check_copies(ctx, config, loader, recorder) -> int:
     """Replicas of norms and shared key/value heads agree over the tensor ranks. Collective."""
     if ctx.tensor.size == 1:
         return 0
-    start = perf_counter()
+    part, start = loader.part, perf_counter()
     universe = copy_universe(config, ctx.layers, ctx.is_last_stage, part.shard)
     records = empty_records(len(universe))
     held = [i for i, copy in enumerate(universe) if copy in part.copies]
@@ -121,31 +121,17 @@ def _check_copies(ctx, config, names, part, recorder) -> int:
         records[i]["every"], records[i]["none"] = word, ~word
     merged = ctx.records.merge(ctx.tensor, records)
     wrong = merged["every"] != ~merged["none"]
-    everyone = _everyone(ctx, records) if wrong.any() else None
+    failing = sorted({universe[i][0] for i in np.flatnonzero(wrong)})
+    culprits = _name_holders(ctx, ctx.tensor, failing, loader) if failing else {}
     seconds = (perf_counter() - start) / max(len(held), 1)
     for i in held:
         name, _ = universe[i]
         recorder.one(
             name, Op.AGREEMENT, Stage.WEIGHTS, Established.AGREED, records[i]["every"],
             merged[i]["every"], bool(wrong[i]), t_start=perf_counter() - seconds,
-            layer=_layer_of(name), bytes=8, peer=_odd_one(ctx, everyone, i) if wrong[i] else -1,
+            layer=_layer_of(name), bytes=8, peer=culprits.get(name, -1) if wrong[i] else -1,
         )  # fmt: skip
     return int(wrong[held].sum())
-
-
-def _everyone(ctx, records):
-    gathered = np.empty(ctx.tensor.size * records.nbytes, np.uint8)
-    ctx.tensor.Allgather(records.view(np.uint8).ravel(), gathered)
-    return gathered.view(records.dtype).reshape(ctx.tensor.size, -1)
-
-
-def _odd_one(ctx, everyone, i) -> int:
-    column = everyone[:, i]
-    holders = np.flatnonzero(column["every"] == ~column["none"])
-    odd = minority(column["every"][holders])
-    if len(odd) != 1:
-        return -1
-    return ctx.grid.rank_of(ctx.place.d, ctx.place.p, int(holders[odd[0]]))
 
 
 def _check_maxima(ctx, part, recorder) -> int:

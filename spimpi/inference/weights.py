@@ -123,8 +123,6 @@ class Loader:
                     name = "model.embed_tokens.weight"
                     raw = self._read(name, "lm_head", -1, vocab, share_as=TIED_COPY)
             part.head = self._matrix("lm_head", -1, [float32(raw)], config.hidden_size)
-        if part.problem:
-            raise UsageError(part.problem)
         return part
 
     def _layer(self, layer) -> Layer:
@@ -179,45 +177,46 @@ class Loader:
         if self.faults:
             raw = self.faults.weights(short, layer, raw)
         key = share_as or name
-        share = self._share(name, raw, Slab(record.shape, _offset(record.shape, rows, cols)), kv_heads)
-        self.reads.append((key, name, rows, cols, kv_heads, share))
+        slab = Slab(record.shape, _offset(record.shape, rows, cols))
+        share, copies = self._share(name, raw, slab, kv_heads)
+        self.part.copies.update(copies)
+        self.reads.append((key, name, rows, cols, kv_heads, share, copies))
         self.part.shares[key] = self.part.shares.get(key, 0) ^ share
         self.part.bytes_of[key] = self.part.bytes_of.get(key, 0) + raw.nbytes
         return raw
 
-    def _share(self, name, raw, slab, kv_heads) -> int:
+    def _share(self, name, raw, slab, kv_heads) -> tuple[int, dict]:
         """The slice's share of the tensor's fingerprint; replicas count for the lowest rank.
 
-        What several tensor ranks hold (norms, shared key/value heads) is kept in ``copies`` too,
-        to be compared by agreement.
+        Second, fingerprints by (name, key/value head or -1) of what several tensor ranks hold
+        (norms, shared heads), to be compared by agreement.
         """
         tag = Tag(self.ctx.seed, name)
         if kv_heads is None:
             share = fingerprint(raw, tag, slab)
             if len(slab.global_shape) > 1:
-                return share
-            self.part.copies[name, -1] = share
-            return share if self.ctx.place.t == 0 else 0
+                return share, {}
+            return share if self.ctx.place.t == 0 else 0, {(name, -1): share}
         width = self.config.head_dim
-        share = 0
+        share, copies = 0, {}
         for i, head in enumerate(kv_heads):
             place = Slab(slab.global_shape, (head * width, 0))
             own = fingerprint(raw[i * width : (i + 1) * width], tag, place)
             if head in self.shard.owned_kv_heads:
                 share ^= own
             if len(self.shard.holders(head)) > 1:
-                self.part.copies[name, head] = own
-        return share
+                copies[name, head] = own
+        return share, copies
 
     def read_again(self, wanted: str) -> bool:
-        """Whether this rank's slices of a tensor still have the shares that they had at first."""
+        """Whether this rank's slices of a tensor read now as they did at first."""
         intact = True
-        for key, name, rows, cols, kv_heads, share in self.reads:
+        for key, name, rows, cols, kv_heads, *first in self.reads:
             if key == wanted:
                 shape = self.checkpoint.tensors[name].shape
                 raw = self.checkpoint.read(name, rows, cols)
-                again = self._share(name, raw, Slab(shape, _offset(shape, rows, cols)), kv_heads)
-                intact &= again == share
+                slab = Slab(shape, _offset(shape, rows, cols))
+                intact &= [*self._share(name, raw, slab, kv_heads)] == first
         return intact
 
     def _matrix(self, name, layer, pieces, global_inputs, split=False) -> Matrix:
@@ -232,7 +231,7 @@ class Loader:
         result = exact.quantize_weights(values, largest, bits)
         integers, exponents, n_bad, first_bad = result
         if n_bad:
-            # Not raised here: the other tensor ranks are about to meet in the next reduction.
+            # Raised after the weights check: it may be a flipped bit, which that check names.
             self.part.problem = self.part.problem or (
                 f"{name} of layer {layer} has {n_bad} rows with NaN or Inf, the first is row "
                 f"{first_bad} of rank {self.ctx.rank}'s slice; exact arithmetic needs finite weights"

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from mpi4py import MPI
 
-from spimpi.checks.recorder import StageTotals
+from spimpi.checks.recorder import StageTotals, place_of
 from spimpi.checks.verdict import Verdict, Where
 from spimpi.inference.program_order import order_codes
 from spimpi.reduction import ALL_ONES, empty_records
@@ -108,17 +108,15 @@ def _note(recorder, event) -> str:
 
 
 def _golden_says(ctx, recorder, event) -> bool | None:
-    """Whether the golden comparison of the same tensor failed; None where there is none.
+    """Whether the golden comparison of the same tensor failed; None where there is none, as for
+    weights.
 
     The golden fingerprint is taken from the lowest replica, so it decides between two.
     """
     answer = None
-    if ctx.rank == 0 and recorder.totals[Stage.GOLDEN].checks:
-        answer = any(
-            f["stage"] == Stage.GOLDEN
-            and all(f[k] == event[k] for k in ("tensor", "layer", "step", "repeat"))
-            for f in recorder.all_failures()
-        )
+    in_run = event["stage"] not in (Stage.FABRIC, Stage.WEIGHTS)
+    if ctx.rank == 0 and in_run and recorder.totals[Stage.GOLDEN].checks:
+        answer = place_of(event) in recorder.golden_failures
     return ctx.world.bcast(answer)
 
 
@@ -136,7 +134,7 @@ def _where(ctx, event, names, speaker, note, golden_failed) -> Where:
             details.append(f"ranks {pair[0]} and {pair[1]} differ, and nothing tells which is right")
         else:
             rank = pair[0] if golden_failed else pair[1]
-            details.append("its replica is the one that the golden run confirms")
+            details.append(f"the golden run confirms rank {pair[1] if golden_failed else pair[0]}")
     if event["nonfinite"]:
         details.append(f"{int(event['nonfinite'])} rows with NaN or Inf")
     if op == Op.CONTENT and rank is None and event["stage"] == Stage.GOLDEN:

@@ -9,6 +9,7 @@ from spimpi.errors import UsageError
 from spimpi.inference import golden as golden_runs
 from spimpi.inference import prompts as prompt_texts
 from spimpi.inference.checkpoint import open_checkpoint
+from spimpi.fingerprint.tag import DEFAULT_SEED
 from spimpi.inference.config import EMBEDDED_MODEL, load_config, published
 from spimpi.topology import grid as grids
 
@@ -18,7 +19,10 @@ DEFAULT_TOKENS = 16
 
 @dataclass(frozen=True)
 class Request:
-    """The command line's wishes, as typed. ``prompt_ids`` are texts such as "84,104,101"."""
+    """The command line's wishes, as typed. ``prompt_ids`` are texts such as "84,104,101".
+
+    tokens and seed None: those of the golden file, else the defaults.
+    """
 
     model: str | None = None
     config: str | None = None
@@ -28,8 +32,8 @@ class Request:
     rule: str = "exo"
     prompts: tuple[str, ...] = ()
     prompt_ids: tuple[str, ...] = ()
-    tokens: int = DEFAULT_TOKENS
-    seed: int = 1069
+    tokens: int | None = None
+    seed: int | None = None
     arith: str = "exact"
     golden: str | None = None
     faults: tuple[str, ...] = ()
@@ -55,6 +59,13 @@ class Job:
     repeat: int
 
     @property
+    def origin(self) -> dict:
+        """Where the model is from, as golden files say it."""
+        if self.directory is None:
+            return {"config": self.config.name, "layers": self.config.n_layers}
+        return {} if self.directory == EMBEDDED_MODEL else {"model": str(self.directory.resolve())}
+
+    @property
     def lengths(self) -> list[int]:
         return [len(p) for p in self.prompts]
 
@@ -68,10 +79,11 @@ class Job:
 def prepare(request: Request, world_size: int, rank: int = 0) -> Job:
     """Validate a request for a world of this size. Local: reads headers and small files only.
 
-    Golden files are read on rank 0, which alone compares with them.
-
-    Raises UsageError for everything that can be known to be wrong before loading.
+    What is not asked for is taken from the golden file, where one is named. Raises UsageError for
+    everything that can be known to be wrong before loading.
     """
+    golden = golden_runs.read(request.golden) if request.golden is not None else None
+    request = _completed(request, golden)
     directory, config = _model(request)
     for option, found in (("--tokens", request.tokens), ("--repeat", request.repeat)):
         if found < 1:
@@ -109,7 +121,25 @@ def prepare(request: Request, world_size: int, rank: int = 0) -> Job:
         request.seed, request.arith == "exact", None, request.golden is not None, faults,
         request.repeat,
     )  # fmt: skip
-    return _with_golden(job, request, rank)
+    return replace(job, golden=_golden_for(job, golden, rank))
+
+
+def _completed(request: Request, golden) -> Request:
+    """The request with what it leaves open taken from the golden file, else from the defaults."""
+    tokens, seed = DEFAULT_TOKENS, DEFAULT_SEED
+    if golden is not None:
+        theirs = golden.workload
+        tokens, seed = theirs.n_steps, theirs.seed
+        if request.model is None and request.config is None:
+            request = replace(request, **golden.origin)
+        if not request.prompts and not request.prompt_ids:
+            ids = tuple(",".join(map(str, prompt)) for prompt in theirs.prompts)
+            request = replace(request, prompt_ids=ids)
+    return replace(
+        request,
+        tokens=tokens if request.tokens is None else request.tokens,
+        seed=seed if request.seed is None else request.seed,
+    )
 
 
 def _model(request):
@@ -152,19 +182,17 @@ def _faults(request, grid, config, prompts, checkpoint):
     return faults
 
 
-def _with_golden(job: Job, request: Request, rank: int) -> Job:
-    """The golden file that was named, or the embedded model's where it fits."""
-    if request.golden is not None and not job.exact:
-        msg = "--golden needs exact arithmetic: --arith blas has no reproducible fingerprints"
-        raise UsageError(msg)
-    if rank != 0:
-        return job
-    if request.golden is not None:
-        golden = golden_runs.read(request.golden)
+def _golden_for(job: Job, golden, rank: int):
+    """The golden file that was named, or on rank 0 the embedded model's where it fits."""
+    if golden is not None:
+        if not job.exact:
+            msg = "--golden needs exact arithmetic: --arith blas has no reproducible fingerprints"
+            raise UsageError(msg)
         golden_runs.require_same(golden, job.workload)
-        return replace(job, golden=golden)
-    if job.exact and job.directory == EMBEDDED_MODEL and golden_runs.EMBEDDED_GOLDEN.exists():
-        golden = golden_runs.read(golden_runs.EMBEDDED_GOLDEN)
-        if golden_runs.fits(golden, job.workload):
-            return replace(job, golden=golden)
-    return job
+        return golden
+    embedded = job.exact and job.directory == EMBEDDED_MODEL
+    if rank == 0 and embedded and golden_runs.EMBEDDED_GOLDEN.exists():
+        shipped = golden_runs.read(golden_runs.EMBEDDED_GOLDEN)
+        if golden_runs.fits(shipped, job.workload):
+            return shipped
+    return None

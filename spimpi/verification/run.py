@@ -11,7 +11,7 @@ from spimpi.checks.fabric import check_fabric, tensor_names
 from spimpi.checks.recorder import Recorder
 from spimpi.checks.verdict import Verdict
 from spimpi.context import DistributedContext
-from spimpi.errors import IncompleteError, SpimpiError
+from spimpi.errors import CorruptionError, SpimpiError, UsageError
 from spimpi.fingerprint import fingerprint
 from spimpi.fingerprint.tag import Tag
 from spimpi.inference import golden as golden_runs
@@ -69,10 +69,10 @@ def make_golden(job: Job, at=None) -> golden_runs.Golden:
         tokens = stage.run(prompts, progress=progress)
         where = conclude.first_failure(ctx, run.recorder, run.names)
         if where is not None:
-            msg = f"the golden run itself failed a check: {where}"
-            raise IncompleteError(msg)
+            msg = f"the golden run on rank 0 failed a check of its own: {where}"
+            raise CorruptionError(msg)
     return golden_runs.Golden(
-        job.workload, job.config.n_layers, stage.golden.copy(), tokens, "made on one rank"
+        job.workload, job.config.n_layers, stage.golden.copy(), tokens, "made on one rank", job.origin
     )
 
 
@@ -104,7 +104,7 @@ class _Run:
             outcome = self._verify()
         except SpimpiError:
             if ctx.tracer:
-                ctx.tracer.discard()
+                ctx.tracer.give_up()
             raise
         if ctx.tracer:
             self._at("sealing the trace")
@@ -161,7 +161,12 @@ class _Run:
         self._at("second read of the weights")
         with together(ctx.world):
             shares = second_read(ctx, job.checkpoint)
-        check_weights(ctx, job.config, job.checkpoint, loader, shares, self.recorder)
+        failed = check_weights(ctx, job.config, job.checkpoint, loader, shares, self.recorder)
+        unfit = ctx.world.allreduce(bool(loader.part.problem), op=MPI.LOR)
+        if unfit and not ctx.world.allreduce(failed):
+            with together(ctx.world):
+                if loader.part.problem:
+                    raise UsageError(loader.part.problem)
         return loader.part
 
     def stage(self, part) -> Stage:
@@ -257,7 +262,8 @@ class _Run:
         idle = self._faults_without_effect()
         if idle and not n_failed:
             missing.append(f"injected faults that changed nothing: {', '.join(idle)}")
-        kinds = conclude.established(ctx, job, self.has_golden)
+        # A failed run proves nothing that a later check could rest on.
+        kinds = Established(0) if n_failed else conclude.established(ctx, job, self.has_golden)
         verdict = Verdict(not n_failed and not missing, kinds, where, tuple(missing))
         source = ""
         if self.has_golden:

@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from spimpi import __version__
+from spimpi.errors import SpimpiError
 from spimpi.trace.journal import Journal
 from spimpi.trace.schema import TensorInfo
 from spimpi.trace.seal import check_can_write, choose_driver, prepare, seal
@@ -68,14 +69,15 @@ class Tracer:
         }
         seal(ctx.world, self.journal, self.path, attributes, self.driver, self.overwrite)
 
-    def discard(self) -> None:
-        """Take this rank's journal away: the run was refused before it began."""
+    def give_up(self) -> None:
+        """The run ended by an error: its journal stays, unless nothing was recorded yet. Local."""
         if self.journal is None:
             return
-        with suppress(OSError):
+        with suppress(OSError, SpimpiError):
             self.journal.close("error")
-            self.journal.path.unlink()
-            self.journal.path.parent.rmdir()
+            if self.journal.count == 0:
+                self.journal.path.unlink()
+                self.journal.path.parent.rmdir()
 
 
 def _tensors(job, names) -> list[TensorInfo]:

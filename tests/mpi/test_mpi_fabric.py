@@ -31,7 +31,7 @@ class Corrupted:
         def wrong(*args, op=None, **options):
             if op is not None:
                 options["op"] = op
-            if name == "Isend":
+            if name == "Send":
                 own = np.array(args[0])
                 self._flip(own)
                 return real(own, *args[1:], **options)
@@ -78,7 +78,7 @@ def _faulty():
         ("tensor", "Allreduce", "MAX", "fabric.tensor.max"),
         ("tensor", "Allreduce", "BOR", "fabric.tensor.bor"),
         ("tensor", "Allgatherv", None, "fabric.tensor.allgather"),
-        ("pipeline", "Isend", None, "fabric.pipeline.handoff"),
+        ("pipeline", "Send", None, "fabric.pipeline.handoff"),
         ("data", "Allgatherv", None, "fabric.data.allgather"),
         ("world", "Allreduce", "BXOR", "fabric.world.bxor"),
         ("world", "Bcast", None, "fabric.world.broadcast"),
@@ -101,7 +101,7 @@ def test_one_wrong_bit_of_a_collective_is_found(comm, axis, method, op, name):
         failures = check_fabric(ctx, recorder, sizes=sizes)
         setattr(ctx, axis, real)
         # A hand-off that was sent wrong is wrong where it arrives, at the next rank of the ring.
-        seen_by = 0 if method == "Isend" else culprit
+        seen_by = 0 if method == "Send" else culprit
         assert failures == (comm.rank == seen_by)
         for event in recorder.all_failures():
             assert tensor_names()[event["tensor"]] == name

@@ -91,7 +91,7 @@ def test_a_tensor_rank_reads_and_holds_a_quarter(comm, large):
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(comm, large, monkeypatch):
-    monkeypatch.setattr(footprint, "available_bytes", lambda: 100 * MIB)
+    monkeypatch.setattr(footprint, "available_bytes", lambda: 60 * MIB)
     topology = f"dp={comm.size}"
     wishes = Request(model=str(large), prompt_ids=("1,2",) * comm.size, topology=topology)
     job = prepare(wishes, comm.size)
