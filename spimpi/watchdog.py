@@ -14,25 +14,29 @@ GRACE = 2.0  # seconds for every rank to say where it is before the first one en
 class Watchdog:
     """Watches one rank; ``at`` and ``progress`` say where it is. Use as a context manager."""
 
-    def __init__(self, timeout: float, rank: int, host: str, describe, abort):
-        self.timeout, self.rank, self.host = timeout, rank, host
-        self.describe, self.abort = describe, abort
+    def __init__(self, timeout: float, rank: int, host: str, abort):
+        self.timeout, self.rank, self.host, self.abort = timeout, rank, host, abort
         self.last = time.monotonic()
         self.place = "start-up"
-        self._event = None
+        self._inside = None
         self._stop = threading.Event()
 
     def at(self, place: str) -> None:
-        """A new stage or wait begins."""
-        self.place, self._event, self.last = place, None, time.monotonic()
+        """A new stage begins."""
+        self.place, self._inside, self.last = place, None, time.monotonic()
 
-    def progress(self, event) -> None:
-        """A check was made."""
-        self._event, self.last = event, time.monotonic()
+    def enter(self, what: str, tensor: str, step: int, layer: int) -> None:
+        """A part of a stage begins, with what its check will be. On the decoding path: cheap."""
+        self._inside = (what, tensor, step, layer)
+        self.last = time.monotonic()
 
     def where(self) -> str:
-        after = f", after {self.describe(self._event)}" if self._event is not None else ""
-        return f"{self.place}{after}"
+        """The stage and the check, in words."""
+        if self._inside is None:
+            return self.place
+        what, tensor, step, layer = self._inside
+        at_layer = f", layer {layer}" if layer >= 0 else ""
+        return f"{self.place}: {what} of {tensor}, step {step}{at_layer}"
 
     def __enter__(self):
         if self.timeout > 0:
@@ -57,3 +61,13 @@ class Watchdog:
             if not self._stop.wait(GRACE):
                 self.abort(EXIT_STATUS)
             return
+
+
+class Unwatched:
+    """Stands where no watchdog is."""
+
+    def at(self, place: str) -> None:
+        pass
+
+    def enter(self, what: str, tensor: str, step: int, layer: int) -> None:
+        pass

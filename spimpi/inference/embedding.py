@@ -28,6 +28,7 @@ def embed(facts, ids, batch, out) -> None:
             kernels.fingerprint_chosen_rows(bits, mine, keys, HIDDEN, batch.first_row, share, 0)
         if faults is not None and faults.drop("embed", -1, mine.any()):
             out[:] = 0
+        facts.watch.enter("allreduce bor", "embed", batch.step, -1)
         tensor.Allreduce(MPI.IN_PLACE, bits, op=MPI.BOR)
     if faults is not None:
         faults.replica("embed", -1, out, batch.first_row)

@@ -60,6 +60,7 @@ class Head:
             faults.payload("logits", -1, self.logits, facts.first_prompt)
         start = perf_counter()
         if tensor.size > 1:
+            facts.watch.enter("allgather", "logits", step, -1)
             tensor.Allgatherv(self.logits, blocks(self.gathered, self.counts))
         chosen = argmax(self.pieces)
         if facts.checked:

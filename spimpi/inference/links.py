@@ -54,6 +54,7 @@ class Links:
 
     def receive(self, batch) -> np.ndarray:
         """Take the microbatch that the previous stage sent, and check it."""
+        self.facts.watch.enter("hand-off", "hidden", batch.step, self._record(batch, 0)["last_layer"])
         x, record = self.from_previous.take()
         if not self.facts.checked:
             return x
@@ -65,9 +66,10 @@ class Links:
                       layer=expected["last_layer"], sender=self.facts.ctx.place.p - 1)  # fmt: skip
         return x
 
-    def end_step(self) -> None:
+    def end_step(self, step: int) -> None:
         """Wait for this step's sends."""
         if self.to_next:
+            self.facts.watch.enter("sends", "hidden", step, self.facts.ctx.layers[-1])
             self.to_next.drain()
 
     def _record(self, batch, ahead: int) -> dict:
@@ -154,6 +156,7 @@ class Links:
 
     def receive_tokens(self, step) -> np.ndarray:
         """On the first stage: the tokens that the last one chose, checked."""
+        self.facts.watch.enter("hand-off", "tokens", step, -1)
         self.from_last.post(self.facts.n_prompts)
         tokens, record = self.from_last.take()
         if self.facts.checked:

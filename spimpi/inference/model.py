@@ -15,6 +15,7 @@ from spimpi.inference.stage_facts import StageFacts
 from spimpi.inference.tensors import GOLDEN_LAYER, Keys, golden_columns
 from spimpi.topology.data import last_rows, rows_of
 from spimpi.topology.pipeline import microbatches, schedule
+from spimpi.watchdog import Unwatched
 
 
 class Stage:
@@ -24,7 +25,10 @@ class Stage:
     ``recorder`` takes the events; None runs without checks.
     """
 
-    def __init__(self, ctx, config, part, lengths, n_steps, exact_arithmetic, recorder, faults=None):
+    def __init__(
+        self, ctx, config, part, lengths, n_steps, exact_arithmetic, recorder, faults=None,
+        watch=None,
+    ):  # fmt: skip
         place, grid = ctx.place, ctx.grid
         prefill, later = (rows_of(lengths, grid.dp, place.d, step) for step in (0, 1))
         first, last = int(prefill.sequence[0]), int(prefill.sequence[-1])
@@ -32,15 +36,16 @@ class Stage:
             ctx, config, part, list(lengths), n_steps, first, last + 1 - first,
             schedule(grid.pp, prefill.size, later.size, n_steps),
             np.zeros((n_steps, len(golden_columns(config.n_layers))), np.uint64),
-            recorder, faults,
+            recorder, faults, watch or Unwatched(),
         )  # fmt: skip
         self.ctx, self.config, self.part = ctx, config, part
         self.cuts = [microbatches(rows.size, grid.pp) for rows in (prefill, later)]
         kind = ExactLayers if exact_arithmetic else BlasLayers
         checked = self.facts.checked
         self.layers = kind(
-            ctx, config, part, self.facts.n_prompts, max(lengths) + n_steps, checked, faults
-        )
+            ctx, config, part, self.facts.n_prompts, max(lengths) + n_steps, checked, faults,
+            self.facts.watch,
+        )  # fmt: skip
         most = max(stop - start for cuts in self.cuts for start, stop in cuts)
         self.space = self.layers.workspace(most)
         self.views = {}
@@ -80,7 +85,8 @@ class Stage:
     def run(self, prompts, repeat=0, progress=None) -> np.ndarray | None:
         """Prefill and greedy decoding; the new tokens [prompts here, steps], None in mid-pipeline.
 
-        ``prompts``: token ids of this data rank's prompts, used by the first stage. Collective.
+        ``prompts``: token ids of this data rank's prompts, used by the first stage; ``progress`` is
+        told each step as it begins. Collective.
         """
         self.layers.clear()
         self.facts.golden[:] = 0
@@ -88,12 +94,12 @@ class Stage:
         tokens = np.concatenate(prompts)
         made = []
         for step in range(self.facts.n_steps):
+            if progress:
+                progress(step)
             chosen = self.step(step, tokens)
             if chosen is not None:
                 tokens = chosen.copy()
                 made.append(tokens)
-            if progress:
-                progress(step)
         return np.stack(made, axis=1) if made else None
 
     def step(self, step: int, tokens) -> np.ndarray | None:
@@ -120,7 +126,8 @@ class Stage:
         chosen = None
         if self.head:
             chosen = links.hand_on_tokens(step, *self.head.sample(step))
-        links.end_step()
+        links.end_step(step)
+        facts.watch.enter("agreement", "all layers", step, -1)
         self._record(batches)
         return links.receive_tokens(step) if links.from_last else chosen
 

@@ -8,6 +8,7 @@ from spimpi.fingerprint import fingerprint
 from spimpi.fingerprint.tag import Tag
 from spimpi.partition import Slab
 from spimpi.topology.pipeline import Schedule
+from spimpi.watchdog import Unwatched
 
 
 @dataclass
@@ -15,7 +16,8 @@ class StageFacts:
     """One rank's view of a run: who it is, what it holds, where its checks go.
 
     first_prompt and n_prompts: this data rank's prompts; golden: this rank's shares of the golden
-    table, uint64 [steps, columns]; repeat: the run's number in this job. recorder None: no checks.
+    table, uint64 [steps, columns]; repeat: the run's number in this job; watch: told where the
+    rank is. recorder None: no checks.
     """
 
     ctx: object
@@ -29,6 +31,7 @@ class StageFacts:
     golden: np.ndarray
     recorder: object = None
     faults: object = None
+    watch: object = Unwatched()
     repeat: int = 0
 
     @property

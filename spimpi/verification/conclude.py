@@ -1,6 +1,6 @@
 """From every rank's checks to one verdict: totals, the first failure, what was established."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from mpi4py import MPI
@@ -26,7 +26,6 @@ class Outcome:
     tokens: np.ndarray | None
     expected_from: str
     completed_runs: int = 1
-    limits: dict[str, str] = field(default_factory=dict)
 
     @property
     def exit_status(self) -> int:

@@ -29,6 +29,7 @@ from spimpi.trace.schema import Established, Op
 from spimpi.trace.schema import Stage as Phase
 from spimpi.verification import conclude
 from spimpi.verification.job import Job
+from spimpi.watchdog import Unwatched
 
 GOLDEN_BYTES = 64 << 20  # weights up to this size get a golden run on the fly
 
@@ -78,10 +79,11 @@ def make_golden(job: Job, at=None) -> golden_runs.Golden:
 
 class _Run:
     def __init__(self, ctx, job, reporter, watchdog):
-        self.ctx, self.job, self.reporter, self.watchdog = ctx, job, reporter, watchdog
+        self.ctx, self.job, self.reporter = ctx, job, reporter
+        self.watchdog = watchdog or Unwatched()
         self.names = trace_tensor_names(job)
         index = {name: i for i, name in enumerate(self.names)}
-        self.recorder = Recorder(index, ctx.rank, watch=watchdog)
+        self.recorder = Recorder(index, ctx.rank)
         self.seconds: dict[str, float] = {}
         self.injector = self._injector()
         self.golden = None
@@ -121,8 +123,7 @@ class _Run:
         return self._conclude(tokens, runs)
 
     def _at(self, place):
-        if self.watchdog:
-            self.watchdog.at(place)
+        self.watchdog.at(place)
         self.reporter.progress(place)
 
     def _timed(self, name, work):
@@ -173,7 +174,7 @@ class _Run:
         job = self.job
         return Stage(
             self.ctx, job.config, part, job.lengths, job.n_tokens, job.exact, self.recorder,
-            self.injector,
+            self.injector, self.watchdog,
         )  # fmt: skip
 
     def _prepare_golden(self):
