@@ -7,6 +7,7 @@ transfers are known to depend on size (docs/what-pass-means.md).
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 
 import numpy as np
@@ -20,6 +21,7 @@ from spimpi.trace.schema import Established, Op, Stage
 
 # Elements of 8 bytes in a result: 8 B, 1 KiB, 64 KiB, 1 MiB, 8 MiB a rank.
 SIZES = (1, 128, 8192, 131072, 1048576)
+RECORD_SIZES = 3  # the first so many: a run's records are a few KiB, and merged by numpy
 WORDS = len(RECORD.names)
 RING = 3  # message tag
 POISON = 0x5A5A5A5A5A5A5A5A  # what a receive buffer holds before: nothing that could pass
@@ -34,6 +36,7 @@ class Probe:
     established: Established
     comm: object
     run: Callable
+    n_sizes: int = len(SIZES)
 
 
 def tensor_names() -> list[str]:
@@ -48,8 +51,11 @@ def probes(ctx) -> list[Probe]:
     moved, computed = Established.MOVED, Established.MOVED | Established.COMPUTED
     chosen = []
 
-    def records(comm, tag, send, result):
-        return _records(ctx.records, comm, tag, send, result)
+    def record_probe(axis, comm):
+        run = partial(_records, ctx.records)
+        return Probe(
+            f"fabric.{axis}.records", Op.ALLREDUCE_BXOR, computed, comm, run, RECORD_SIZES
+        )
 
     if ctx.tensor.size > 1:
         chosen += [
@@ -57,7 +63,7 @@ def probes(ctx) -> list[Probe]:
             Probe("fabric.tensor.max", Op.ALLREDUCE_MAX, computed, ctx.tensor, _max),
             Probe("fabric.tensor.bor", Op.ALLREDUCE_BOR, computed, ctx.tensor, _bor),
             Probe("fabric.tensor.allgather", Op.ALLGATHER, moved, ctx.tensor, _allgather),
-            Probe("fabric.tensor.records", Op.ALLREDUCE_BXOR, computed, ctx.tensor, records),
+            record_probe("tensor", ctx.tensor),
         ]
     if ctx.pipeline.size > 1:
         chosen.append(
@@ -66,7 +72,7 @@ def probes(ctx) -> list[Probe]:
     if ctx.data.size > 1:
         chosen += [
             Probe("fabric.data.allgather", Op.ALLGATHER, moved, ctx.data, _allgather),
-            Probe("fabric.data.records", Op.ALLREDUCE_BXOR, computed, ctx.data, records),
+            record_probe("data", ctx.data),
         ]
     if ctx.data.size > 1 and ctx.replica.size > 1:
         chosen.append(
@@ -74,7 +80,7 @@ def probes(ctx) -> list[Probe]:
         )
     if ctx.world.size > 1:
         chosen += [
-            Probe("fabric.world.records", Op.ALLREDUCE_BXOR, computed, ctx.world, records),
+            record_probe("world", ctx.world),
             Probe("fabric.world.bxor", Op.ALLREDUCE_BXOR, computed, ctx.world, _bxor),
             Probe("fabric.world.broadcast", Op.BROADCAST, moved, ctx.world, _broadcast),
         ]
@@ -86,7 +92,7 @@ def check_fabric(ctx, recorder, progress=None, sizes=SIZES) -> int:
     failures = 0
     room = np.empty((2, max(sizes)), np.uint64)
     for probe in probes(ctx):
-        for step, n in enumerate(sizes):
+        for step, n in enumerate(sizes[: probe.n_sizes]):
             tag = Tag(ctx.seed, probe.name, -1, step)
             start = perf_counter()
             found, expected = probe.run(probe.comm, tag, room[0, :n], room[1, :n])

@@ -259,7 +259,7 @@ def _require_one_microbatch(fault, part, grid):
         return
     element = part.first if fault.element is None else fault.element
     own = [part.rows.index(e // part.width) for e in (element, fault.other)]
-    blocks = microbatches(len(part.rows), grid.pp)
+    blocks = microbatches(len(part.rows), grid.pp, fault.step)
     if not any(all(start <= row < stop for row in own) for start, stop in blocks):
         spans = ", ".join(_span(range(start, stop)) for start, stop in blocks)
         _refuse(

@@ -39,7 +39,9 @@ class Stage:
             recorder, faults, watch or Unwatched(),
         )  # fmt: skip
         self.ctx, self.config, self.part = ctx, config, part
-        self.cuts = [microbatches(rows.size, grid.pp) for rows in (prefill, later)]
+        self.cuts = [
+            microbatches(rows.size, grid.pp, step) for step, rows in enumerate((prefill, later))
+        ]
         kind = ExactLayers if exact_arithmetic else BlasLayers
         checked = self.facts.checked
         self.layers = kind(

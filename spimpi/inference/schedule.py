@@ -4,7 +4,7 @@ Nothing is sampled, so the number of events in a trace must equal this number; a
 differs is reported as incomplete. The count shares no code with what records the events.
 """
 
-from spimpi.checks.fabric import SIZES
+from spimpi.checks.fabric import RECORD_SIZES, SIZES
 from spimpi.topology.data import rows_of
 from spimpi.topology.pipeline import n_microbatches
 from spimpi.topology.tensor import TensorShard
@@ -33,8 +33,9 @@ def expected_events(ctx, job, n_runs: int, has_golden: bool) -> int:
 
 def _fabric(grid) -> int:
     several = grid.dp > 1 and grid.tp * grid.pp > 1
-    probes = 5 * (grid.tp > 1) + (grid.pp > 1) + 2 * (grid.dp > 1) + several + 3 * (grid.size > 1)
-    return probes * len(SIZES)
+    probes = 4 * (grid.tp > 1) + (grid.pp > 1) + (grid.dp > 1) + several + 2 * (grid.size > 1)
+    records = (grid.tp > 1) + (grid.dp > 1) + (grid.size > 1)
+    return probes * len(SIZES) + records * RECORD_SIZES
 
 
 def _weights(ctx, job, shard, shared) -> int:
@@ -52,7 +53,7 @@ def _weights(ctx, job, shard, shared) -> int:
 
 def _step(ctx, job, n_shared, step) -> int:
     grid = ctx.grid
-    n = n_microbatches(rows_of(job.lengths, grid.dp, ctx.place.d, step).size, grid.pp)
+    n = n_microbatches(rows_of(job.lengths, grid.dp, ctx.place.d, step).size, grid.pp, step)
     many = grid.tp > 1
     # A layer: five tensors at rest; exact: six products; over tensor ranks: two partial sums at
     # rest, two sums, agreement after attention and of the output; exact: the shared heads that

@@ -22,21 +22,22 @@ def stage_of(layer_sizes, layer: int) -> int:
     return bisect_right(stops, layer)
 
 
-def n_microbatches(n_rows: int, pp: int) -> int:
+def n_microbatches(n_rows: int, pp: int, step: int = 0) -> int:
     """How many microbatches a step of ``n_rows`` rows is cut into.
 
-    With several stages as many as stages, so that each has one at work, which is at least two;
-    but none without rows, so a step of one row is one microbatch. Without a pipeline, one.
+    In the prefill (step 0) as many as there are stages, so that each has one at work. A later step
+    reads all weights once a microbatch, however few its rows: two are in flight, and no more. None
+    is without rows, so a step of one row is one microbatch; without a pipeline there is one.
     """
     if n_rows < 1 or pp < 1:
         msg = f"a step needs rows and stages, found {n_rows} rows and {pp} stages"
         raise UsageError(msg)
-    return min(n_rows, pp)
+    return min(n_rows, min(pp, 2) if step else pp)
 
 
-def microbatches(n_rows: int, pp: int) -> list[tuple[int, int]]:
+def microbatches(n_rows: int, pp: int, step: int = 0) -> list[tuple[int, int]]:
     """The (start, stop) rows of each microbatch: balanced blocks of a data rank's rows."""
-    sizes = balanced_sizes(n_rows, n_microbatches(n_rows, pp))
+    sizes = balanced_sizes(n_rows, n_microbatches(n_rows, pp, step))
     return list(pairwise(accumulate(sizes, initial=0)))
 
 
@@ -100,4 +101,4 @@ def schedule(pp: int, prefill_rows: int, decode_rows: int, n_steps: int) -> Sche
 
     ``n_steps`` counts the prefill. Pipelines of different data ranks may differ.
     """
-    return Schedule(pp, n_microbatches(prefill_rows, pp), n_microbatches(decode_rows, pp), n_steps)
+    return Schedule(pp, n_microbatches(prefill_rows, pp), n_microbatches(decode_rows, pp, 1), n_steps)

@@ -6,7 +6,6 @@ from mpi_helpers import GROUPED, IDS, first_ranks, quick_fabric, topologies, ver
 from spimpi.checks.recorder import Recorder
 from spimpi.inference.schedule import expected_events
 from spimpi.verification import run
-from spimpi.verification.run import verify_distributed_inference  # noqa: F401
 
 pytestmark = pytest.mark.mpi
 
@@ -27,7 +26,8 @@ def _one_rank():
 
 
 def _two_tensor_ranks():
-    fabric = 5 * (4 + 2)  # sizes × (sum, max, bor, allgather; bxor, broadcast of the world)
+    # Sizes × (sum, max, bor, records, allgather; of the world bxor, records, broadcast).
+    fabric = 5 * (5 + 3)
     copies, maxima = 3 * 2 + 1, 3 * 2  # norms; row maxima of o_proj and down_proj
     # Each step: embedding's reduction, layers, output at rest, the head's product, logits gathered
     # and at rest, tokens agreed and at rest.
@@ -36,7 +36,7 @@ def _two_tensor_ranks():
 
 
 def _two_stages():
-    fabric = 5 * (1 + 2)  # the ring of hand-offs; bxor, broadcast
+    fabric = 5 * (1 + 3)  # the ring of hand-offs; bxor, records, broadcast
     # Two microbatches a step. First stage, two layers: layers and the output at rest after its
     # send; once, the closing hop. Second stage: hand-off, its layer, the output at rest; once,
     # the head's product, logits and tokens at rest.

@@ -35,6 +35,11 @@ class Corrupted:
                 own = np.array(args[0])
                 self._flip(own)
                 return real(own, *args[1:], **options)
+            if name == "Iallreduce":
+                records, *rest = args[0]
+                self._sent = records.copy()  # a request does not keep what it sends
+                self._flip(self._sent)
+                return real([self._sent, *rest], *args[1:], **options)
             done = real(*args, **options)
             if self._op is None or op == self._op:
                 result = args[0] if name == "Bcast" else args[1]
@@ -44,8 +49,9 @@ class Corrupted:
         return wrong
 
     def _flip(self, array):
-        if array.size == self._n:
-            array.view(np.uint64)[array.size // 2] ^= np.uint64(1)
+        words = array.view(np.uint64)
+        if words.size in (self._n, self._n // 6 * 6):  # a record has six words, the first is XORed
+            words[words.size // 12 * 6] ^= np.uint64(1)
 
 
 def _context(comm):
@@ -78,6 +84,9 @@ def _faulty():
         ("tensor", "Allreduce", "MAX", "fabric.tensor.max"),
         ("tensor", "Allreduce", "BOR", "fabric.tensor.bor"),
         ("tensor", "Allgatherv", None, "fabric.tensor.allgather"),
+        ("tensor", "Iallreduce", None, "fabric.tensor.records"),
+        ("data", "Iallreduce", None, "fabric.data.records"),
+        ("world", "Iallreduce", None, "fabric.world.records"),
         ("pipeline", "Send", None, "fabric.pipeline.handoff"),
         ("data", "Allgatherv", None, "fabric.data.allgather"),
         ("world", "Allreduce", "BXOR", "fabric.world.bxor"),
@@ -100,9 +109,10 @@ def test_one_wrong_bit_of_a_collective_is_found(comm, axis, method, op, name):
         sizes = SIZES[: BAD_STEP + 2]
         failures = check_fabric(ctx, recorder, sizes=sizes)
         setattr(ctx, axis, real)
-        # A hand-off that was sent wrong is wrong where it arrives, at the next rank of the ring.
-        seen_by = 0 if method == "Send" else culprit
-        assert failures == (comm.rank == seen_by)
+        # A hand-off that was sent wrong is wrong where it arrives, at the next rank of the ring; a
+        # record that was sent wrong makes the result wrong everywhere.
+        seen_by = {"Send": [0], "Iallreduce": range(comm.size)}.get(method, [culprit])
+        assert failures == (comm.rank in seen_by)
         for event in recorder.all_failures():
             assert tensor_names()[event["tensor"]] == name
             assert event["step"] == BAD_STEP

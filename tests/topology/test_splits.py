@@ -82,12 +82,13 @@ def test_every_layer_has_one_stage(layer_sizes):
         stage_of(layer_sizes, sum(layer_sizes))
 
 
-@given(st.integers(1, 500), st.integers(1, 64))
-def test_microbatches_cover_the_rows_with_two_in_flight_where_there_are_two_rows(n_rows, pp):
-    blocks = microbatches(n_rows, pp)
+@given(st.integers(1, 500), st.integers(1, 64), st.integers(0, 2))
+def test_microbatches_cover_the_rows_with_two_in_flight_where_there_are_two_rows(n_rows, pp, step):
+    blocks = microbatches(n_rows, pp, step)
     assert [row for start, stop in blocks for row in range(start, stop)] == [*range(n_rows)]
     assert all(stop > start for start, stop in blocks)
-    assert len(blocks) == (1 if pp == 1 else min(n_rows, max(2, pp)))
+    wanted = 1 if pp == 1 else 2 if step else max(2, pp)
+    assert len(blocks) == min(n_rows, wanted)
     sizes = [stop - start for start, stop in blocks]
     assert max(sizes) - min(sizes) <= 1
 
@@ -95,7 +96,7 @@ def test_microbatches_cover_the_rows_with_two_in_flight_where_there_are_two_rows
 @given(st.integers(1, 6), st.integers(1, 40), st.integers(1, 6), st.integers(1, 5))
 def test_hand_offs_are_numbered_without_gap_in_the_order_of_the_run(pp, prefill, decode, n_steps):
     link = schedule(pp, prefill, decode, n_steps)
-    steps = [len(microbatches(decode if step else prefill, pp)) for step in range(n_steps)]
+    steps = [len(microbatches(decode if s else prefill, pp, s)) for s in range(n_steps)]
     places = [(step, m) for step, n in enumerate(steps) for m in range(n)]
     assert [link.sequence(*place) for place in places] == [*range(len(places))]
     assert [link.place(i) for i in range(len(places))] == places
