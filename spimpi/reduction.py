@@ -36,8 +36,9 @@ RECORD = np.dtype(
 class PendingWords:
     """A reduction of words under way; ``wait()`` returns the result."""
 
-    def __init__(self, request, result, finish: Callable):
-        self._request, self._result, self._finish = request, result, finish
+    def __init__(self, request, words, result, finish: Callable):
+        # mpi4py's request does not keep the buffers alive: ``words`` is still being sent.
+        self._request, self._words, self._result, self._finish = request, words, result, finish
 
     def wait(self):
         self._request.Wait()
@@ -63,7 +64,7 @@ def ireduce_fingerprints(comm, fingerprints: int | Sequence[int]) -> PendingWord
     """As ``reduce_fingerprints``, without waiting. Collective."""
     words, finish = _as_words(fingerprints)
     result = np.empty_like(words)
-    return PendingWords(comm.Iallreduce(words, result, op=MPI.BXOR), result, finish)
+    return PendingWords(comm.Iallreduce(words, result, op=MPI.BXOR), words, result, finish)
 
 
 def sum_words(comm, words: int | Sequence[int]) -> int | list[int]:
@@ -77,7 +78,7 @@ def isum_words(comm, words: int | Sequence[int]) -> PendingWords:
     """As ``sum_words``, without waiting. Collective."""
     buffer, finish = _as_words(words)
     result = np.empty_like(buffer)
-    return PendingWords(comm.Iallreduce(buffer, result, op=MPI.SUM), result, finish)
+    return PendingWords(comm.Iallreduce(buffer, result, op=MPI.SUM), buffer, result, finish)
 
 
 def agree(comm, fingerprints: int | Sequence[int]) -> bool | list[bool]:
@@ -85,7 +86,8 @@ def agree(comm, fingerprints: int | Sequence[int]) -> bool | list[bool]:
     words, finish = _as_words(fingerprints)
     both = np.concatenate([words, ~words])
     comm.Allreduce(MPI.IN_PLACE, both, op=MPI.BAND)
-    return finish(both[: words.size] == ~both[words.size :])
+    same = finish(both[: words.size] == ~both[words.size :])
+    return bool(same) if isinstance(same, int) else [bool(one) for one in same]
 
 
 def dissenters(comm, fingerprint: int) -> list[int]:

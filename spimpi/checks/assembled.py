@@ -35,8 +35,9 @@ def compare_assembled(records, comm, share, result, absent=lambda: 0) -> Compari
     if not wrong:
         return Comparison(False, merged["xor"])
     words = _everyone(comm, np.uint64(share) ^ np.uint64(absent()), result)
-    odd = minority(words[:, 1])
-    if not odd:
+    # The contributions tell what is right, so that of two ranks the wrong one is known too.
+    odd = [int(rank) for rank in np.flatnonzero(words[:, 1] != merged["xor"])]
+    if len(odd) == comm.size:
         # All agree on a wrong result: a contribution that is missing from it is what differs.
         difference = merged["xor"] ^ words[0, 1]
         odd = [int(rank) for rank in np.flatnonzero(words[:, 0] == difference)]

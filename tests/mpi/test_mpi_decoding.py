@@ -97,7 +97,7 @@ def test_the_truth_sees_every_token_of_the_prompt(directory, truth):
 
 @pytest.mark.mpi(min_size=2)
 def test_float32_sums_would_not_pass_this_test(comm, directory, truth):
-    """Plain float32 over two tensor ranks gives other bits than the truth, and nearly its values."""
+    """Plain float32 over two tensor ranks gives other bits than the truth, nearly its values."""
     with first_ranks(comm, 2) as part:
         if part:
             grid = parse("tp=2", 2, 6, 3)

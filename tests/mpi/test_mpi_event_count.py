@@ -26,8 +26,9 @@ def _one_rank():
 
 
 def _two_tensor_ranks():
-    # Sizes × (sum, max, bor, records, allgather; of the world bxor, records, broadcast).
-    fabric = 5 * (5 + 3)
+    # Five sizes × (sum, max, bor, allgather; of the world bxor, broadcast) and three × records of
+    # both.
+    fabric = 5 * (4 + 2) + 3 * (1 + 1)
     copies, maxima = 3 * 2 + 1, 3 * 2  # norms; row maxima of o_proj and down_proj
     # Each step: embedding's reduction, layers, output at rest, the head's product, logits gathered
     # and at rest, tokens agreed and at rest.
@@ -36,7 +37,7 @@ def _two_tensor_ranks():
 
 
 def _two_stages():
-    fabric = 5 * (1 + 3)  # the ring of hand-offs; bxor, records, broadcast
+    fabric = 5 * (1 + 2) + 3  # the ring of hand-offs; bxor, broadcast; records
     # Two microbatches a step. First stage, two layers: layers and the output at rest after its
     # send; once, the closing hop. Second stage: hand-off, its layer, the output at rest; once,
     # the head's product, logits and tokens at rest.
