@@ -1,6 +1,6 @@
 """Where every check of a run ends up: counted, written to the journal, failures kept."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
@@ -8,6 +8,7 @@ import numpy as np
 from spimpi.trace.schema import EVENT, Op, Stage, Status
 
 KEPT_FAILURES = 1000
+FLUSH_SECONDS = 0.25
 LOCAL = (Op.MATMUL, Op.AT_REST)  # a failure of these is the recording rank's own
 
 
@@ -21,36 +22,32 @@ class StageTotals:
     seconds: float = 0.0
 
 
-@dataclass
 class Recorder:
     """Takes events, one or many at a time. Local: nothing here communicates.
 
-    ``tensor_index``: name -> position in the trace's table of tensors.
+    ``tensor_index``: name -> position in the trace's table of tensors. Events wait in lists, and
+    are counted and journalled many at a time: on the decoding path every microsecond is felt.
     """
 
-    tensor_index: dict[str, int]
-    rank: int = 0
-    journal: object = None
-    origin: float = field(default_factory=perf_counter)
-    totals: dict[Stage, StageTotals] = field(
-        default_factory=lambda: {stage: StageTotals() for stage in Stage}
-    )
-    failures: list[np.ndarray] = field(default_factory=list)
-    notes: dict[tuple[int, int, int], str] = field(default_factory=dict)
-    n_events: int = 0
-    golden_failures: set[tuple[int, int, int, int]] = field(default_factory=set)
+    def __init__(self, tensor_index: dict[str, int], rank: int = 0, journal=None):
+        self.tensor_index, self.rank, self.journal = tensor_index, rank, journal
+        self.origin = perf_counter()
+        self.notes: dict[tuple[int, int, int], str] = {}
+        self.n_events = 0
+        self._totals = {stage: StageTotals() for stage in Stage}
+        self._failures: list[np.ndarray] = []
+        self._golden_failures: set[tuple[int, int, int, int]] = set()
+        self._rows: list[tuple] = []
+        self._blocks: list[np.ndarray] = []
+        self._urgent = False
+        self._settled = self.origin
 
     def add(self, events: np.ndarray, seconds: float) -> None:
         """Take many events of the decoder layers; ``seconds`` were spent on their checks."""
-        events["t_start"] -= self.origin
-        events["t_end"] -= self.origin
-        self._take(events)
-        for stage in np.unique(events["stage"]):
-            chosen = events["stage"] == stage
-            totals = self.totals[Stage(int(stage))]
-            totals.checks += int(chosen.sum())
-            totals.n_bytes += int(events["bytes"][chosen].sum())
-        self.totals[Stage.COMPUTE].seconds += seconds
+        self._blocks.append(events)
+        self.n_events += events.size
+        self._totals[Stage.COMPUTE].seconds += seconds
+        self._urgent |= bool((events["verdict"] == Status.FAILED).any())
 
     def one(
         self, tensor, op, stage, established, fingerprint, expected, failed,
@@ -59,45 +56,75 @@ class Recorder:
     ) -> None:  # fmt: skip
         """Take one event; it ends now."""
         now = perf_counter()
-        status = Status.FAILED if failed else Status.VERIFIED
         if failed and peer < 0 and op in LOCAL:
             peer = self.rank
-        # In the order of EVENT's fields: one assignment, because this is on the decoding path.
-        values = (
-            step, microbatch, repeat, layer, stage, op, status, established,
-            self.tensor_index[tensor], min(int(nonfinite), 0xFFFF), peer, sequence, element,
-            fingerprint, expected, bytes, t_start - self.origin, now - self.origin,
-        )  # fmt: skip
-        self._take(np.array([values], EVENT))
-        totals = self.totals[stage]
-        totals.checks += 1
-        totals.n_bytes += int(bytes)
-        totals.seconds += now - t_start
-
-    def _take(self, events: np.ndarray) -> None:
-        self.n_events += events.size
-        if self.journal is not None:
-            self.journal.append(events)
-        bad = events["verdict"] == Status.FAILED
-        if bad.any():
-            for event in events[bad]:
-                self.totals[Stage(int(event["stage"]))].failed += 1
-                if event["stage"] == Stage.GOLDEN:
-                    self.golden_failures.add(place_of(event))
-            if sum(a.size for a in self.failures) < KEPT_FAILURES:
-                self.failures.append(events[bad].copy())
+        # In the order of EVENT's fields.
+        self._rows.append((
+            step, microbatch, repeat, layer, stage, op,
+            Status.FAILED if failed else Status.VERIFIED, established, self.tensor_index[tensor],
+            min(int(nonfinite), 0xFFFF), peer, sequence, element, fingerprint, expected, bytes,
+            t_start, now,
+        ))  # fmt: skip
+        self.n_events += 1
+        self._totals[stage].seconds += now - t_start
+        self._urgent |= bool(failed)
 
     def flush(self) -> None:
-        """A step has ended: what was recorded so far survives a killed process."""
-        if self.journal is not None:
-            self.journal.flush()
+        """A step has ended: from time to time, and after a failure, write down what there is.
+
+        What a killed process loses is at most what it recorded in the last FLUSH_SECONDS.
+        """
+        if self._urgent or perf_counter() - self._settled > FLUSH_SECONDS:
+            self._settle()
+            if self.journal is not None:
+                self.journal.flush()
 
     def note(self, step: int, microbatch: int, layer: int, text: str) -> None:
         """Keep words that say more about a failed check than its numbers."""
         self.notes[step, microbatch, layer] = text
 
+    @property
+    def totals(self) -> dict[Stage, StageTotals]:
+        """What was checked so far, by stage."""
+        self._settle()
+        return self._totals
+
+    @property
+    def golden_failures(self) -> set[tuple[int, int, int, int]]:
+        """Places (``place_of``) whose golden comparison failed."""
+        self._settle()
+        return self._golden_failures
+
     def all_failures(self) -> np.ndarray:
-        return np.concatenate(self.failures) if self.failures else np.zeros(0, EVENT)
+        """The events of failed checks, the first KEPT_FAILURES or a few more."""
+        self._settle()
+        return np.concatenate(self._failures) if self._failures else np.zeros(0, EVENT)
+
+    def _settle(self) -> None:
+        """Count and journal all events that wait."""
+        self._settled, self._urgent = perf_counter(), False
+        if not self._rows and not self._blocks:
+            return
+        events = np.concatenate([np.array(self._rows, EVENT), *self._blocks])
+        self._rows, self._blocks = [], []
+        events["t_start"] -= self.origin
+        events["t_end"] -= self.origin
+        if self.journal is not None:
+            self.journal.append(events)
+        n_stages = len(Stage)
+        failed = events["verdict"] == Status.FAILED
+        counts = np.bincount(events["stage"], minlength=n_stages)
+        wrong = np.bincount(events["stage"][failed], minlength=n_stages)
+        for stage in Stage:
+            totals = self._totals[stage]
+            totals.checks += int(counts[stage])
+            totals.failed += int(wrong[stage])
+            if counts[stage]:
+                totals.n_bytes += int(events["bytes"][events["stage"] == stage].sum())
+        bad = events[failed]
+        self._golden_failures |= {place_of(e) for e in bad if e["stage"] == Stage.GOLDEN}
+        if bad.size and sum(a.size for a in self._failures) < KEPT_FAILURES:
+            self._failures.append(bad)
 
 
 def place_of(event) -> tuple[int, int, int, int]:

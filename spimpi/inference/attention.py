@@ -15,6 +15,8 @@ from numba import njit
 
 from spimpi.inference.elementary import bits_of, exp, power_of_two, rounded
 from spimpi.inference.exact import bits, is_sum
+from spimpi.inference.kernels import REST_ATTN, block_words, segment_words
+from spimpi.inference.tensors import ATTN, QKV
 from spimpi.jit import inlined, kernel
 
 NO_FAULT = np.full(3, -1, np.int64)
@@ -122,22 +124,24 @@ def _quantize(row, n_bits):
 @kernel(
     "void(f4[:,::1], i8[::1], i8[::1], f4[:,::1], f4[:,::1], i8[::1], i8[::1],"
     " f4[:,:,:,::1], i4[:,:,::1], i8[:,:,::1], f4[:,:,:,::1], i4[:,:,::1], i8[:,:,::1],"
-    " i8[::1], i8[::1], f4[:,::1], u8[::1])"
+    " i8[::1], i8[::1], f4[:,::1], u8[::1], u8[:,::1], i8, i8, i8[:,::1], u8[:,::1], u8[:,::1])"
 )
 def attend(
     qkv, sequences, positions, cosines, sines, kv_of_head, settings,
     keys, key_exponents, key_sums, values, value_exponents, value_sums,
-    r, fault, out, words,
+    r, fault, out, words, step_keys, layer, first_row, segments, segments_found, made,
 ):  # fmt: skip
     """Append the rows' keys and values to the cache and attend, row after row.
 
-    settings = (head_dim, kv heads here, bits of q·k, bits of p·v, checked). fault = (row, product,
+    settings = (head_dim, kv heads here, bits of q·k, bits of p·v, checked, columns of qkv, first
+    column of attn here, columns of attn). fault = (row, product,
     index): adds one to one integer of a product (0: scores with the first key, index = head; 1:
     output, index = head·head_dim + column); row -1 means none. words receives: 0, 1 the two
     sides of the scores' check; 2, 3 those of the output's; 4, 5 the wrong rows of each; 6 rows
-    with NaN or Inf.
+    with NaN or Inf. This is the last use of the layer's qkv and makes attn: segments_found[layer]
+    gets the words of qkv's column segments, made[layer] that of attn (step_keys: Keys.of_step).
     """
-    head_dim, n_kv, key_bits, value_bits, checked = settings
+    head_dim, n_kv, key_bits, value_bits, checked = settings[:5]
     n_heads = kv_of_head.shape[0]
     for i in range(7):
         words[i] = np.uint64(0)
@@ -233,6 +237,15 @@ def attend(
         words[4] += np.uint64(bad_scores)
         words[5] += np.uint64(bad_output)
         words[6] += np.uint64(not finite)
+    if checked:
+        bits = qkv.view(np.uint32)
+        for s in range(segments.shape[0]):
+            segments_found[layer, s] = segment_words(
+                bits, step_keys[layer + 1, QKV], first_row, segments[s], settings[5]
+            )
+        made[layer, REST_ATTN] = block_words(
+            out.view(np.uint32), step_keys[layer + 1, ATTN], first_row, settings[6], settings[7]
+        )
 
 
 def attention_bits(head_dim: int, max_positions: int) -> tuple[int, int]:

@@ -10,7 +10,12 @@ import numpy as np
 
 from spimpi.fingerprint.words import GOLDEN, ONE, close, element, linear_weight, mix, mix_open
 from spimpi.inference.elementary import exp, sincos
+from spimpi.inference.tensors import ATTN, ATTN_OUT, FFN, HIDDEN, REST, RESID
 from spimpi.jit import inlined, kernel
+
+REST_INPUT, REST_ATTN, REST_RESID, REST_FFN, REST_ATTN_OUT = (
+    REST.index(name) for name in ("input", "attn", "resid", "ffn", "attn_out")
+)
 
 
 @kernel("void(f4[:,::1], f4[::1], f8, f4[:,::1])")
@@ -25,26 +30,6 @@ def rmsnorm(x, weight, eps, out):
         scale = 1.0 / np.sqrt(total / width + eps)
         for i in range(width):
             out[row, i] = np.float32(np.float64(x[row, i]) * scale * np.float64(weight[i]))
-
-
-@kernel("void(f4[:,::1], f4[:,::1], f4[:,::1])")
-def add(x, delta, out):
-    """out = x + delta in float32."""
-    n_rows, width = x.shape
-    for row in range(n_rows):
-        for i in range(width):
-            out[row, i] = x[row, i] + delta[row, i]
-
-
-@kernel("void(f4[:,::1], f4[:,::1])")
-def swiglu(gate_up, out):
-    """out = silu(gate) · up; ``gate_up`` holds the gate's columns first (Shazeer 2020)."""
-    n_rows, width = out.shape
-    for row in range(n_rows):
-        for i in range(width):
-            gate = np.float64(gate_up[row, i])
-            activated = gate / (1.0 + exp(-gate)) * np.float64(gate_up[row, width + i])
-            out[row, i] = np.float32(activated) + np.float32(0.0)
 
 
 @kernel("void(f4[::1], f4[:,::1], f4[:,::1])")
@@ -79,7 +64,7 @@ def block_words(x, key, first_row, first_col, n_cols):
 
 
 @inlined
-def _segment_words(x, key, first_row, segment, n_cols):
+def segment_words(x, key, first_row, segment, n_cols):
     share = np.uint64(0)
     local, first_col, width = segment[0], segment[1], segment[2]
     for row in range(x.shape[0]):
@@ -98,7 +83,7 @@ def fingerprint_block(x, keys, which, first_row, first_col, n_cols, words, slot)
 def fingerprint_segments(x, keys, which, first_row, segments, n_cols, words, slot):
     """words[slot + s] = share of column segment s = (local column, global column, width)."""
     for s in range(segments.shape[0]):
-        words[slot + s] = _segment_words(x, keys[which], first_row, segments[s], n_cols)
+        words[slot + s] = segment_words(x, keys[which], first_row, segments[s], n_cols)
 
 
 @kernel("void(u4[:,::1], b1[::1], u8[::1], i8, i8, u8[::1], i8)")
@@ -143,17 +128,75 @@ def unpack_maxima(sent, reduced, maxima, rank, n_ranks, key, first_row, words, s
     return bad
 
 
-@kernel("void(i8[:,::1], u8[::1], i8, i8, u8[::1], i8)")
-def linear_block(x, keys, which, first_row, words, slot):
-    """words[slot] = linear fingerprint of whole rows of an integer tensor."""
+@inlined
+def linear_words(x, key, first_row):
+    """Linear fingerprint of whole rows of an integer tensor."""
     n_rows, n_cols = x.shape
-    key = keys[which]
     total = np.uint64(0)
     for row in range(n_rows):
         first = np.uint64((first_row + row) * n_cols)
-        for i in range(n_cols):
-            total += linear_weight(key, first + np.uint64(i)) * np.uint64(x[row, i])
-    words[slot] = total
+        for j in range(n_cols):
+            total += linear_weight(key, first + np.uint64(j)) * np.uint64(x[row, j])
+    return total
+
+
+@kernel(
+    "void(f4[:,::1], f4[:,::1], f4[:,::1], u8[:,::1], i8, i8, i8, b1, u8[:,::1], u8[:,::1],"
+    " u8[::1])"
+)
+def add_residual(x, delta, out, keys, i, first_row, half, checked, found, made, hidden):
+    """out = x + delta in float32, for layer i; half 0: after attention, 1: after the FFN.
+
+    This is the last use of x and makes out, so both are fingerprinted: found[i] gets the input's
+    (half 0) or resid's word, made[i] resid's (half 0), hidden[i] the output's (half 1). ``keys``:
+    Keys.of_step.
+    """
+    n_rows, width = x.shape
+    for row in range(n_rows):
+        for j in range(width):
+            out[row, j] = x[row, j] + delta[row, j]
+    if not checked:
+        return
+    before, after = x.view(np.uint32), out.view(np.uint32)
+    if half == 0:
+        found[i, REST_INPUT] = block_words(before, keys[i, HIDDEN], first_row, 0, width)
+        made[i, REST_RESID] = block_words(after, keys[i + 1, RESID], first_row, 0, width)
+    else:
+        found[i, REST_RESID] = block_words(before, keys[i + 1, RESID], first_row, 0, width)
+        hidden[i] = block_words(after, keys[i + 1, HIDDEN], first_row, 0, width)
+
+
+@kernel("void(f4[:,::1], f4[:,::1], u8[:,::1], i8, i8, i8, i8, b1, u8[:,::1])")
+def swiglu(gate_up, out, keys, i, first_row, first_col, n_cols, checked, made):
+    """out = silu(gate) · up; ``gate_up`` holds the gate's columns first (Shazeer 2020).
+
+    made[i] gets the fingerprint of out, at column first_col of n_cols.
+    """
+    n_rows, width = out.shape
+    for row in range(n_rows):
+        for j in range(width):
+            gate = np.float64(gate_up[row, j])
+            activated = gate / (1.0 + exp(-gate)) * np.float64(gate_up[row, width + j])
+            out[row, j] = np.float32(activated) + np.float32(0.0)
+    if checked:
+        bits = out.view(np.uint32)
+        made[i, REST_FFN] = block_words(bits, keys[i + 1, FFN], first_row, first_col, n_cols)
+
+
+@kernel(
+    "void(u4[:,::1], i8[:,::1], i8[:,::1], u8[:,::1], i8, i8, i8, i8, i8, u8[:,::1], u8[:,::1])"
+)
+def check_reduced(x, sent, summed, keys, i, first_row, which, first_col, n_cols, found, sums):
+    """After a sum over the ranks: fingerprints of what went in and what came out, for layer i.
+
+    which 0: attn and attn_out, 1: ffn and ffn_out. x is the matmul's input, sent this rank's
+    contribution, summed the result.
+    """
+    rest, key = (REST_ATTN, ATTN) if which == 0 else (REST_FFN, FFN)
+    total = ATTN_OUT + which
+    found[i, rest] = block_words(x, keys[i + 1, key], first_row, first_col, n_cols)
+    found[i, REST_ATTN_OUT + which] = linear_words(sent, keys[i + 1, total], first_row)
+    sums[i, REST_ATTN_OUT + which] = linear_words(summed, keys[i + 1, total], first_row)
 
 
 @inlined

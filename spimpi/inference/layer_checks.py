@@ -9,13 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spimpi.inference.tensors import LAYER_TENSORS
-from spimpi.reduction import empty_records, minority
+from spimpi.inference.tensors import LAYER_TENSORS, REST
+from spimpi.reduction import ALL_ONES, empty_records, minority
 from spimpi.trace.schema import EVENT, Established, Op, Stage, Status
 
 # Positions in ``rest_*``: tensors that are fingerprinted when made and again when used up.
-INPUT, QKV, ATTN, RESID, FFN, ATTN_OUT, FFN_OUT, OUTPUT = range(8)
-REST = ("input", "qkv", "attn", "resid", "ffn", "attn_out", "ffn_out")
+INPUT, QKV, ATTN, RESID, FFN, ATTN_OUT, FFN_OUT = range(len(REST))
 NONFINITE = ("input", "attn", "resid", "ffn")  # what is scaled to integers, in that order
 # Columns of a microbatch's records: two sums, two maxima, resid, hidden, then the shared heads.
 SUMS, MAXIMA, RESID_RECORD, HIDDEN_RECORD, HEADS = slice(0, 2), slice(2, 4), 4, 5, 6
@@ -137,28 +136,29 @@ class LayerResults:
             self.heads[:, head] ^= self.segments[:, segment]
         if ctx.tensor.size == 1:
             return
-        n = self.hidden.size
-        records = empty_records(n, HEADS + held.size)
-        _agreeing(records, SUMS, self.sums)
+        if self.records is None:
+            self.records = empty_records(self.hidden.size, HEADS + held.size)
+            self.merged = np.empty_like(self.records)
+        resid = self.rest_expected[:, RESID : RESID + 1]
+        words = np.concatenate(
+            [self.sums, self.maxima, resid, self.hidden[:, None], self.heads], axis=1
+        )
+        records = self.records
+        records["every"], records["none"] = words, ~words
+        if not exact:
+            held = np.zeros_like(held)
+        if not held.all():  # what a rank does not hold must change nothing
+            apart = HEADS + np.flatnonzero(~held)
+            records["every"][:, apart] = records["none"][:, apart] = ALL_ONES
         if exact:
             records["total"][:, SUMS] = self.rest_expected[:, ATTN_OUT : FFN_OUT + 1]
-            _agreeing(records, MAXIMA, self.maxima)
             records["count"][:, MAXIMA] = self.max_bad
-            _agreeing(records, HEADS + np.flatnonzero(held), self.heads[:, held])
-        _agreeing(records, RESID_RECORD, self.rest_expected[:, RESID])
-        _agreeing(records, HIDDEN_RECORD, self.hidden)
-        self.records, self.merged = records, np.empty_like(records)
-        self.request = ctx.records.start(ctx.tensor, self.records, self.merged)
+        self.request = ctx.records.start(ctx.tensor, records, self.merged)
 
     def wait(self):
         if self.request is not None:
             self.request.Wait()
             self.request = None
-
-
-def _agreeing(records, columns, words):
-    records["every"][:, columns] = words
-    records["none"][:, columns] = ~words
 
 
 class EventWriter:
@@ -184,8 +184,11 @@ class EventWriter:
                     column["tensor"][0] = tensor_index["embed"]
         self.groups = {
             kind: [(i, c.source[1]) for i, c in enumerate(plan) if c.source[0] == kind]
-            for kind in ("rest", "product", *OFFSETS)
+            for kind in OFFSETS
         }
+        first = {"rest": 0, "product": len(REST)}
+        first |= {kind: len(REST) + len(PRODUCTS) + at for kind, at in OFFSETS.items()}
+        self.order = np.array([first[kind] + at for kind, at in (c.source for c in plan)])
         self.exact = any(c.op == Op.MATMUL for c in plan)
 
     def write(self, results: LayerResults, step, microbatch, repeat, n_rows) -> np.ndarray:
@@ -197,44 +200,28 @@ class EventWriter:
         events["t_start"], events["t_end"] = results.times[:, :1], results.times[:, 1:]
         found, expected, bad = self._compare(results)
         events["fingerprint"], events["expected"] = found, expected
-        events["verdict"] = np.where(bad, Status.FAILED, Status.VERIFIED)
         self._count_nonfinite(events, results)
         if bad.any():
+            events["verdict"][bad] = Status.FAILED
             events["peer"][bad] = self.ctx.rank
         if results.merged is not None and self._wrong_records(results.merged).any():
             self._name_culprits(events, results, bad)
         return events.ravel()
 
     def _compare(self, results):
-        shape = self.template.shape
-        found = np.zeros(shape, np.uint64)
-        expected = np.zeros(shape, np.uint64)
-        bad = np.zeros(shape, bool)
-
-        def fill(kind, found_words, expected_words, bad_flags):
-            columns = [i for i, _ in self.groups[kind]]
-            at = [j for _, j in self.groups[kind]]
-            if not columns:
-                return
-            found[:, columns] = found_words[:, at]
-            expected[:, columns] = expected_words[:, at]
-            bad[:, columns] = bad_flags[:, at]
-
+        """(found, expected, failed) of every check, [layers × checks], in the plan's order."""
         r, merged = results, results.merged
-        fill("rest", r.rest_found, r.rest_expected, r.rest_found != r.rest_expected)
-        fill("product", r.product_found, r.product_expected, r.product_bad > 0)
-        if merged is None:
-            return found, expected, bad
-        wrong = self._wrong_records(merged)
-        every = merged["every"]
-        sums = merged["total"][:, SUMS] if self.exact else every[:, SUMS]
-        fill("sum", r.sums, sums, wrong[:, SUMS])
-        fill("max", r.maxima, every[:, MAXIMA], wrong[:, MAXIMA])
-        resid, hidden = slice(RESID_RECORD, RESID_RECORD + 1), slice(HIDDEN_RECORD, HEADS)
-        fill("resid", r.rest_expected[:, RESID : RESID + 1], every[:, resid], wrong[:, resid])
-        fill("hidden", r.hidden[:, None], every[:, hidden], wrong[:, hidden])
-        fill("head", r.heads, every[:, HEADS:], wrong[:, HEADS:])
-        return found, expected, bad
+        found, expected = [r.rest_found, r.product_found], [r.rest_expected, r.product_expected]
+        bad = [r.rest_found != r.rest_expected, r.product_bad > 0]
+        if merged is not None:
+            resid = r.rest_expected[:, RESID : RESID + 1]
+            found += [r.sums, r.maxima, resid, r.hidden[:, None], r.heads]
+            agreed = merged["every"].copy()
+            if self.exact:
+                agreed[:, SUMS] = merged["total"][:, SUMS]
+            expected.append(agreed)
+            bad.append(self._wrong_records(merged))
+        return [np.concatenate(parts, axis=1)[:, self.order] for parts in (found, expected, bad)]
 
     def _wrong_records(self, merged) -> np.ndarray:
         """Which records failed, [layers × records]; the same on every tensor rank."""
@@ -243,7 +230,7 @@ class EventWriter:
         if self.exact:
             wrong[:, SUMS] |= merged["total"][:, SUMS] != merged["every"][:, SUMS]
         else:
-            wrong[:, MAXIMA] = wrong[:, HEADS:] = False  # exact arithmetic's alone
+            wrong[:, HEADS:] = False  # compared in exact arithmetic alone
         return wrong
 
     def _count_nonfinite(self, events, results):

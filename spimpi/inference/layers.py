@@ -21,7 +21,6 @@ from spimpi.inference.layer_checks import (
     FFN,
     FFN_OUT,
     INPUT,
-    OUTPUT,
     RESID,
     LayerResults,
 )
@@ -126,7 +125,6 @@ class Layers:
             FFN: (1, KEY_FFN, shard.ffn().start, self.widths.ffn),
             ATTN_OUT: (1, KEY_ATTN_OUT, *hidden),
             FFN_OUT: (1, KEY_FFN_OUT, *hidden),
-            OUTPUT: (1, HIDDEN, *hidden),
         }
         frequencies = rope_inverse_frequencies(config)
         self.cosines = np.empty((n_positions, d // 2), np.float32)
@@ -158,32 +156,32 @@ class Layers:
         layer, space, results = self.part.layers[i], b.space, b.results
         name = self.ctx.layers[i]
         results.times[i, 0] = perf_counter()
-        made, found = results.rest_expected[i], results.rest_found[i]
         self.watch.enter("matmuls and checks", "qkv", b.step, name)
         self._project("qkv", i, x, layer.attn_norm, layer.qkv, space.qkv, b)
         self._fingerprint_qkv(results.segments[i], i, b)
         self._fault("qkv", name, space.qkv, b)
         self._attend(i, b)
-        self._fingerprint_qkv(results.segments_found[i], i, b)
-        self._fingerprint(made, ATTN, i, space.attn, b)
         self._fault("attn", name, space.attn, b)
         self._reduce("attn_out", 0, i, space.attn, layer.o, b)
-        self._fingerprint(found, ATTN, i, space.attn, b)
-        kernels.add(x, space.delta, space.resid)
-        self._fingerprint(found, INPUT, i, x, b)
-        self._fault("resid", name, space.resid, b, replica=True)
-        self._fingerprint(made, RESID, i, space.resid, b)
+        self._fault("resid", name, space.delta, b, replica=True)
+        kernels.add_residual(
+            x, space.delta, space.resid, b.keys, i, b.first_row, 0, self.checked,
+            results.rest_found, results.rest_expected, results.hidden,
+        )  # fmt: skip
         self._fault("resid", name, space.resid, b)
         self._project("gate_up", i, space.resid, layer.ffn_norm, layer.gate_up, space.gate_up, b)
-        kernels.swiglu(space.gate_up, space.ffn)
-        self._fingerprint(made, FFN, i, space.ffn, b)
+        first_col, n_cols = self.columns[FFN][2:]
+        kernels.swiglu(
+            space.gate_up, space.ffn, b.keys, i, b.first_row, first_col, n_cols, self.checked,
+            results.rest_expected,
+        )  # fmt: skip
         self._fault("ffn", name, space.ffn, b)
         self._reduce("ffn_out", 1, i, space.ffn, layer.down, b)
-        self._fingerprint(found, FFN, i, space.ffn, b)
-        kernels.add(space.resid, space.delta, out)
-        self._fingerprint(found, RESID, i, space.resid, b)
-        self._fault("hidden", name, out, b, replica=True)
-        self._fingerprint(results.hidden, OUTPUT, i, out, b)
+        self._fault("hidden", name, space.delta, b, replica=True)
+        kernels.add_residual(
+            space.resid, space.delta, out, b.keys, i, b.first_row, 1, self.checked,
+            results.rest_found, results.rest_expected, results.hidden,
+        )  # fmt: skip
         self._fault("hidden", name, out, b)
         results.times[i, 1] = perf_counter()
 
@@ -193,18 +191,15 @@ class Layers:
             apply(tensor, layer, array, b.first_row)
 
     def _fingerprint(self, words, tensor, i, array, b):
-        """words[tensor] = fingerprint of a tensor of layer i, as it was made or after its last use.
-
-        For OUTPUT the word is words[i].
-        """
+        """words[tensor] = fingerprint of a tensor of layer i, as it was made or after its last use."""
         if not self.checked:
             return
         start = perf_counter()
         row, key, first_col, n_cols = self.columns[tensor]
-        slot = i if tensor == OUTPUT else tensor
         kernels.fingerprint_block(
-            array.view(np.uint32), b.keys[i + row], key, b.first_row, first_col, n_cols, words, slot
-        )
+            array.view(np.uint32), b.keys[i + row], key, b.first_row, first_col, n_cols, words,
+            tensor,
+        )  # fmt: skip
         b.results.seconds += perf_counter() - start
 
     def _fingerprint_qkv(self, words, i, b):
@@ -227,9 +222,10 @@ class ExactLayers(Layers):
         config = self.config
         key_bits, value_bits = attention_bits(config.head_dim, config.max_position_embeddings)
         self.settings = np.array(
-            [config.head_dim, len(self.part.shard.kv_heads), key_bits, value_bits, self.checked],
+            [config.head_dim, len(self.part.shard.kv_heads), key_bits, value_bits, self.checked,
+             self.widths.qkv, *self.columns[ATTN][2:]],
             np.int64,
-        )
+        )  # fmt: skip
         n_random = max(self.n_positions, config.head_dim)
         self.r = odd_vector(np.uint64(self.ctx.seed), n_random)
         self.words = np.zeros(7, np.uint64)
@@ -276,7 +272,8 @@ class ExactLayers(Layers):
         attend(
             b.space.qkv, b.sequences, b.positions, self.cosines, self.sines, self.kv_of_head,
             self.settings, cache.keys, cache.key_exponents, cache.key_sums, cache.values,
-            cache.value_exponents, cache.value_sums, self.r, fault, b.space.attn, words,
+            cache.value_exponents, cache.value_sums, self.r, fault, b.space.attn, words, b.keys, i,
+            b.first_row, self.segments, results.segments_found, results.rest_expected,
         )  # fmt: skip
         if self.checked:
             results.product_found[i, 1:3] = words[0:4:2]
@@ -295,8 +292,10 @@ class ExactLayers(Layers):
         bad = self.product(3 if which == 0 else 5, tensor, i, x, space.maxima, matrix, y, b)
         if bad:
             results.nonfinite[i, 1 + 2 * which] += bad
+        rest = ATTN if which == 0 else FFN
         if not self.many:
             exact.scale_back(y, space.exponents, matrix.exponents, matrix.bits, space.delta)
+            self._fingerprint(results.rest_found[i], rest, i, x, b)
             return
         sent, summed = space.sent[which], space.summed[which]
         key = KEY_ATTN_OUT if which == 0 else KEY_FFN_OUT
@@ -317,9 +316,11 @@ class ExactLayers(Layers):
         exact.scale_back_sums(summed, space.exponents, matrix.exponents, matrix.bits, space.delta)
         if self.checked:
             start = perf_counter()
-            keys, row = b.keys[i + 1], b.first_row
-            kernels.linear_block(sent, keys, key, row, results.rest_found[i], ATTN_OUT + which)
-            kernels.linear_block(summed, keys, key, row, results.sums[i], which)
+            first_col, n_cols = self.columns[rest][2:]
+            kernels.check_reduced(
+                x.view(np.uint32), sent, summed, b.keys, i, b.first_row, which, first_col, n_cols,
+                results.rest_found, results.sums_by_tensor,
+            )  # fmt: skip
             results.seconds += perf_counter() - start
 
     def _global_maxima(self, which, i, b):
@@ -379,11 +380,15 @@ class BlasLayers(Layers):
                 weights = np.exp(scores - scores.max(axis=1, keepdims=True))
                 weights /= weights.sum(axis=1, keepdims=True)
                 out[rows, head] = weights @ cache.values[sequence, kv, :n_keys]
+        self._fingerprint_qkv(b.results.segments_found[i], i, b)
+        self._fingerprint(b.results.rest_expected[i], ATTN, i, b.space.attn, b)
 
     def _reduce(self, tensor, which, i, x, matrix, b):
         space, results, ctx = b.space, b.results, self.ctx
+        rest = ATTN if which == 0 else FFN
         if not self.many:
             np.matmul(x, matrix.values.T, out=space.delta)
+            self._fingerprint(results.rest_found[i], rest, i, x, b)
             return
         sent, summed = space.sent[which], space.summed[which]
         np.matmul(x, matrix.values.T, out=sent)
@@ -398,6 +403,7 @@ class BlasLayers(Layers):
         space.delta[:] = summed
         self._fingerprint(results.rest_found[i], ATTN_OUT + which, i, sent, b)
         self._fingerprint(results.sums_by_tensor[i], ATTN_OUT + which, i, summed, b)
+        self._fingerprint(results.rest_found[i], rest, i, x, b)
 
 
 @dataclass

@@ -14,6 +14,9 @@ from spimpi.fingerprint.tag import CONTENT, GOLDEN, LINEAR, MASK, VERSION, absor
 HIDDEN, QKV, ATTN, RESID, FFN, ATTN_OUT, FFN_OUT, ATTN_MAX, FFN_MAX = range(9)
 LAYER_TENSORS = ("hidden", "qkv", "attn", "resid", "ffn", "attn_out", "ffn_out", "attn_max",
                  "ffn_max")  # fmt: skip
+# Tensors that are fingerprinted when made and again after their last use, as results hold them.
+REST = ("input", "qkv", "attn", "resid", "ffn", "attn_out", "ffn_out")
+
 # Fingerprints that a golden run writes down for each layer, in program order.
 GOLDEN_LAYER = ("qkv", "attn", "resid", "ffn", "hidden")
 GOLDEN_ENDS = ("embed", "logits", "tokens")
