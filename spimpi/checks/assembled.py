@@ -21,41 +21,58 @@ class Comparison:
     rank: int = -1
 
 
-def compare_assembled(records, comm, share, result, absent=lambda: 0) -> Comparison:
+class Comparisons:
+    """Several comparisons over one group of ranks, in one reduction under way.
+
+    Each is (share, result, absent): the XOR of all shares must be everybody's result. share (a
+    uint64 fingerprint of what this rank contributed) may be None: then all results must only be
+    equal. absent(), asked for on a failure alone, is the fingerprint of what stands in the result
+    where this rank's contribution is missing. Starting and finishing are collective over ``comm``.
+    """
+
+    def __init__(self, records, comm, pairs):
+        self.comm, self.pairs = comm, pairs
+        self._own = empty_records(len(pairs))
+        for record, (share, result, _) in zip(self._own, pairs):
+            record["xor"] = 0 if share is None else share
+            record["every"], record["none"] = result, ~np.uint64(result)
+        self._merged = np.empty_like(self._own)
+        self._request = records.start(comm, self._own, self._merged)
+
+    def finish(self) -> list[Comparison]:
+        """What was found, one Comparison for each pair."""
+        self._request.Wait()
+        return [
+            self._judge(merged, *pair) for merged, pair in zip(self._merged, self.pairs)
+        ]
+
+    def _judge(self, merged, share, result, absent) -> Comparison:
+        differ = merged["every"] != ~merged["none"]
+        expected = merged["every"] if share is None else merged["xor"]
+        if not differ and expected == merged["every"]:
+            return Comparison(False, expected)
+        words = np.empty((self.comm.size, 2), np.uint64)
+        without = result if share is None else np.uint64(share) ^ np.uint64(absent())
+        self.comm.Allgather(np.array([without, result], np.uint64), words)
+        if share is None:
+            odd = minority(words[:, 1])
+            return Comparison(True, expected, odd[0] if len(odd) == 1 else -1)
+        # The contributions tell what is right, so that of two ranks the wrong one is known too.
+        odd = np.flatnonzero(words[:, 1] != expected)
+        if odd.size == self.comm.size:
+            # All agree on a wrong result: a contribution that is missing from it is what differs.
+            odd = np.flatnonzero(words[:, 0] == expected ^ words[0, 1])
+        return Comparison(True, expected, int(odd[0]) if odd.size == 1 else -1)
+
+
+def nothing() -> int:
+    """The share of a contribution that leaves nothing behind where it is missing."""
+    return 0
+
+
+def compare_assembled(records, comm, share, result, absent=nothing) -> Comparison:
     """A result put together from owners' parts: XOR of their shares == everybody's result.
 
-    share: fingerprint (uint64) of what this rank contributed; result: of what it now holds;
-    absent(): of what stands in the result where the contribution is missing, asked for on a
-    failure alone. ``records`` is a RecordReduction. Collective over ``comm``.
+    ``records`` is a RecordReduction; the words are as for Comparisons. Collective over ``comm``.
     """
-    own = empty_records(1)
-    own["xor"], own["every"], own["none"] = share, result, ~result
-    merged = records.merge(comm, own)[0]
-    wrong = merged["every"] != ~merged["none"] or merged["xor"] != merged["every"]
-    if not wrong:
-        return Comparison(False, merged["xor"])
-    words = _everyone(comm, np.uint64(share) ^ np.uint64(absent()), result)
-    # The contributions tell what is right, so that of two ranks the wrong one is known too.
-    odd = [int(rank) for rank in np.flatnonzero(words[:, 1] != merged["xor"])]
-    if len(odd) == comm.size:
-        # All agree on a wrong result: a contribution that is missing from it is what differs.
-        difference = merged["xor"] ^ words[0, 1]
-        odd = [int(rank) for rank in np.flatnonzero(words[:, 0] == difference)]
-    return Comparison(True, merged["xor"], odd[0] if len(odd) == 1 else -1)
-
-
-def compare_replicas(records, comm, word) -> Comparison:
-    """All ranks hold the same bits: one AND of (f, ~f). Collective over ``comm``."""
-    own = empty_records(1)
-    own["every"], own["none"] = word, ~word
-    merged = records.merge(comm, own)[0]
-    if merged["every"] == ~merged["none"]:
-        return Comparison(False, merged["every"])
-    odd = minority(_everyone(comm, word, word)[:, 1])
-    return Comparison(True, merged["every"], odd[0] if len(odd) == 1 else -1)
-
-
-def _everyone(comm, share, result) -> np.ndarray:
-    words = np.empty((comm.size, 2), np.uint64)
-    comm.Allgather(np.array([share, result], np.uint64), words)
-    return words
+    return Comparisons(records, comm, [(share, result, absent)]).finish()[0]

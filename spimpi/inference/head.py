@@ -4,7 +4,7 @@ from time import perf_counter
 
 import numpy as np
 
-from spimpi.checks.assembled import compare_assembled, compare_replicas
+from spimpi.checks.assembled import Comparisons, nothing
 from spimpi.fingerprint.tag import CONTENT, Tag
 from spimpi.inference import exact, kernels
 from spimpi.reduction import blocks
@@ -24,6 +24,7 @@ class Head:
         self.logits = np.empty((n, width), np.float32)
         self.columns = facts.part.shard.vocabulary()
         self.pieces = [self.logits]
+        self._under_way = None
         if facts.ctx.tensor.size > 1:
             self.counts = [n * size for size in self.columns.all_sizes]
             self.gathered = np.empty(sum(self.counts), np.float32)
@@ -43,7 +44,10 @@ class Head:
         self.rows[chosen] = x[last[chosen] - start]
 
     def sample(self, step: int):
-        """(tokens int64 [prompts], their fingerprint). Collective over ctx.tensor."""
+        """(tokens int64 [prompts], their fingerprint). Collective over ctx.tensor.
+
+        What compares ranks is under way when this returns; ``finish`` completes it.
+        """
         facts, tensor = self.facts, self.facts.ctx.tensor
         eps, faults = facts.config.rms_norm_eps, facts.faults
         kernels.rmsnorm(self.rows, facts.part.norm, eps, self.normed)
@@ -63,15 +67,16 @@ class Head:
             facts.watch.enter("allgather", "logits", step, -1)
             tensor.Allgatherv(self.logits, blocks(self.gathered, self.counts))
         chosen = argmax(self.pieces)
+        word = self._token_word(step, chosen)
         if facts.checked:
             if tensor.size > 1:
-                self._check_gathered(keys, made, start, place)
+                self._start_comparing(keys, made, word, start, place)
             again = self._fingerprint(self.logits, keys, self.columns.start)
             facts.recorder.one(
                 "logits", Op.AT_REST, Stage.COMPUTE, MOVED, again, made, again != made,
                 t_start=start, **place,
             )  # fmt: skip
-        return chosen, self._agree_on_tokens(step, chosen)
+        return chosen, word
 
     def _exact_logits(self, place) -> None:
         facts, head = self.facts, self.facts.part.head
@@ -108,36 +113,43 @@ class Head:
             )  # fmt: skip
         return words[0]
 
-    def _check_gathered(self, keys, share, start, place) -> None:
-        facts = self.facts
+    def _start_comparing(self, keys, share, word, start, place) -> None:
+        """The gathered logits against their shards, and everybody's tokens: one reduction."""
         total = np.uint64(0)
         for piece, first in zip(self.pieces, self.columns.starts):
             total ^= self._fingerprint(piece, keys, first)
-        found = compare_assembled(facts.ctx.records, facts.ctx.tensor, share, total)
-        facts.recorder.one(
-            "logits", Op.ALLGATHER, Stage.TENSOR, MOVED | AGREED, total, found.expected,
-            found.wrong, t_start=start, peer=facts.world_rank(found.rank),
-            **{**place, "bytes": self.gathered.nbytes},
-        )  # fmt: skip
+        pairs = [(share, total, nothing), (None, word, nothing)]
+        facts = self.facts
+        self._under_way = Comparisons(facts.ctx.records, facts.ctx.tensor, pairs), start, place
 
-    def _agree_on_tokens(self, step, chosen) -> np.uint64:
-        """The tokens' fingerprint, after all tensor ranks have compared theirs."""
+    def finish(self) -> None:
+        """Complete what ``sample`` began, and record it. Collective over ctx.tensor."""
+        if self._under_way is None:
+            return
+        comparisons, start, place = self._under_way
+        self._under_way = None
+        facts = self.facts
+        logits, tokens = comparisons.finish()
+        for name, op, found, word, established, n_bytes in (
+            ("logits", Op.ALLGATHER, logits, comparisons.pairs[0][1], MOVED | AGREED,
+             self.gathered.nbytes),
+            ("tokens", Op.AGREEMENT, tokens, comparisons.pairs[1][1], AGREED, 8 * facts.n_prompts),
+        ):  # fmt: skip
+            facts.recorder.one(
+                name, op, Stage.TENSOR, established, word, found.expected, found.wrong,
+                t_start=start, peer=facts.world_rank(found.rank), **{**place, "bytes": n_bytes},
+            )  # fmt: skip
+
+    def _token_word(self, step, chosen) -> np.uint64:
+        """The chosen tokens' fingerprint."""
         facts = self.facts
         if facts.faults is not None:
             facts.faults.replica("tokens", -1, chosen, facts.first_prompt)
         if not facts.checked:
             return np.uint64(0)
-        start = perf_counter()
         word = facts.tokens_fingerprint(step, chosen)
         if facts.ctx.place.t == 0:
             facts.golden[step, -1] ^= word
-        if facts.ctx.tensor.size > 1:
-            found = compare_replicas(facts.ctx.records, facts.ctx.tensor, word)
-            facts.recorder.one(
-                "tokens", Op.AGREEMENT, Stage.TENSOR, AGREED, word, found.expected, found.wrong,
-                t_start=start, peer=facts.world_rank(found.rank), step=step, repeat=facts.repeat,
-                bytes=chosen.nbytes,
-            )  # fmt: skip
         return word
 
 

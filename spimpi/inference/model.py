@@ -174,6 +174,8 @@ class Stage:
             )
             self.facts.recorder.add(events, results.seconds)
             self._share_golden(batch)
+        if self.head:
+            self.head.finish()
         self.facts.recorder.flush()
 
     def _share_golden(self, batch) -> None:

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spimpi.fingerprint import fingerprint
-from spimpi.fingerprint.tag import Tag
-from spimpi.partition import Slab
+from spimpi.fingerprint import xor_flat
+from spimpi.fingerprint.tag import CONTENT, Tag
 from spimpi.topology.pipeline import Schedule
 from spimpi.watchdog import Unwatched
 
@@ -50,5 +49,6 @@ class StageFacts:
 
     def tokens_fingerprint(self, step: int, tokens) -> np.uint64:
         """Share of this data rank's tokens in the fingerprint of a step's tokens."""
-        where = Slab((len(self.lengths),), (self.first_prompt,))
-        return np.uint64(fingerprint(tokens, Tag(self.ctx.seed, "tokens", -1, step), where))
+        key = Tag(self.ctx.seed, "tokens", -1, step).key(CONTENT, (len(self.lengths),), 8)
+        words = np.ascontiguousarray(tokens).view(np.uint64)
+        return np.uint64(xor_flat(words, key, self.first_prompt))

@@ -19,11 +19,15 @@ def run(qkv, sequences, positions, cache, fault=NO_FAULT):
     out = np.empty((len(qkv), HEADS * D), np.float32)
     words = np.zeros(7, np.uint64)
     kv_of_head = np.arange(HEADS) // (HEADS // KV)
-    settings = np.array([D, KV, *BITS, True], np.int64)
+    width = (HEADS + 2 * KV) * D
+    settings = np.array([D, KV, *BITS, True, width, 0, HEADS * D], np.int64)
+    keys = np.zeros((2, 9), np.uint64)
+    segments, found = np.array([(0, 0, width)]), np.zeros((1, 1), np.uint64)
     attend(
         qkv, np.asarray(sequences), np.asarray(positions), cosines, sines, kv_of_head, settings,
         cache.keys, cache.key_exponents, cache.key_sums, cache.values, cache.value_exponents,
         cache.value_sums, odd_vector(np.uint64(3), POSITIONS), np.asarray(fault), out, words,
+        keys, 0, 0, segments, found, np.zeros((1, 7), np.uint64),
     )  # fmt: skip
     return out, words
 

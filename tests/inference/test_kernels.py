@@ -7,7 +7,7 @@ from spimpi.fingerprint import fingerprint, linear_fingerprint
 from spimpi.fingerprint.tag import CONTENT, LINEAR, Tag
 from spimpi.inference import kernels
 from spimpi.inference.config import EMBEDDED_MODEL, load_config
-from spimpi.inference.tensors import LAYER_TENSORS, Keys, Widths
+from spimpi.inference.tensors import LAYER_TENSORS, REST, Keys, Widths
 from spimpi.partition import Slab
 
 RNG = np.random.default_rng(1069)
@@ -53,13 +53,38 @@ def test_chosen_rows_add_up_to_all_rows():
     assert int(words[0] ^ words[1]) == fingerprint(x, tag)
 
 
-def test_rows_of_integers_have_their_linear_fingerprint():
-    tag, shape = Tag(1, "attn_out", 3, 2), (8, 12)
-    q = RNG.integers(-(2**53), 2**53, (4, 12))
-    keys = np.array([tag.key(LINEAR, shape, 8)], np.uint64)
-    words = np.zeros(1, np.uint64)
-    kernels.linear_block(q, keys, 0, 2, words, 0)
-    assert int(words[0]) == linear_fingerprint(q, tag, Slab(shape, (2, 0)))
+@pytest.mark.parametrize(("which", "names"), [(0, ("attn", "attn_out")), (1, ("ffn", "ffn_out"))])
+def test_a_sum_is_checked_with_the_fingerprints_of_what_went_in_and_came_out(which, names):
+    x, sent, summed = floats(4, 5), *RNG.integers(-(2**53), 2**53, (2, 4, 12))
+    tags = [Tag(1, name, 3, 2) for name in names]
+    keys = np.zeros((2, len(LAYER_TENSORS)), np.uint64)
+    keys[1, LAYER_TENSORS.index(names[0])] = tags[0].key(CONTENT, (8, 30), 4)
+    keys[1, LAYER_TENSORS.index(names[1])] = tags[1].key(LINEAR, (8, 12), 8)
+    found, sums = np.zeros((2, 1, 7), np.uint64)
+    place = (keys, 0, 2, which, 11, 30)
+    kernels.check_reduced(x.view(np.uint32), sent, summed, *place, found, sums)
+    assert int(found[0, REST.index(names[0])]) == fingerprint(x, tags[0], Slab((8, 30), (2, 11)))
+    rows = Slab((8, 12), (2, 0))
+    column = REST.index(names[1])
+    assert int(found[0, column]) == linear_fingerprint(sent, tags[1], rows)
+    assert int(sums[0, column]) == linear_fingerprint(summed, tags[1], rows)
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_a_residual_sum_fingerprints_what_it_used_and_what_it_made(half):
+    x, delta, out = floats(3, 8), floats(3, 8), np.empty((3, 8), np.float32)
+    keys = RNG.integers(0, 2**63, (2, len(LAYER_TENSORS))).astype(np.uint64)
+    found, made = np.zeros((2, 1, 7), np.uint64)
+    hidden, word = np.zeros((2, 1), np.uint64)
+    kernels.add_residual(x, delta, out, keys, 0, 4, half, True, found, made, hidden)
+    assert (out == x + delta).all()
+    used, kept = (("input", 0, "hidden"), ("resid", 1, "resid"))[:: 1 if half == 0 else -1]
+    for array, (name, row, key), words in (
+        (x, used, found), (out, kept if half == 0 else ("hidden", 1, "hidden"), made),
+    ):  # fmt: skip
+        place = (keys[row], LAYER_TENSORS.index(key), 4, 0, 8)
+        kernels.fingerprint_block(array.view(np.uint32), *place, word, 0)
+        assert word[0] == (hidden[0] if name == "hidden" else words[0, REST.index(name)])
 
 
 @pytest.mark.parametrize("first_layer", [0, 3])
@@ -88,7 +113,11 @@ def test_rmsnorm_and_swiglu_are_those_of_the_papers():
     expected = wide / np.sqrt((wide**2).mean(axis=1, keepdims=True) + 1e-5) * weight
     np.testing.assert_allclose(out, expected, rtol=2e-7, atol=0)
     gate_up, made = floats(3, 16), np.empty((3, 8), np.float32)
-    kernels.swiglu(gate_up, made)
+    keys, words = np.zeros((2, len(LAYER_TENSORS)), np.uint64), np.zeros((1, 7), np.uint64)
+    kernels.swiglu(gate_up, made, keys, 0, 0, 0, 8, True, words)
+    key = np.zeros(1, np.uint64)
+    kernels.fingerprint_block(made.view(np.uint32), keys[1], 4, 0, 0, 8, key, 0)
+    assert words[0, REST.index("ffn")] == key[0] != 0
     gate, up = gate_up[:, :8].astype(np.float64), gate_up[:, 8:]
     np.testing.assert_allclose(made, gate / (1 + np.exp(-gate)) * up, rtol=2e-7, atol=0)
 
