@@ -4,6 +4,7 @@ import os
 import sys
 
 from spimpi.checks.verdict import Verdict
+from spimpi.cli.units import in_bytes
 from spimpi.trace.schema import Stage
 
 ROWS = (
@@ -125,7 +126,7 @@ class Reporter:
             total = outcome.seconds[timed]
             share = f"{min(100.0, 100 * spent / total):.1f}%" if total else "-"
             table.add_row(
-                label, f"{checks:,}", f"{failed:,}", _bytes(covered), f"{total:.2f}", share
+                label, f"{checks:,}", f"{failed:,}", in_bytes(covered), f"{total:.2f}", share
             )
         self._print("")
         self.console.print(table)
@@ -182,11 +183,3 @@ def _short(hosts) -> str:
     names = sorted(set(hosts))
     shown = ", ".join(names[:4])
     return shown + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-
-
-def _bytes(n: int) -> str:
-    value = float(n)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024

@@ -6,6 +6,7 @@ import time
 from dataclasses import asdict
 
 from spimpi.cli.registry import subcommand
+from spimpi.cli.units import in_bytes
 from spimpi.errors import UsageError
 
 # Attributes that the header shows, and the label of each.
@@ -107,7 +108,7 @@ def _print(trace, summary) -> None:
             f"{s.events:,}",
             f"{s.failed:,}",
             f"{s.not_established:,}",
-            _bytes(s.bytes),
+            in_bytes(s.bytes),
             f"{s.seconds:.3f}",
             ", ".join(_kinds(s.established)) or "nothing",
         )
@@ -174,14 +175,6 @@ def _verdict_line(summary) -> tuple[str, str]:
         held = f"no check failed among the {summary.n_events:,} that are here"
         return f"verdict    INCOMPLETE: {held}", "bold yellow"
     return f"verdict    VERIFIED: {summary.n_events:,} checks held", "bold green"
-
-
-def _bytes(n: int) -> str:
-    value = float(n)
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            return f"{n} B" if unit == "B" else f"{value:.1f} {unit}"
-        value /= 1024
 
 
 class _Output:

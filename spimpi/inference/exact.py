@@ -390,6 +390,3 @@ def scale_back(y, ex, ew, b, out):
             # Beyond these bounds a float32 is 0 or inf anyway, so they change nothing.
             e = min(max(own + ew[i], -1022), 1023)
             result[i] = np.float32(np.float64(values[i]) * power_of_two(e)) + np.float32(0.0)
-
-
-scale_back_sums = scale_back  # of int64: the name that says so

@@ -25,7 +25,7 @@ from spimpi.inference.layer_checks import (
     LayerResults,
 )
 from spimpi.inference.tensors import ATTN as KEY_ATTN
-from spimpi.inference.tensors import ATTN_MAX, FFN_MAX, HIDDEN, QKV, Widths
+from spimpi.inference.tensors import ATTN_MAX, HIDDEN, QKV, Widths
 from spimpi.inference.tensors import ATTN_OUT as KEY_ATTN_OUT
 from spimpi.inference.tensors import FFN as KEY_FFN
 from spimpi.inference.tensors import FFN_OUT as KEY_FFN_OUT
@@ -190,6 +190,15 @@ class Layers:
             apply = self.faults.replica if replica else self.faults.payload
             apply(tensor, layer, array, b.first_row)
 
+    def _sum(self, tensor, i, sent, summed, b):
+        """summed = the partial sums of all tensor ranks, by MPI_SUM. Collective over ctx.tensor."""
+        name, outgoing = self.ctx.layers[i], sent
+        self._fault(tensor, name, sent, b)
+        if self.faults is not None and self.faults.drop(tensor, name):
+            outgoing = np.zeros_like(sent)
+        self.watch.enter("allreduce sum", tensor, b.step, name)
+        self.ctx.tensor.Allreduce(outgoing, summed, op=MPI.SUM)
+
     def _fingerprint(self, words, tensor, i, array, b):
         """words[tensor] = fingerprint of a tensor of layer i, as it was made or after its last use."""
         if not self.checked:
@@ -284,7 +293,7 @@ class ExactLayers(Layers):
 
     def _reduce(self, tensor, which, i, x, matrix, b):
         """space.delta = x times a matrix whose inputs this rank holds, summed over the ranks."""
-        space, results, ctx = b.space, b.results, self.ctx
+        space, results = b.space, b.results
         exact.row_absmax(x, space.maxima)
         if self.many:
             self._global_maxima(which, i, b)
@@ -306,14 +315,8 @@ class ExactLayers(Layers):
             results.seconds += perf_counter() - start
         else:
             np.copyto(sent, y, casting="unsafe")
-        name = ctx.layers[i]
-        self._fault(tensor, name, sent, b)
-        outgoing = sent
-        if self.faults is not None and self.faults.drop(tensor, name):
-            outgoing = np.zeros_like(sent)
-        self.watch.enter("allreduce sum", tensor, b.step, name)
-        ctx.tensor.Allreduce(outgoing, summed, op=MPI.SUM)
-        exact.scale_back_sums(summed, space.exponents, matrix.exponents, matrix.bits, space.delta)
+        self._sum(tensor, i, sent, summed, b)
+        exact.scale_back(summed, space.exponents, matrix.exponents, matrix.bits, space.delta)
         if self.checked:
             start = perf_counter()
             first_col, n_cols = self.columns[rest][2:]
@@ -384,7 +387,7 @@ class BlasLayers(Layers):
         self._fingerprint(b.results.rest_expected[i], ATTN, i, b.space.attn, b)
 
     def _reduce(self, tensor, which, i, x, matrix, b):
-        space, results, ctx = b.space, b.results, self.ctx
+        space, results = b.space, b.results
         rest = ATTN if which == 0 else FFN
         if not self.many:
             np.matmul(x, matrix.values.T, out=space.delta)
@@ -392,14 +395,8 @@ class BlasLayers(Layers):
             return
         sent, summed = space.sent[which], space.summed[which]
         np.matmul(x, matrix.values.T, out=sent)
-        name = ctx.layers[i]
         self._fingerprint(results.rest_expected[i], ATTN_OUT + which, i, sent, b)
-        self._fault(tensor, name, sent, b)
-        outgoing = sent
-        if self.faults is not None and self.faults.drop(tensor, name):
-            outgoing = np.zeros_like(sent)
-        self.watch.enter("allreduce sum", tensor, b.step, name)
-        ctx.tensor.Allreduce(outgoing, summed, op=MPI.SUM)
+        self._sum(tensor, i, sent, summed, b)
         space.delta[:] = summed
         self._fingerprint(results.rest_found[i], ATTN_OUT + which, i, sent, b)
         self._fingerprint(results.sums_by_tensor[i], ATTN_OUT + which, i, summed, b)

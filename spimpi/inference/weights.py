@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 import numpy as np
 from mpi4py import MPI
 
-from spimpi.errors import UsageError
 from spimpi.fingerprint import fingerprint
 from spimpi.fingerprint.tag import LINEAR, Tag
 from spimpi.inference import exact
