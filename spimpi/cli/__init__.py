@@ -4,6 +4,7 @@ import argparse
 import sys
 import traceback
 
+from spimpi import __version__
 from spimpi.cli.registry import COMMANDS
 from spimpi.errors import SpimpiError
 from spimpi.launch import launcher_rank, set_thread_limits
@@ -35,6 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
         epilog="Exit status, on every rank: 0 verified; 1 corruption found; 2 wrong usage or "
         "environment; 3 incomplete; 4 internal error.",
     )
+    parser.add_argument("--version", action="version", version=f"spimpi {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for command in COMMANDS.values():
         sub = commands.add_parser(command.name, help=command.help, description=command.help)

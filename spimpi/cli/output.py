@@ -138,7 +138,8 @@ class Reporter:
         for i, tokens in enumerate(outcome.tokens if outcome.tokens is not None else ()):
             text = decode(tokens, job.config, job.directory)
             shown = repr(text) if text is not None else f"tokens {tokens.tolist()}"
-            prompt = repr(job.texts[i]) if job.texts else f"prompt {i}"
+            asked = job.texts[i] if job.texts else decode(job.prompts[i], job.config, job.directory)
+            prompt = repr(asked) if asked is not None else f"prompt {i}"
             self._print(f"  {prompt} -> {shown}")
 
     def _verdict(self, outcome):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from spimpi.errors import MissingDependency, SpimpiError, UsageError
 
 PATIENCE = 5.0  # seconds for every rank to raise an error that concerns all
+INTERRUPTED = 130  # as a shell reports SIGINT
 
 
 @contextmanager
@@ -35,6 +36,10 @@ def session(timeout: float, expect_ranks: int | None):
         if not _all_come(ending):
             print(f"spimpi: {error}", file=sys.stderr)
             _end_job(world, host, error.exit_status)
+        raise
+    except KeyboardInterrupt:
+        print(f"spimpi: rank {world.rank} ({host}) was interrupted", file=sys.stderr)
+        _end_job(world, host, INTERRUPTED)
         raise
     except BaseException:
         traceback.print_exc()
@@ -98,5 +103,7 @@ def import_kernels(world) -> None:
 
     from spimpi.launch import leader_first
 
-    modules = ("spimpi.inference.model", "spimpi.inference.checkpoint_seeded")
+    modules = (
+        "spimpi.fingerprint.cpu", "spimpi.inference.model", "spimpi.inference.checkpoint_seeded"
+    )  # fmt: skip
     leader_first(world, lambda: [import_module(name) for name in modules])

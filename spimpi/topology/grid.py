@@ -168,7 +168,7 @@ def require_prompts(grid: Grid, n_prompts: int, n_heads: int, asked: bool = True
     if grid.dp <= n_prompts:
         return
     problem = (
-        f"{grid.text()} spreads prompts over {grid.dp} data ranks and there are only {n_prompts}: "
+        f"{grid.text()} spreads prompts over {grid.dp} data ranks, and the prompts are only {n_prompts}: "
         f"ranks would be idle; give {grid.dp} prompts"
     )
     if asked:
