@@ -1,5 +1,3 @@
-import sys
+from spimpi.cli import entry
 
-from spimpi.cli import main
-
-sys.exit(main())
+entry()

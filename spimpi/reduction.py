@@ -13,6 +13,7 @@ import numpy as np
 from mpi4py import MPI
 
 from spimpi.errors import SpimpiError, UsageError
+from spimpi.launch import wait_asleep
 
 ALL_ONES = np.uint64(0xFFFFFFFFFFFFFFFF)
 
@@ -179,7 +180,7 @@ def together(comm):
     first = np.array([comm.rank if error is not None else comm.size], np.int64)
     agreement = comm.Iallreduce(MPI.IN_PLACE, first, op=MPI.MIN)
     if error is None:
-        agreement.Wait()
+        wait_asleep(agreement)
     elif not _within(agreement, PATIENCE):
         raise error  # the others wait for this rank elsewhere: the caller must end the job
     if first[0] == comm.size:

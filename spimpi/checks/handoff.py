@@ -8,12 +8,12 @@ The sender fingerprints its buffer again when the send has completed, before it 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from time import sleep
 
 import numpy as np
 
+from spimpi.launch import wait_asleep
+
 IN_FLIGHT = 2
-LONGEST_NAP = 1e-3  # seconds
 PAYLOAD, RECORD_TAG = 1, 2
 
 HANDOFF = np.dtype(
@@ -33,18 +33,11 @@ HANDOFF = np.dtype(
 
 
 def wait(request, polite: bool) -> None:
-    """Wait for a request; ``polite``: asleep between looks, where ranks share their cores.
-
-    MPI libraries spin while they wait. In a pipeline most ranks wait most of the time, and where
-    several share a core their spinning would be most of what it does.
-    """
-    if not polite:
+    """Wait for a request; ``polite``: asleep between looks, where ranks share their cores."""
+    if polite:
+        wait_asleep(request)
+    else:
         request.Wait()
-        return
-    nap = 2e-5
-    while not request.Test():
-        sleep(nap)
-        nap = min(2 * nap, LONGEST_NAP)
 
 
 @dataclass

@@ -31,6 +31,7 @@ class Reporter:
         self.speaks, self.as_json = speaks, as_json
         self.status = None
         if speaks:
+            import rich.table  # noqa: F401  needed at the end
             from rich.console import Console
 
             terminal = _on_terminal()

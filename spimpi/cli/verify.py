@@ -72,6 +72,8 @@ def _verify(args, comm, watchdog):
     run_id = comm.bcast(new_run_id())
     path = args.trace or f"{run_id}.h5"
     with together(comm):
+        # What rank 0 alone imports is imported here, where the others wait asleep.
+        reporter = Reporter(comm.rank == 0, args.json)
         job = prepare(request, comm.size, comm.rank)
         tracer = None
         if not args.no_trace:
@@ -79,7 +81,6 @@ def _verify(args, comm, watchdog):
             tracer = Tracer(
                 comm.rank, path, args.trace_driver, args.overwrite, command, run_id
             )
-    reporter = Reporter(comm.rank == 0, args.json)
     reporter.found(comm, job)
     outcome = verify_distributed_inference(comm, job, reporter, watchdog, tracer)
 
