@@ -16,6 +16,8 @@ ROWS = (
     ("inference: data", "inference", (Stage.DATA,)),
     ("golden", "inference", (Stage.GOLDEN,)),
 )
+LAUNCHERS = ("mpirun", "mpiexec", "orterun", "prterun", "mpiexec.hydra", "srun")
+GENERATIONS = 5
 PROMISES = {
     "moved": "bits arrived",
     "agreed": "replicas are equal",
@@ -40,7 +42,6 @@ class Reporter:
             )
             if terminal and not as_json:
                 self.status = self.console.status("starting")
-                self.status.start()
 
     def progress(self, place: str) -> None:
         if self.status is not None:
@@ -71,11 +72,18 @@ class Reporter:
         )
         for fault in job.faults:
             self._print(f"injected   {fault}")
+        if self.status is not None:
+            self.status.start()
+
+    def stop(self) -> None:
+        """Take the live line away."""
+        if self.status is not None:
+            self.status.stop()
+            self.status = None
 
     def concluded(self, job, outcome, tracer) -> None:
         """The end: on a failure first of all where; then the table, the text, the verdict."""
-        if self.status is not None:
-            self.status.stop()
+        self.stop()
         if not self.speaks:
             return
         if self.as_json:
@@ -175,10 +183,18 @@ def _on_terminal() -> bool:
 
     if launch() is None:
         return True
+    pid = os.getpid()
     try:
-        return os.readlink(f"/proc/{os.getppid()}/fd/1").startswith(("/dev/pts", "/dev/tty"))
-    except OSError:
-        return False
+        for _ in range(GENERATIONS):  # a shell may stand between mpirun and its rank
+            with open(f"/proc/{pid}/stat") as file:
+                pid = int(file.read().rpartition(")")[2].split()[1])
+            with open(f"/proc/{pid}/comm") as file:
+                name = file.read().strip()
+            if name in LAUNCHERS:
+                return os.readlink(f"/proc/{pid}/fd/1").startswith(("/dev/pts", "/dev/tty"))
+    except (OSError, ValueError):
+        pass
+    return False
 
 
 def _short(hosts) -> str:

@@ -82,7 +82,10 @@ def _verify(args, comm, watchdog):
                 comm.rank, path, args.trace_driver, args.overwrite, command, run_id
             )
     reporter.found(comm, job)
-    outcome = verify_distributed_inference(comm, job, reporter, watchdog, tracer)
+    try:
+        outcome = verify_distributed_inference(comm, job, reporter, watchdog, tracer)
+    finally:
+        reporter.stop()
 
     def finish():
         reporter.concluded(job, outcome, tracer)
