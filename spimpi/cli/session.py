@@ -32,6 +32,7 @@ def session(timeout: float, expect_ranks: int | None):
             watchdog.at("compiling kernels")
             import_kernels(world)
             yield world, watchdog
+        ending.Free()
     except SpimpiError as error:
         if not _all_come(ending):
             print(f"spimpi: {error}", file=sys.stderr)

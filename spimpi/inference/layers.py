@@ -20,16 +20,13 @@ from spimpi.inference.layer_checks import (
     ATTN_OUT,
     FFN,
     FFN_OUT,
-    INPUT,
-    RESID,
     LayerResults,
 )
 from spimpi.inference.tensors import ATTN as KEY_ATTN
-from spimpi.inference.tensors import ATTN_MAX, HIDDEN, QKV, Widths
+from spimpi.inference.tensors import ATTN_MAX, QKV, Widths
 from spimpi.inference.tensors import ATTN_OUT as KEY_ATTN_OUT
 from spimpi.inference.tensors import FFN as KEY_FFN
 from spimpi.inference.tensors import FFN_OUT as KEY_FFN_OUT
-from spimpi.inference.tensors import RESID as KEY_RESID
 from spimpi.watchdog import Unwatched
 
 MAXIMA = ("attn_max", "ffn_max")
@@ -117,14 +114,12 @@ class Layers:
         )  # fmt: skip
         self.segments, self.owned, self.shared, self.shared_at = _segments(shard, config)
         hidden = (0, self.widths.hidden)
-        # Tensor -> (its row of the keys, the key, its first column here, its global columns).
+        # Tensor -> (its key, its first column here, its global columns).
         self.columns = {
-            INPUT: (0, HIDDEN, *hidden),
-            ATTN: (1, KEY_ATTN, shard.heads.start * d, self.widths.attn),
-            RESID: (1, KEY_RESID, *hidden),
-            FFN: (1, KEY_FFN, shard.ffn().start, self.widths.ffn),
-            ATTN_OUT: (1, KEY_ATTN_OUT, *hidden),
-            FFN_OUT: (1, KEY_FFN_OUT, *hidden),
+            ATTN: (KEY_ATTN, shard.heads.start * d, self.widths.attn),
+            FFN: (KEY_FFN, shard.ffn().start, self.widths.ffn),
+            ATTN_OUT: (KEY_ATTN_OUT, *hidden),
+            FFN_OUT: (KEY_FFN_OUT, *hidden),
         }
         frequencies = rope_inverse_frequencies(config)
         self.cosines = np.empty((n_positions, d // 2), np.float32)
@@ -170,7 +165,7 @@ class Layers:
         )  # fmt: skip
         self._fault("resid", name, space.resid, b)
         self._project("gate_up", i, space.resid, layer.ffn_norm, layer.gate_up, space.gate_up, b)
-        first_col, n_cols = self.columns[FFN][2:]
+        first_col, n_cols = self.columns[FFN][1:]
         kernels.swiglu(
             space.gate_up, space.ffn, b.keys, i, b.first_row, first_col, n_cols, self.checked,
             results.rest_expected,
@@ -204,9 +199,9 @@ class Layers:
         if not self.checked:
             return
         start = perf_counter()
-        row, key, first_col, n_cols = self.columns[tensor]
+        key, first_col, n_cols = self.columns[tensor]
         kernels.fingerprint_block(
-            array.view(np.uint32), b.keys[i + row], key, b.first_row, first_col, n_cols, words,
+            array.view(np.uint32), b.keys[i + 1], key, b.first_row, first_col, n_cols, words,
             tensor,
         )  # fmt: skip
         b.results.seconds += perf_counter() - start
@@ -232,7 +227,7 @@ class ExactLayers(Layers):
         key_bits, value_bits = attention_bits(config.head_dim, config.max_position_embeddings)
         self.settings = np.array(
             [config.head_dim, len(self.part.shard.kv_heads), key_bits, value_bits, self.checked,
-             self.widths.qkv, *self.columns[ATTN][2:]],
+             self.widths.qkv, *self.columns[ATTN][1:]],
             np.int64,
         )  # fmt: skip
         n_random = max(self.n_positions, config.head_dim)
@@ -319,7 +314,7 @@ class ExactLayers(Layers):
         exact.scale_back(summed, space.exponents, matrix.exponents, matrix.bits, space.delta)
         if self.checked:
             start = perf_counter()
-            first_col, n_cols = self.columns[rest][2:]
+            first_col, n_cols = self.columns[rest][1:]
             kernels.check_reduced(
                 x.view(np.uint32), sent, summed, b.keys, i, b.first_row, which, first_col, n_cols,
                 results.rest_found, results.sums_by_tensor,
