@@ -20,6 +20,7 @@ KERNEL_FILES = (
     "inference/elementary.py",
     "inference/kernels.py",
     "inference/exact.py",
+    "inference/product.py",
     "inference/attention.py",
     "inference/checkpoint_seeded.py",
     "inference/tensors.py",

@@ -17,7 +17,7 @@ from spimpi.inference.weights import Loader
 from spimpi.topology.grid import choose
 from spimpi.trace.journal import Journal
 
-PROMPT, DECODED, ROUNDS = 128, 32, 9
+PROMPT, DECODED, ROUNDS = 128, 32, 25
 CONFIG = replace(
     published("llama-3.2-1b"), name="bench", vocab_size=4096, hidden_size=1024,
     intermediate_size=2816, n_layers=8, n_heads=16, n_kv_heads=8, head_dim=64,

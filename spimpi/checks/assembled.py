@@ -43,26 +43,29 @@ class Comparisons:
         """What was found, one Comparison for each pair."""
         self._request.Wait()
         return [
-            self._judge(merged, *pair) for merged, pair in zip(self._merged, self.pairs)
+            judge(self.comm, merged, *pair) for merged, pair in zip(self._merged, self.pairs)
         ]
 
-    def _judge(self, merged, share, result, absent) -> Comparison:
-        differ = merged["every"] != ~merged["none"]
-        expected = merged["every"] if share is None else merged["xor"]
-        if not differ and expected == merged["every"]:
-            return Comparison(False, expected)
-        words = np.empty((self.comm.size, 2), np.uint64)
-        without = result if share is None else np.uint64(share) ^ np.uint64(absent())
-        self.comm.Allgather(np.array([without, result], np.uint64), words)
-        if share is None:
-            odd = minority(words[:, 1])
-            return Comparison(True, expected, odd[0] if len(odd) == 1 else -1)
-        # The contributions tell what is right, so that of two ranks the wrong one is known too.
-        odd = np.flatnonzero(words[:, 1] != expected)
-        if odd.size == self.comm.size:
-            # All agree on a wrong result: a contribution that is missing from it is what differs.
-            odd = np.flatnonzero(words[:, 0] == expected ^ words[0, 1])
-        return Comparison(True, expected, int(odd[0]) if odd.size == 1 else -1)
+
+def judge(comm, merged, share, result, absent) -> Comparison:
+    """What a merged record says of one comparison (see Comparisons). Collective where it failed:
+    all ranks see the same record."""
+    differ = merged["every"] != ~merged["none"]
+    expected = merged["every"] if share is None else merged["xor"]
+    if not differ and expected == merged["every"]:
+        return Comparison(False, expected)
+    words = np.empty((comm.size, 2), np.uint64)
+    without = result if share is None else np.uint64(share) ^ np.uint64(absent())
+    comm.Allgather(np.array([without, result], np.uint64), words)
+    if share is None:
+        odd = minority(words[:, 1])
+        return Comparison(True, expected, odd[0] if len(odd) == 1 else -1)
+    # The contributions tell what is right, so that of two ranks the wrong one is known too.
+    odd = np.flatnonzero(words[:, 1] != expected)
+    if odd.size == comm.size:
+        # All agree on a wrong result: a contribution that is missing from it is what differs.
+        odd = np.flatnonzero(words[:, 0] == expected ^ words[0, 1])
+    return Comparison(True, expected, int(odd[0]) if odd.size == 1 else -1)
 
 
 def nothing() -> int:

@@ -42,11 +42,12 @@ class Recorder:
         self._urgent = False
         self._settled = self.origin
 
-    def add(self, events: np.ndarray, seconds: float) -> None:
-        """Take many events of the decoder layers; ``seconds`` were spent on their checks."""
+    def add(self, events: np.ndarray, seconds: dict[Stage, float]) -> None:
+        """Take many events; so many seconds were spent on their checks, by stage."""
         self._blocks.append(events)
         self.n_events += events.size
-        self._totals[Stage.COMPUTE].seconds += seconds
+        for stage, spent in seconds.items():
+            self._totals[stage].seconds += spent
         self._urgent |= bool((events["verdict"] == Status.FAILED).any())
 
     def one(

@@ -13,8 +13,9 @@ INTERRUPTED = 130  # as a shell reports SIGINT
 
 
 @contextmanager
-def session(timeout: float, expect_ranks: int | None):
-    """Yields (the world, a watchdog). Kernels are compiled once a node before that.
+def session(timeout: float, expect_ranks: int | None, seeded: bool = False):
+    """Yields (the world, a watchdog). Kernels are compiled once a node before that; ``seeded``:
+    those that make weights from a seed too.
 
     A SpimpiError that all ranks raise passes on. One that some raise alone ends the whole job by
     MPI_Abort, with its own status, since the others would wait; any other exception with status 4.
@@ -30,7 +31,7 @@ def session(timeout: float, expect_ranks: int | None):
     try:
         with Watchdog(timeout, world.rank, host, world.Abort) as watchdog:
             watchdog.at("compiling kernels")
-            import_kernels(world)
+            import_kernels(world, seeded)
             yield world, watchdog
         ending.Free()
     except SpimpiError as error:
@@ -96,7 +97,7 @@ def _end_job(world, host, status) -> None:
     world.Abort(status)
 
 
-def import_kernels(world) -> None:
+def import_kernels(world, seeded: bool) -> None:
     """Import all kernels: a leader on every node compiles them, the others load. Collective."""
     from importlib import import_module
 
@@ -104,7 +105,6 @@ def import_kernels(world) -> None:
 
     from spimpi.launch import leader_first
 
-    modules = (
-        "spimpi.fingerprint.cpu", "spimpi.inference.model", "spimpi.inference.checkpoint_seeded"
-    )  # fmt: skip
+    modules = ["spimpi.fingerprint.cpu", "spimpi.inference.model"]
+    modules += ["spimpi.inference.checkpoint_seeded"] if seeded else []
     leader_first(world, lambda: [import_module(name) for name in modules])

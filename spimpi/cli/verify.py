@@ -49,7 +49,7 @@ def verify(args) -> int:
     if not args.timeout >= 0:
         msg = f"--timeout must be 0 (never) or a number of seconds, found {args.timeout}"
         raise UsageError(msg)
-    with session(args.timeout, args.expect_ranks) as (comm, watchdog):
+    with session(args.timeout, args.expect_ranks, bool(args.config)) as (comm, watchdog):
         status, finish = _verify(args, comm, watchdog)
     finish()
     return status

@@ -15,9 +15,11 @@ from numba import njit
 
 from spimpi.inference.elementary import bits_of, exp, power_of_two, rounded
 from spimpi.inference.exact import bits, is_sum
-from spimpi.inference.kernels import REST_ATTN, block_words, segment_words
-from spimpi.inference.tensors import ATTN, QKV
+from spimpi.inference.kernels import block_words, segment_words
+from spimpi.inference.tensors import ATTN, QKV, REST
 from spimpi.jit import inlined, kernel
+
+REST_ATTN = REST.index("attn")
 
 NO_FAULT = np.full(3, -1, np.int64)
 INTEGER_MATH = {"reassoc", "contract", "nsz"}

@@ -4,7 +4,7 @@ The inputs of a matmul are scaled by powers of two and rounded to integers of so
 every product and every partial sum is an integer of at most 2**53. float64 holds all of those, so
 no sum rounds: any order, blocking, vector width, thread count or split over ranks gives the same
 bits, and a check by equality has no false alarms. docs/exact-arithmetic.md derives this, and the
-odds of ``check_matmul``.
+odds of ``check_product``.
 
 Everything here is local: no function communicates. Layouts: activations [R, K], weights [N, K]
 as Hugging Face stores them, products Y = X W^T [R, N]; K is the inner size.
@@ -319,15 +319,15 @@ def is_sum(v):
     return (np.rint(v) == v) & (abs(v) <= 9007199254740992.0)
 
 
-@kernel("UniTuple(i8, 3)(f8[:, ::1], i8[::1], f8[:, ::1], i8[::1], u8[::1], u8[::1], i8)")
-def check_matmul(xq, wr, y, r, found, expected, slot):
+@inlined
+def check_product(xq, wr, y, r):
     """Check y float64[R, N] = xq W^T by y r == xq (W^T r) mod 2**64, row by row.
 
     xq float64[R, K] as given to matmul, wr int64[K] = project_weights(wq, r), r int64[N] from
     odd_vector. Returns (rows that fail, the first of them or -1, elements of y that are not
-    integers of at most 2**53; a row with such an element fails). found[slot] and expected[slot],
-    uint64, become the two sides, summed over the rows. A single wrong element in a row is always
-    found; several, their errors all divisible by 2**a and no more, but for odds of 2**-(63 - a).
+    integers of at most 2**53; a row with such an element fails; the two sides, uint64, summed over
+    the rows). A single wrong element in a row is always found; several, their errors all divisible
+    by 2**a and no more, but for odds of 2**-(63 - a). Inlined into the kernels of product.py.
     """
     n_bad, first, n_not_integer = 0, -1, 0
     all_left = all_right = 0
@@ -347,41 +347,18 @@ def check_matmul(xq, wr, y, r, found, expected, slot):
         n_not_integer += n_wrong
         all_left += left
         all_right += right
-    found[slot] = np.uint64(all_left)
-    expected[slot] = np.uint64(all_right)
-    return n_bad, first, n_not_integer
+    return n_bad, first, n_not_integer, np.uint64(all_left), np.uint64(all_right)
 
 
-# Sums over ranks
+# Back to float32
 
 
-@kernel("void(f8[:, ::1], i8[:, ::1], u8[::1], i8, i8, u8[::1], i8)")
-def partial_sums(y, out, keys, which, first_row, words, slot):
-    """Convert y float64[R, N] to int64 for MPI_SUM; words[slot] becomes its linear fingerprint.
-
-    keys[which] uint64: the tensor's linear stream; y is rows first_row... of a global tensor of N
-    columns. y must hold integers of at most 2**53 (check_matmul counts others); out is not y.
-    """
-    key, total = keys[which], np.uint64(0)
-    for row in range(y.shape[0]):
-        values, result = y[row], out[row]
-        start = np.uint64((first_row + row) * values.size)
-        for i in range(values.size):
-            q = np.int64(values[i])
-            result[i] = q
-            total += linear_weight(key, start + np.uint64(i)) * np.uint64(q)
-    words[slot] = total
-
-
-@kernel(
-    "void(f8[:, ::1], i4[::1], i4[::1], i8, f4[:, ::1])",
-    "void(i8[:, ::1], i4[::1], i4[::1], i8, f4[:, ::1])",
-)
+@inlined
 def scale_back(y, ex, ew, b, out):
     """out float32[R, N] = y * 2**(ex + ew - 2 b), rounded once; a zero is +0.0.
 
     y float64 or int64 [R, N]: the exact sums; ex int32[R] and ew int32[N]: exponents of the
-    rows of activations and weights; b: their bits.
+    rows of activations and weights; b: their bits. Inlined into the kernels of product.py.
     """
     for row in range(y.shape[0]):
         own = np.int64(ex[row]) - 2 * b

@@ -4,13 +4,10 @@ from time import perf_counter
 
 import numpy as np
 
-from spimpi.checks.assembled import Comparisons, nothing
-from spimpi.fingerprint.tag import CONTENT, Tag
-from spimpi.inference import exact, kernels
+from spimpi.inference import exact, kernels, product
+from spimpi.inference.ledger import MADE
+from spimpi.inference.product import NO_KEYS, NO_SEGMENTS, NO_WORDS
 from spimpi.reduction import blocks
-from spimpi.trace.schema import Established, Op, Stage
-
-MOVED, AGREED, COMPUTED = Established.MOVED, Established.AGREED, Established.COMPUTED
 
 
 class Head:
@@ -24,7 +21,8 @@ class Head:
         self.logits = np.empty((n, width), np.float32)
         self.columns = facts.part.shard.vocabulary()
         self.pieces = [self.logits]
-        self._under_way = None
+        self.gathered = np.empty(0, np.float32)
+        self.starts = np.array(self.columns.starts, np.int64)
         if facts.ctx.tensor.size > 1:
             self.counts = [n * size for size in self.columns.all_sizes]
             self.gathered = np.empty(sum(self.counts), np.float32)
@@ -46,40 +44,44 @@ class Head:
     def sample(self, step: int):
         """(tokens int64 [prompts], their fingerprint). Collective over ctx.tensor.
 
-        What compares ranks is under way when this returns; ``finish`` completes it.
+        What compares ranks is left in the ledger.
         """
-        facts, tensor = self.facts, self.facts.ctx.tensor
+        facts, tensor, ledger = self.facts, self.facts.ctx.tensor, self.facts.ledger
         eps, faults = facts.config.rms_norm_eps, facts.faults
         kernels.rmsnorm(self.rows, facts.part.norm, eps, self.normed)
-        place = dict(step=step, repeat=facts.repeat, bytes=self.logits.nbytes)
         if self.exact:
-            self._exact_logits(place)
+            self._exact_logits()
         else:
             np.matmul(self.normed, facts.part.head.values.T, out=self.logits)
-        keys = self._keys(step)
-        made = self._fingerprint(self.logits, keys, self.columns.start)
+        words = ledger.logits[ledger.now]
         if facts.checked:
-            facts.golden[step, -2] ^= made
+            start = perf_counter()
+            kernels.fingerprint_block(
+                self.logits.view(np.uint32), facts.end_keys[step], 0, facts.first_prompt,
+                self.columns.start, facts.config.vocab_size, words, MADE,
+            )  # fmt: skip
+            ledger.seconds += perf_counter() - start
         if faults is not None:
             faults.payload("logits", -1, self.logits, facts.first_prompt)
-        start = perf_counter()
         if tensor.size > 1:
             facts.watch.enter("allgather", "logits", step, -1)
             tensor.Allgatherv(self.logits, blocks(self.gathered, self.counts))
         chosen = argmax(self.pieces)
-        word = self._token_word(step, chosen)
+        if faults is not None:
+            faults.replica("tokens", -1, chosen, facts.first_prompt)
+        tokens = ledger.tokens[ledger.now]
         if facts.checked:
-            if tensor.size > 1:
-                self._start_comparing(keys, made, word, start, place)
-            again = self._fingerprint(self.logits, keys, self.columns.start)
-            facts.recorder.one(
-                "logits", Op.AT_REST, Stage.COMPUTE, MOVED, again, made, again != made,
-                t_start=start, **place,
+            start = perf_counter()
+            kernels.check_sampled(
+                self.logits.view(np.uint32), self.gathered.view(np.uint32), self.starts, chosen,
+                facts.end_keys, step, facts.first_prompt, tensor.rank, words, tokens,
             )  # fmt: skip
-        return chosen, word
+            ledger.times[ledger.now] = start
+            ledger.seconds += perf_counter() - start
+        return chosen, tokens[MADE]
 
-    def _exact_logits(self, place) -> None:
-        facts, head = self.facts, self.facts.part.head
+    def _exact_logits(self) -> None:
+        facts, head, ledger = self.facts, self.facts.part.head, self.facts.ledger
         exact.row_absmax(self.normed, self.maxima)
         bad_rows = exact.quantize_rows(
             self.normed, self.maxima, head.bits, self.scaled, self.exponents
@@ -87,70 +89,12 @@ class Head:
         exact.matmul(self.scaled, head.values, self.product, self.scratch)
         if facts.faults is not None:
             facts.faults.miscompute("logits", -1, self.product, facts.first_prompt)
-        if facts.checked:
-            start = perf_counter()
-            found, expected = np.zeros((2, 1), np.uint64)
-            n_bad, _, _ = exact.check_matmul(
-                self.scaled, head.projection, self.product, head.r, found, expected, 0
-            )
-            facts.recorder.one(
-                "logits", Op.MATMUL, Stage.COMPUTE, COMPUTED, found[0], expected[0],
-                n_bad + bad_rows > 0, t_start=start, nonfinite=bad_rows, **place,
-            )  # fmt: skip
-        exact.scale_back(self.product, self.exponents, head.exponents, head.bits, self.logits)
-
-    def _keys(self, step) -> np.ndarray:
-        shape = (len(self.facts.lengths), self.facts.config.vocab_size)
-        key = Tag(self.facts.ctx.seed, "logits", -1, step).key(CONTENT, shape, 4)
-        return np.array([key], np.uint64)
-
-    def _fingerprint(self, block, keys, first_column) -> np.uint64:
-        words = np.zeros(1, np.uint64)
-        if self.facts.checked:
-            kernels.fingerprint_block(
-                block.view(np.uint32), keys, 0, self.facts.first_prompt, first_column,
-                self.facts.config.vocab_size, words, 0,
-            )  # fmt: skip
-        return words[0]
-
-    def _start_comparing(self, keys, share, word, start, place) -> None:
-        """The gathered logits against their shards, and everybody's tokens: one reduction."""
-        total = np.uint64(0)
-        for piece, first in zip(self.pieces, self.columns.starts):
-            total ^= self._fingerprint(piece, keys, first)
-        pairs = [(share, total, nothing), (None, word, nothing)]
-        facts = self.facts
-        self._under_way = Comparisons(facts.ctx.records, facts.ctx.tensor, pairs), start, place
-
-    def finish(self) -> None:
-        """Complete what ``sample`` began, and record it. Collective over ctx.tensor."""
-        if self._under_way is None:
-            return
-        comparisons, start, place = self._under_way
-        self._under_way = None
-        facts = self.facts
-        logits, tokens = comparisons.finish()
-        for name, op, found, word, established, n_bytes in (
-            ("logits", Op.ALLGATHER, logits, comparisons.pairs[0][1], MOVED | AGREED,
-             self.gathered.nbytes),
-            ("tokens", Op.AGREEMENT, tokens, comparisons.pairs[1][1], AGREED, 8 * facts.n_prompts),
-        ):  # fmt: skip
-            facts.recorder.one(
-                name, op, Stage.TENSOR, established, word, found.expected, found.wrong,
-                t_start=start, peer=facts.world_rank(found.rank), **{**place, "bytes": n_bytes},
-            )  # fmt: skip
-
-    def _token_word(self, step, chosen) -> np.uint64:
-        """The chosen tokens' fingerprint."""
-        facts = self.facts
-        if facts.faults is not None:
-            facts.faults.replica("tokens", -1, chosen, facts.first_prompt)
-        if not facts.checked:
-            return np.uint64(0)
-        word = facts.tokens_fingerprint(step, chosen)
-        if facts.ctx.place.t == 0:
-            facts.golden[step, -1] ^= word
-        return word
+        product.finish_projection(
+            self.scaled, head.projection, self.product, head.r, self.exponents, head.exponents,
+            head.bits, self.logits, facts.checked, 0, ledger.now, ledger.product_found,
+            ledger.product_expected, ledger.product_bad, NO_KEYS, 0, NO_SEGMENTS, 0, NO_WORDS,
+        )  # fmt: skip
+        ledger.product_bad[1, ledger.now] = bad_rows
 
 
 def argmax(pieces) -> np.ndarray:

@@ -8,14 +8,12 @@ order, so that a result does not depend on how many rows there are or how they w
 
 import numpy as np
 
-from spimpi.fingerprint.words import GOLDEN, ONE, close, element, linear_weight, mix, mix_open
+from spimpi.fingerprint.words import GOLDEN, ONE, close, element, element8, mix, mix_open
 from spimpi.inference.elementary import exp, sincos
-from spimpi.inference.tensors import ATTN, ATTN_OUT, FFN, HIDDEN, REST, RESID
+from spimpi.inference.tensors import FFN, HIDDEN, REST, RESID
 from spimpi.jit import inlined, kernel
 
-REST_INPUT, REST_ATTN, REST_RESID, REST_FFN, REST_ATTN_OUT = (
-    REST.index(name) for name in ("input", "attn", "resid", "ffn", "attn_out")
-)
+REST_INPUT, REST_RESID, REST_FFN = (REST.index(name) for name in ("input", "resid", "ffn"))
 
 
 @kernel("void(f4[:,::1], f4[::1], f8, f4[:,::1])")
@@ -97,6 +95,42 @@ def fingerprint_chosen_rows(x, chosen, keys, which, first_row, words, slot):
     words[slot] = share
 
 
+@inlined
+def token_words(tokens, key, first):
+    share = np.uint64(0)
+    for i in range(tokens.shape[0]):
+        share ^= element8(key, np.uint64(first + i), np.uint64(tokens[i]))
+    return share
+
+
+@kernel("void(i8[::1], u8[::1], i8, i8, u8[::1], i8)")
+def fingerprint_tokens(tokens, keys, step, first, words, slot):
+    """words[slot] = share of tokens first, first + 1, … in the fingerprint of a step's tokens."""
+    words[slot] = token_words(tokens, keys[step], first)
+
+
+@kernel("void(u4[:,::1], u4[::1], i8[::1], i8[::1], u8[:,::1], i8, i8, i8, u8[::1], u8[::1])")
+def check_sampled(logits, gathered, starts, chosen, keys, step, first_row, part, found, tokens):
+    """found = (…, what was gathered, this rank's part of it again), tokens[0] = those chosen.
+
+    gathered holds the parts [rows, columns] of all ranks one after the other; part p has columns
+    starts[p] to starts[p + 1] and this rank's is ``part``. keys[step]: of logits and of tokens.
+    """
+    n_rows, n_parts = logits.shape[0], starts.shape[0] - 1
+    n_cols, key = starts[n_parts], keys[step, 0]
+    found[2] = block_words(logits, key, first_row, starts[part], n_cols)
+    total = np.uint64(0)
+    if gathered.shape[0] > 0:
+        for p in range(n_parts):
+            width = starts[p + 1] - starts[p]
+            for row in range(n_rows):
+                at = n_rows * starts[p] + row * width
+                first = np.uint64((first_row + row) * n_cols + starts[p])
+                total ^= row_words(gathered[at : at + width], key, first)
+    found[1] = total
+    tokens[0] = token_words(chosen, keys[step, 1], first_row)
+
+
 @kernel("void(u4[::1], u8, u8[::1])")
 def pack_maxima(maxima, rank, packed):
     """Maximum and owner in one word, so that one MPI_MAX gives both; ties to the lowest rank."""
@@ -126,18 +160,6 @@ def unpack_maxima(sent, reduced, maxima, rank, n_ranks, key, first_row, words, s
         maxima[row] = np.uint32(value)
     words[slot] = share
     return bad
-
-
-@inlined
-def linear_words(x, key, first_row):
-    """Linear fingerprint of whole rows of an integer tensor."""
-    n_rows, n_cols = x.shape
-    total = np.uint64(0)
-    for row in range(n_rows):
-        first = np.uint64((first_row + row) * n_cols)
-        for j in range(n_cols):
-            total += linear_weight(key, first + np.uint64(j)) * np.uint64(x[row, j])
-    return total
 
 
 @kernel(
@@ -181,22 +203,6 @@ def swiglu(gate_up, out, keys, i, first_row, first_col, n_cols, checked, made):
     if checked:
         bits = out.view(np.uint32)
         made[i, REST_FFN] = block_words(bits, keys[i + 1, FFN], first_row, first_col, n_cols)
-
-
-@kernel(
-    "void(u4[:,::1], i8[:,::1], i8[:,::1], u8[:,::1], i8, i8, i8, i8, i8, u8[:,::1], u8[:,::1])"
-)
-def check_reduced(x, sent, summed, keys, i, first_row, which, first_col, n_cols, found, sums):
-    """After a sum over the ranks: fingerprints of what went in and what came out, for layer i.
-
-    which 0: attn and attn_out, 1: ffn and ffn_out. x is the matmul's input, sent this rank's
-    contribution, summed the result.
-    """
-    rest, key = (REST_ATTN, ATTN) if which == 0 else (REST_FFN, FFN)
-    total = ATTN_OUT + which
-    found[i, rest] = block_words(x, keys[i + 1, key], first_row, first_col, n_cols)
-    found[i, REST_ATTN_OUT + which] = linear_words(sent, keys[i + 1, total], first_row)
-    sums[i, REST_ATTN_OUT + which] = linear_words(summed, keys[i + 1, total], first_row)
 
 
 @inlined

@@ -1,25 +1,19 @@
 """The checks of the decoder layers: which are made, and how their results become events.
 
-A microbatch runs through all layers of a stage before its fingerprints travel: one non-blocking
-reduction of records then covers all of them, and the events of all layers are written at once.
-That is what keeps a check at a few microseconds in decoding.
+The events of all layers of a group of steps (ledger.py) are made at once.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
 
+from spimpi.inference.ledger import ATTN_OUT, FFN_OUT, HEADS, PRODUCTS, RESID, SUMS, LayerResults
 from spimpi.inference.tensors import LAYER_TENSORS, REST
-from spimpi.reduction import ALL_ONES, empty_records, minority
+from spimpi.reduction import minority
 from spimpi.trace.schema import EVENT, Established, Op, Stage, Status
 
-# Positions in ``rest_*``: tensors that are fingerprinted when made and again when used up.
-INPUT, QKV, ATTN, RESID, FFN, ATTN_OUT, FFN_OUT = range(len(REST))
 NONFINITE = ("input", "attn", "resid", "ffn")  # what is scaled to integers, in that order
-# Columns of a microbatch's records: two sums, two maxima, resid, hidden, then the shared heads.
-SUMS, MAXIMA, RESID_RECORD, HIDDEN_RECORD, HEADS = slice(0, 2), slice(2, 4), 4, 5, 6
 OFFSETS = {"sum": 0, "max": 2, "resid": 4, "hidden": 5, "head": 6}
-PRODUCTS = ("qkv", "scores", "attn", "attn_out", "gate_up", "ffn_out")
 
 
 @dataclass(frozen=True)
@@ -89,83 +83,11 @@ def layer_plan(exact: bool, n_tensor_ranks: int, held):
     return tuple(checks)
 
 
-class LayerResults:
-    """What the checks of one microbatch found, over all layers of a stage.
-
-    ``found``/``expected`` pairs and bad counts are filled by the layers; ``start`` sends the
-    records on their way, ``events`` waits for them and turns everything into trace events.
-    """
-
-    def __init__(self, n_layers: int, n_segments: int, n_heads: int):
-        n = n_layers
-        self.rest_expected = np.zeros((n, 7), np.uint64)
-        self.rest_found = np.zeros((n, 7), np.uint64)
-        self.segments = np.zeros((n, n_segments), np.uint64)
-        self.segments_found = np.zeros((n, n_segments), np.uint64)
-        self.heads = np.zeros((n, n_heads), np.uint64)
-        self.hidden = np.zeros(n, np.uint64)
-        self.sums_by_tensor = np.zeros((n, 7), np.uint64)
-        self.sums = self.sums_by_tensor[:, ATTN_OUT : FFN_OUT + 1]
-        self.maxima = np.zeros((n, 2), np.uint64)
-        self.max_bad = np.zeros((n, 2), np.int64)
-        self.product_found = np.zeros((n, 6), np.uint64)
-        self.product_expected = np.zeros((n, 6), np.uint64)
-        self.product_bad = np.zeros((n, 6), np.int64)
-        self.nonfinite = np.zeros((n, len(NONFINITE)), np.int64)
-        self.times = np.zeros((n, 2))
-        self.seconds = 0.0
-        self.records = self.merged = self.request = None
-
-    def clear_counts(self):
-        self.product_bad[:] = 0
-        self.max_bad[:] = 0
-        self.nonfinite[:] = 0
-        self.seconds = 0.0
-
-    def start(self, ctx, exact: bool, held: np.ndarray, shared_at):
-        """Send the records of all layers. Collective over ctx.tensor; nothing to do on one rank.
-
-        ``held``: which of the shared key/value heads this rank holds; ``shared_at``: pairs of
-        (shared head, its column segment).
-        """
-        np.bitwise_xor.reduce(self.segments, axis=1, out=self.rest_expected[:, QKV])
-        np.bitwise_xor.reduce(self.segments_found, axis=1, out=self.rest_found[:, QKV])
-        self.rest_expected[1:, INPUT] = self.hidden[:-1]
-        self.heads[:] = 0
-        for head, segment in shared_at:
-            self.heads[:, head] ^= self.segments[:, segment]
-        if ctx.tensor.size == 1:
-            return
-        if self.records is None:
-            self.records = empty_records(self.hidden.size, HEADS + held.size)
-            self.merged = np.empty_like(self.records)
-        resid = self.rest_expected[:, RESID : RESID + 1]
-        words = np.concatenate(
-            [self.sums, self.maxima, resid, self.hidden[:, None], self.heads], axis=1
-        )
-        records = self.records
-        records["every"], records["none"] = words, ~words
-        if not exact:
-            held = np.zeros_like(held)
-        if not held.all():  # what a rank does not hold must change nothing
-            apart = HEADS + np.flatnonzero(~held)
-            records["every"][:, apart] = records["none"][:, apart] = ALL_ONES
-        if exact:
-            records["total"][:, SUMS] = self.rest_expected[:, ATTN_OUT : FFN_OUT + 1]
-            records["count"][:, MAXIMA] = self.max_bad
-        self.request = ctx.records.start(ctx.tensor, records, self.merged)
-
-    def wait(self):
-        if self.request is not None:
-            self.request.Wait()
-            self.request = None
-
-
 class EventWriter:
-    """Turns LayerResults into events; holds all that is the same for every microbatch."""
+    """Turns a group's LayerResults into events; holds all that is the same for every microbatch."""
 
-    def __init__(self, ctx, plan, layers: range, tensor_index: dict, block_bytes: dict, held):
-        self.ctx, self.plan, self.held = ctx, plan, held
+    def __init__(self, ctx, plan, layers: range, tensor_index: dict, block_bytes: dict):
+        self.ctx, self.plan = ctx, plan
         self.template = np.zeros((len(layers), len(plan)), EVENT)
         rows = self.template
         rows["layer"] = np.arange(layers.start, layers.stop)[:, None]
@@ -191,26 +113,28 @@ class EventWriter:
         self.order = np.array([first[kind] + at for kind, at in (c.source for c in plan)])
         self.exact = any(c.op == Op.MATMUL for c in plan)
 
-    def write(self, results: LayerResults, step, microbatch, repeat, n_rows) -> np.ndarray:
-        """The events of one microbatch, [layers × checks]. Collective where a check failed."""
-        results.wait()
-        events = self.template.copy()
-        events["step"], events["microbatch"], events["repeat"] = step, microbatch, repeat
-        events["bytes"] = self.bytes_per_row * n_rows
+    def write(self, ledger, repeat) -> np.ndarray:
+        """The events of a group, [layers × checks]. Collective where a check failed."""
+        results, merged = ledger.results, ledger.merged
+        n_slots, n_layers = ledger.n_slots, len(self.template)
+        step, microbatch, n_rows = np.repeat(ledger.places[:n_slots], n_layers, axis=0).T
+        events = np.tile(self.template, (n_slots, 1))
+        events["step"], events["microbatch"] = step[:, None], microbatch[:, None]
+        events["repeat"] = repeat
+        events["bytes"] = n_rows[:, None] * self.bytes_per_row
         events["t_start"], events["t_end"] = results.times[:, :1], results.times[:, 1:]
-        found, expected, bad = self._compare(results)
+        found, expected, bad = self._compare(results, merged)
         events["fingerprint"], events["expected"] = found, expected
         self._count_nonfinite(events, results)
         if bad.any():
             events["verdict"][bad] = Status.FAILED
             events["peer"][bad] = self.ctx.rank
-        if results.merged is not None and self._wrong_records(results.merged).any():
-            self._name_culprits(events, results, bad)
+        if merged is not None and self._wrong_records(merged).any():
+            self._name_culprits(events, ledger, bad)
         return events.ravel()
 
-    def _compare(self, results):
+    def _compare(self, r: LayerResults, merged):
         """(found, expected, failed) of every check, [layers × checks], in the plan's order."""
-        r, merged = results, results.merged
         found, expected = [r.rest_found, r.product_found], [r.rest_expected, r.product_expected]
         bad = [r.rest_found != r.rest_expected, r.product_bad > 0]
         if merged is not None:
@@ -244,24 +168,23 @@ class EventWriter:
             events["verdict"][counts > 0, i] = Status.FAILED
             events["peer"][counts > 0, i] = self.ctx.rank
 
-    def _name_culprits(self, events, results, bad):
+    def _name_culprits(self, events, ledger, bad):
         """Name the rank behind each failed reduction. Collective: all ranks saw it fail."""
         ctx = self.ctx
-        n_ranks = ctx.tensor.size
-        size = results.records.nbytes
-        gathered = np.empty(n_ranks * size, np.uint8)
-        ctx.tensor.Allgather(results.records.view(np.uint8).ravel(), gathered)
-        records = gathered.view(results.records.dtype).reshape(n_ranks, *results.records.shape)
+        n_ranks, own = ctx.tensor.size, ledger.records
+        gathered = np.empty(n_ranks * own.nbytes, np.uint8)
+        ctx.tensor.Allgather(own.reshape(-1).view(np.uint8), gathered)
+        records = gathered.view(own.dtype).reshape(n_ranks, *own.shape)
         for kind, offset in OFFSETS.items():
             for column, j in self.groups[kind]:
                 for layer in np.flatnonzero(bad[:, column]):
                     everyone = records[:, layer, offset + j]
-                    rank = culprit(everyone, results.merged[layer, offset + j], kind, self.exact)
+                    rank = culprit(everyone, ledger.merged[layer, offset + j], kind, self.exact)
                     if rank >= 0:
                         world = ctx.grid.rank_of(ctx.place.d, ctx.place.p, rank)
-                        events["peer"].reshape(bad.shape)[layer, column] = world
+                        events["peer"][layer, column] = world
                     else:
-                        events["peer"].reshape(bad.shape)[layer, column] = -1
+                        events["peer"][layer, column] = -1
 
 
 def culprit(everyone: np.ndarray, merged, kind: str, exact: bool) -> int:

@@ -11,17 +11,12 @@ from time import perf_counter
 import numpy as np
 from mpi4py import MPI
 
-from spimpi.inference import exact, kernels
+from spimpi.inference import exact, kernels, product
 from spimpi.inference.attention import NO_FAULT, Cache, attend, attention_bits
 from spimpi.inference.config import rope_inverse_frequencies
 from spimpi.inference.exact import odd_vector
-from spimpi.inference.layer_checks import (
-    ATTN,
-    ATTN_OUT,
-    FFN,
-    FFN_OUT,
-    LayerResults,
-)
+from spimpi.inference.ledger import ATTN, ATTN_OUT, FFN, FFN_OUT, PRODUCTS, LayerResults
+from spimpi.inference.product import NO_SEGMENTS
 from spimpi.inference.tensors import ATTN as KEY_ATTN
 from spimpi.inference.tensors import ATTN_MAX, QKV, Widths
 from spimpi.inference.tensors import ATTN_OUT as KEY_ATTN_OUT
@@ -137,9 +132,6 @@ class Layers:
         for cache in self.caches:
             cache.clear()
 
-    def results(self) -> LayerResults:
-        return LayerResults(len(self.part.layers), len(self.segments), len(self.shared))
-
     def workspace(self, n_rows) -> Workspace:
         return Workspace(n_rows, self.widths, self.part, self.config.head_dim, self.exact)
 
@@ -153,7 +145,6 @@ class Layers:
         results.times[i, 0] = perf_counter()
         self.watch.enter("matmuls and checks", "qkv", b.step, name)
         self._project("qkv", i, x, layer.attn_norm, layer.qkv, space.qkv, b)
-        self._fingerprint_qkv(results.segments[i], i, b)
         self._fault("qkv", name, space.qkv, b)
         self._attend(i, b)
         self._fault("attn", name, space.attn, b)
@@ -206,15 +197,6 @@ class Layers:
         )  # fmt: skip
         b.results.seconds += perf_counter() - start
 
-    def _fingerprint_qkv(self, words, i, b):
-        if self.checked:
-            start = perf_counter()
-            kernels.fingerprint_segments(
-                b.space.qkv.view(np.uint32), b.keys[i + 1], QKV, b.first_row, self.segments,
-                self.widths.qkv, words, 0,
-            )  # fmt: skip
-            b.results.seconds += perf_counter() - start
-
 
 class ExactLayers(Layers):
     """Layers in exact arithmetic: matmuls of scaled integers, sums of int64."""
@@ -237,36 +219,35 @@ class ExactLayers(Layers):
         matrices += [self.part.head] if self.part.head else []
         self.scratch = exact.Scratch.for_matrices([m.values.shape for m in matrices])
 
-    def product(self, index, tensor, i, x, maxima, matrix, y, b):
-        """y = scaled integers of x times the matrix; checked; returns the exponents of x."""
+    def _product(self, tensor, i, x, maxima, matrix, b):
+        """(scaled integers of x, their product with the matrix, rows that are not finite)."""
         space = b.space
-        scaled = space.scaled(*x.shape)
+        scaled, y = space.scaled(*x.shape), space.product(b.n_rows, matrix.values.shape[0])
         bad_rows = exact.quantize_rows(x, maxima, matrix.bits, scaled, space.exponents)
         exact.matmul(scaled, matrix.values, y, self.scratch)
         if self.faults is not None:
             self.faults.miscompute(tensor, self.ctx.layers[i], y, b.first_row)
-        if self.checked:
-            start = perf_counter()
-            results = b.results
-            n_bad, _, _ = exact.check_matmul(
-                scaled, matrix.projection, y, matrix.r,
-                results.product_found[i], results.product_expected[i], index,
-            )  # fmt: skip
-            results.product_bad[i, index] = n_bad
-            results.seconds += perf_counter() - start
-        return bad_rows
+        return scaled, y, bad_rows
 
     def _project(self, tensor, i, x, norm, matrix, out, b):
         """out = norm(x) times a matrix whose outputs this rank holds."""
         space = b.space
         kernels.rmsnorm(x, norm, self.config.rms_norm_eps, space.normed)
         exact.row_absmax(space.normed, space.maxima)
-        y = space.product(*out.shape)
-        index = 0 if tensor == "qkv" else 4
-        bad = self.product(index, tensor, i, space.normed, space.maxima, matrix, y, b)
-        exact.scale_back(y, space.exponents, matrix.exponents, matrix.bits, out)
+        scaled, y, bad = self._product(tensor, i, space.normed, space.maxima, matrix, b)
+        segments = self.segments if tensor == "qkv" else NO_SEGMENTS
+        self._finish(tensor, i, scaled, y, matrix, out, segments, b)
         if bad:
             b.results.nonfinite[i, 0 if tensor == "qkv" else 2] += bad
+
+    def _finish(self, tensor, i, scaled, y, matrix, out, segments, b):
+        results = b.results
+        product.finish_projection(
+            scaled, matrix.projection, y, matrix.r, b.space.exponents, matrix.exponents,
+            matrix.bits, out, self.checked, i, PRODUCTS.index(tensor), results.product_found,
+            results.product_expected, results.product_bad, b.keys, b.first_row, segments,
+            self.widths.qkv, results.segments,
+        )  # fmt: skip
 
     def _attend(self, i, b):
         cache, results, words = self.caches[i], b.results, self.words
@@ -292,34 +273,27 @@ class ExactLayers(Layers):
         exact.row_absmax(x, space.maxima)
         if self.many:
             self._global_maxima(which, i, b)
-        y = space.product(b.n_rows, self.widths.hidden)
-        bad = self.product(3 if which == 0 else 5, tensor, i, x, space.maxima, matrix, y, b)
+        scaled, y, bad = self._product(tensor, i, x, space.maxima, matrix, b)
         if bad:
             results.nonfinite[i, 1 + 2 * which] += bad
         rest = ATTN if which == 0 else FFN
         if not self.many:
-            exact.scale_back(y, space.exponents, matrix.exponents, matrix.bits, space.delta)
+            self._finish(tensor, i, scaled, y, matrix, space.delta, NO_SEGMENTS, b)
             self._fingerprint(results.rest_found[i], rest, i, x, b)
             return
         sent, summed = space.sent[which], space.summed[which]
-        key = KEY_ATTN_OUT if which == 0 else KEY_FFN_OUT
-        if self.checked:
-            start = perf_counter()
-            made = results.rest_expected[i]
-            exact.partial_sums(y, sent, b.keys[i + 1], key, b.first_row, made, ATTN_OUT + which)
-            results.seconds += perf_counter() - start
-        else:
-            np.copyto(sent, y, casting="unsafe")
+        product.finish_partial(
+            scaled, matrix.projection, y, matrix.r, sent, self.checked, i, PRODUCTS.index(tensor),
+            results.product_found, results.product_expected, results.product_bad, b.keys,
+            b.first_row, which, results.rest_expected,
+        )  # fmt: skip
         self._sum(tensor, i, sent, summed, b)
-        exact.scale_back(summed, space.exponents, matrix.exponents, matrix.bits, space.delta)
-        if self.checked:
-            start = perf_counter()
-            first_col, n_cols = self.columns[rest][1:]
-            kernels.check_reduced(
-                x.view(np.uint32), sent, summed, b.keys, i, b.first_row, which, first_col, n_cols,
-                results.rest_found, results.sums_by_tensor,
-            )  # fmt: skip
-            results.seconds += perf_counter() - start
+        first_col, n_cols = self.columns[rest][1:]
+        product.finish_sum(
+            x.view(np.uint32), sent, summed, space.exponents, matrix.exponents, matrix.bits,
+            space.delta, self.checked, i, which, b.first_row, first_col, n_cols, b.keys,
+            results.rest_found, results.sums_by_tensor,
+        )  # fmt: skip
 
     def _global_maxima(self, which, i, b):
         """Row maxima over the tensor ranks, with their owners, checked."""
@@ -345,6 +319,17 @@ class BlasLayers(Layers):
     def _project(self, tensor, i, x, norm, matrix, out, b):
         kernels.rmsnorm(x, norm, self.config.rms_norm_eps, b.space.normed)
         np.matmul(b.space.normed, matrix.values.T, out=out)
+        if tensor == "qkv":
+            self._fingerprint_qkv(b.results.segments[i], i, b)
+
+    def _fingerprint_qkv(self, words, i, b):
+        if self.checked:
+            start = perf_counter()
+            kernels.fingerprint_segments(
+                b.space.qkv.view(np.uint32), b.keys[i + 1], QKV, b.first_row, self.segments,
+                self.widths.qkv, words, 0,
+            )  # fmt: skip
+            b.results.seconds += perf_counter() - start
 
     def _cache(self):
         shape = (

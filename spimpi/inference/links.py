@@ -6,7 +6,7 @@ import numpy as np
 
 from spimpi.checks.handoff import IN_FLIGHT, Receiver, Sender, describe_mismatch, same_place
 from spimpi.inference import kernels
-from spimpi.inference.layer_checks import INPUT
+from spimpi.inference.ledger import AGAIN, INPUT
 from spimpi.inference.tensors import HIDDEN
 from spimpi.launch import usable_cores
 from spimpi.trace.schema import Established, Op, Stage
@@ -102,11 +102,11 @@ class Links:
     def check_last(self, x, batch) -> None:
         """The last stage's output, after the head has taken its rows."""
         if self.facts.checked:
-            record = {
-                "step": batch.step, "microbatch": batch.microbatch, "first_row": batch.first_row,
-                "fingerprint": batch.results.hidden[-1],
-            }  # fmt: skip
-            self._at_rest(x, batch.keys[-1], record)
+            ledger = self.facts.ledger
+            kernels.fingerprint_block(
+                x.view(np.uint32), batch.keys[-1], HIDDEN, batch.first_row, 0, x.shape[1],
+                ledger.last_found, ledger.slot_of(batch.microbatch),
+            )  # fmt: skip
 
     def _at_rest(self, x, keys, record) -> None:
         start = perf_counter()
@@ -151,7 +151,7 @@ class Links:
             self.to_first.send(**self._token_record(step), fingerprint=word)
             self.to_first.drain()
         else:
-            self._sent_tokens(held, {"step": step, "fingerprint": word})
+            self._sent_tokens(held, {"step": step})
         return held[:, 0]
 
     def receive_tokens(self, step) -> np.ndarray:
@@ -161,8 +161,9 @@ class Links:
         tokens, record = self.from_last.take()
         if self.facts.checked:
             start = perf_counter()
-            word = self.facts.tokens_fingerprint(step, tokens[:, 0])
-            self._handoff("tokens", word, record, self._token_record(step), start, tokens.nbytes,
+            words = np.zeros(1, np.uint64)
+            self.facts.fingerprint_tokens(step, tokens.ravel(), words, 0)
+            self._handoff("tokens", words[0], record, self._token_record(step), start, tokens.nbytes,
                           layer=-1, sender=self.facts.ctx.grid.pp - 1)  # fmt: skip
         return tokens[:, 0]
 
@@ -175,12 +176,7 @@ class Links:
         }  # fmt: skip
 
     def _sent_tokens(self, buffer, record) -> None:
-        if not self.facts.checked:
-            return
-        start = perf_counter()
-        word = self.facts.tokens_fingerprint(int(record["step"]), buffer[:, 0])
-        self.facts.recorder.one(
-            "tokens", Op.AT_REST, Stage.COMPUTE, MOVED, word, record["fingerprint"],
-            word != record["fingerprint"], t_start=start, step=int(record["step"]),
-            repeat=self.facts.repeat, bytes=buffer.nbytes,
-        )  # fmt: skip
+        if self.facts.checked:
+            ledger = self.facts.ledger
+            words = ledger.tokens[ledger.now]
+            self.facts.fingerprint_tokens(int(record["step"]), buffer.ravel(), words, AGAIN)

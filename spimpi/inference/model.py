@@ -4,17 +4,22 @@
 embed, layers, hand on or sample. All ranks of the grid call it in the same order.
 """
 
+from time import perf_counter
+
 import numpy as np
 
 from spimpi.inference.embedding import embed
 from spimpi.inference.head import Head
-from spimpi.inference.layer_checks import INPUT, EventWriter, layer_plan
+from spimpi.inference.layer_checks import EventWriter, layer_plan
 from spimpi.inference.layers import Batch, BlasLayers, ExactLayers
+from spimpi.inference.ledger import ATTN, FFN, INPUT, MADE, RESID, Ledger
 from spimpi.inference.links import Links
+from spimpi.inference.once_a_step import StepEvents
 from spimpi.inference.stage_facts import StageFacts
 from spimpi.inference.tensors import GOLDEN_LAYER, Keys, golden_columns
 from spimpi.topology.data import last_rows, rows_of
 from spimpi.topology.pipeline import microbatches, schedule
+from spimpi.trace.schema import Stage as Phase
 from spimpi.watchdog import Unwatched
 
 
@@ -53,18 +58,21 @@ class Stage:
         self.views = {}
         self.hidden = [np.empty((most, config.hidden_size), np.float32) for _ in range(2)]
         self.keys = Keys(ctx.seed, config, ctx.layers)
-        self.results = [self.layers.results() for _ in range(max(map(len, self.cuts)))]
+        held = np.array([h in part.shard.kv_heads for h in self.layers.shared], bool)
+        self.ledger = self.facts.ledger = Ledger(
+            self.facts, self.cuts, len(part.layers), len(self.layers.segments), held,
+            self.layers.shared_at, exact_arithmetic,
+        )  # fmt: skip
         self.links = Links(self.facts, most, self.keys)
         self.head = None
         if ctx.is_last_stage:
             scratch = self.layers.scratch if exact_arithmetic else None
             self.head = Head(self.facts, exact_arithmetic, scratch)
         if checked:
-            held = np.array([h in part.shard.kv_heads for h in self.layers.shared], bool)
             plan = layer_plan(exact_arithmetic, grid.tp, np.flatnonzero(held))
-            self._writer = EventWriter(
-                ctx, plan, ctx.layers, recorder.tensor_index, self._row_bytes(), held
-            )
+            index = recorder.tensor_index
+            self._layer_events = EventWriter(ctx, plan, ctx.layers, index, self._row_bytes())
+            self._step_events = StepEvents(self.facts, index, exact_arithmetic)
 
     @property
     def golden(self) -> np.ndarray:
@@ -91,6 +99,7 @@ class Stage:
         told each step as it begins. Collective.
         """
         self.layers.clear()
+        self.ledger.restart()
         self.facts.golden[:] = 0
         self.facts.repeat = repeat
         tokens = np.concatenate(prompts)
@@ -113,11 +122,10 @@ class Stage:
         if facts.faults is not None:
             facts.faults.begin(step)
         links.begin_step(cuts)
+        results = self.ledger.begin(step, [stop - start for start, stop in cuts])
         last = last_rows(rows)
-        batches = []
         for m, (start, stop) in enumerate(cuts):
-            batch = self._batch(step, m, rows, start, stop, keys)
-            batches.append(batch)
+            batch = self._batch(step, m, rows, start, stop, keys, results[m])
             if self.ctx.is_first_stage:
                 x = self.hidden[1][: stop - start]
                 embed(facts, tokens[start:stop], batch, x)
@@ -128,17 +136,16 @@ class Stage:
         chosen = None
         if self.head:
             chosen = links.hand_on_tokens(step, *self.head.sample(step))
-        links.end_step(step)
-        facts.watch.enter("agreement", "all layers", step, -1)
-        self._record(batches)
+        if facts.checked and self.ledger.is_full(step):
+            self._close_group(step)
+        else:
+            links.end_step(step)
         return links.receive_tokens(step) if links.from_last else chosen
 
-    def _batch(self, step, m, rows, start, stop, keys) -> Batch:
+    def _batch(self, step, m, rows, start, stop, keys, results) -> Batch:
         n = stop - start
         if n not in self.views:
             self.views[n] = self.space.first_rows(n)
-        results = self.results[m]
-        results.clear_counts()
         return Batch(
             step, m, rows.start + start, n, rows.sequence[start:stop] - self.facts.first_prompt,
             np.array(rows.position[start:stop]), keys, self.views[n], results,
@@ -154,41 +161,55 @@ class Stage:
                 out = self.hidden[i % 2][: batch.n_rows]
             self.layers.forward(i, x, out, batch)
             x = out
-        if self.facts.checked:
-            held, shared_at = self._writer.held, self.layers.shared_at
-            batch.results.start(self.ctx, self.layers.exact, held, shared_at)
         if links.to_next:
             links.send(batch)
         else:
             self.head.take(x, last, start)
             links.check_last(x, batch)
 
-    def _record(self, batches) -> None:
-        """Events and golden shares of the step's microbatches. Collective where a check failed."""
-        if not self.facts.checked:
-            return
-        for batch in batches:
-            results = batch.results
-            events = self._writer.write(
-                results, batch.step, batch.microbatch, self.facts.repeat, batch.n_rows
-            )
-            self.facts.recorder.add(events, results.seconds)
-            self._share_golden(batch)
-        if self.head:
-            self.head.finish()
-        self.facts.recorder.flush()
+    def _close_group(self, step) -> None:
+        """Compare what a group of steps found, and record it. Collective over ctx.tensor."""
+        facts, ledger = self.facts, self.ledger
+        start = perf_counter()
+        ledger.start()
+        spent = perf_counter() - start
+        self.links.end_step(step)
+        facts.watch.enter("agreement", "all layers", step, -1)
+        start = perf_counter()
+        ledger.finish()
+        events = [self._layer_events.write(ledger, facts.repeat), self._step_events.write(ledger)]
+        self._share_golden()
+        seconds = {Phase.COMPUTE: sum(slot.seconds for slot in ledger.slots)}
+        across = Phase.TENSOR if self.ctx.tensor.size > 1 else Phase.COMPUTE
+        spent += perf_counter() - start + ledger.seconds
+        seconds[across] = seconds.get(across, 0) + spent
+        facts.recorder.add(np.concatenate(events), seconds)
+        facts.recorder.flush()
+        ledger.close()
 
-    def _share_golden(self, batch) -> None:
-        """XOR this rank's share of the layer tensors into the golden table."""
-        results, layers = batch.results, self.ctx.layers
-        row, width = self.facts.golden[batch.step], len(GOLDEN_LAYER)
-        first = 1 + layers.start * width
-        table = row[first : first + len(layers) * width].reshape(len(layers), width)
-        table[:, 0] ^= np.bitwise_xor.reduce(results.segments[:, self.layers.owned], axis=1)
-        table[:, 1] ^= results.rest_expected[:, 2]
-        table[:, 3] ^= results.rest_expected[:, 4]
+    def _share_golden(self) -> None:
+        """XOR this rank's share of the group's tensors into the golden table."""
+        ledger, layers, n = self.ledger, self.ctx.layers, self.ledger.n_steps
+        results, width = ledger.results, len(GOLDEN_LAYER)
+        first_step, first = int(ledger.places[0, 0]), 1 + layers.start * width
+        rows = self.facts.golden[first_step : first_step + n]
+
+        def by_step(words):  # [slots × layers] -> [steps, layers]
+            return np.bitwise_xor.reduce(words.reshape(n, -1, len(layers)), axis=1)
+
+        table = rows[:, first : first + len(layers) * width].reshape(n, len(layers), width)
+        table[:, :, 0] ^= by_step(
+            np.bitwise_xor.reduce(results.segments[:, self.layers.owned], axis=1)
+        )
+        table[:, :, 1] ^= by_step(results.rest_expected[:, ATTN])
+        table[:, :, 3] ^= by_step(results.rest_expected[:, FFN])
         if self.ctx.place.t == 0:
-            table[:, 2] ^= results.rest_expected[:, 3]
-            table[:, 4] ^= results.hidden
+            table[:, :, 2] ^= by_step(results.rest_expected[:, RESID])
+            table[:, :, 4] ^= by_step(results.hidden)
             if self.ctx.is_first_stage:
-                row[0] ^= results.rest_expected[0, INPUT]
+                rows[:, 0] ^= by_step(results.rest_expected[:, INPUT])[:, 0]
+        rows[:, first : first + len(layers) * width] = table.reshape(n, -1)
+        if self.head:
+            rows[:, -2] ^= ledger.logits[:n, MADE]
+            if self.ctx.place.t == 0:
+                rows[:, -1] ^= ledger.tokens[:n, MADE]

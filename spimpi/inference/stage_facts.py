@@ -1,11 +1,12 @@
 """What the parts of a stage (embedding, layers, links, head) know in common."""
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
-from spimpi.fingerprint import xor_flat
 from spimpi.fingerprint.tag import CONTENT, Tag
+from spimpi.inference import kernels
 from spimpi.topology.pipeline import Schedule
 from spimpi.watchdog import Unwatched
 
@@ -16,7 +17,7 @@ class StageFacts:
 
     first_prompt and n_prompts: this data rank's prompts; golden: this rank's shares of the golden
     table, uint64 [steps, columns]; repeat: the run's number in this job; watch: told where the
-    rank is. recorder None: no checks.
+    rank is; ledger: where checks leave their words. recorder None: no checks.
     """
 
     ctx: object
@@ -32,6 +33,7 @@ class StageFacts:
     faults: object = None
     watch: object = Unwatched()
     repeat: int = 0
+    ledger: object = None
 
     @property
     def checked(self) -> bool:
@@ -47,8 +49,25 @@ class StageFacts:
             return -1
         return self.ctx.grid.rank_of(self.ctx.place.d, self.ctx.place.p, tensor_rank)
 
-    def tokens_fingerprint(self, step: int, tokens) -> np.uint64:
-        """Share of this data rank's tokens in the fingerprint of a step's tokens."""
-        key = Tag(self.ctx.seed, "tokens", -1, step).key(CONTENT, (len(self.lengths),), 8)
-        words = np.ascontiguousarray(tokens).view(np.uint64)
-        return np.uint64(xor_flat(words, key, self.first_prompt))
+    @cached_property
+    def end_keys(self) -> np.ndarray:
+        """Stream keys of every step's logits and tokens, uint64 [steps, 2]."""
+        n, vocabulary, seed = len(self.lengths), self.config.vocab_size, self.ctx.seed
+        return np.array(
+            [
+                (
+                    Tag(seed, "logits", -1, step).key(CONTENT, (n, vocabulary), 4),
+                    Tag(seed, "tokens", -1, step).key(CONTENT, (n,), 8),
+                )
+                for step in range(self.n_steps)
+            ],
+            np.uint64,
+        )
+
+    @cached_property
+    def token_keys(self) -> np.ndarray:
+        return np.ascontiguousarray(self.end_keys[:, 1])
+
+    def fingerprint_tokens(self, step: int, tokens, words, slot: int) -> None:
+        """words[slot] = share of this data rank's tokens (int64, adjacent) in a step's tokens."""
+        kernels.fingerprint_tokens(tokens, self.token_keys, step, self.first_prompt, words, slot)

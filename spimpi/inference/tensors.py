@@ -78,22 +78,27 @@ class Keys:
         self.prefixes = np.array(
             [_prefix(seed, d, n) for d, n in zip(domains, LAYER_TENSORS)], np.uint64
         )
+        self._shapes: dict[int, np.ndarray] = {}
         self.embed_prefix = np.array([_prefix(seed, CONTENT, "embed")], np.uint64)
 
     def of_step(self, step: int, n_rows: int) -> np.ndarray:
         """uint64 [layers + 1, tensors] for a step that has ``n_rows`` rows globally."""
         from spimpi.inference.kernels import stream_keys
 
+        if n_rows not in self._shapes:
+            self._shapes[n_rows] = self._shapes_of(n_rows)
+        shapes = self._shapes[n_rows]
+        keys = np.empty((self.layers.size, len(LAYER_TENSORS)), np.uint64)
+        stream_keys(self.prefixes, self.layers, step, shapes, keys)
+        if self.layers[0] == -1:
+            stream_keys(self.embed_prefix, self.layers[:1], step, shapes, keys[:1, HIDDEN:])
+        return keys
+
+    def _shapes_of(self, n_rows: int) -> np.ndarray:
+        """Rows of (item size, number of axes, dim 0, dim 1), one a tensor."""
         w = self.widths
         columns = (w.hidden, w.qkv, w.attn, w.hidden, w.ffn, w.hidden, w.hidden)
         shapes = [(4, 2, n_rows, c) for c in columns[:5]]
         shapes += [(8, 2, n_rows, c) for c in columns[5:]]
         shapes += [(4, 1, n_rows, 0)] * 2
-        keys = np.empty((self.layers.size, len(LAYER_TENSORS)), np.uint64)
-        stream_keys(self.prefixes, self.layers, step, np.array(shapes, np.int64), keys)
-        if self.layers[0] == -1:
-            first = np.empty((1, 1), np.uint64)
-            shape = np.array([(4, 2, n_rows, w.hidden)], np.int64)
-            stream_keys(self.embed_prefix, self.layers[:1], step, shape, first)
-            keys[0, HIDDEN] = first[0, 0]
-        return keys
+        return np.array(shapes, np.int64)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from spimpi.fingerprint import fingerprint, linear_fingerprint
+from spimpi.fingerprint import fingerprint
 from spimpi.fingerprint.tag import CONTENT, LINEAR, Tag
 from spimpi.inference import kernels
 from spimpi.inference.config import EMBEDDED_MODEL, load_config
@@ -51,23 +51,6 @@ def test_chosen_rows_add_up_to_all_rows():
     for slot, mask in enumerate((chosen, ~chosen)):
         kernels.fingerprint_chosen_rows(x.view(np.uint32), mask, keys, 0, 0, words, slot)
     assert int(words[0] ^ words[1]) == fingerprint(x, tag)
-
-
-@pytest.mark.parametrize(("which", "names"), [(0, ("attn", "attn_out")), (1, ("ffn", "ffn_out"))])
-def test_a_sum_is_checked_with_the_fingerprints_of_what_went_in_and_came_out(which, names):
-    x, sent, summed = floats(4, 5), *RNG.integers(-(2**53), 2**53, (2, 4, 12))
-    tags = [Tag(1, name, 3, 2) for name in names]
-    keys = np.zeros((2, len(LAYER_TENSORS)), np.uint64)
-    keys[1, LAYER_TENSORS.index(names[0])] = tags[0].key(CONTENT, (8, 30), 4)
-    keys[1, LAYER_TENSORS.index(names[1])] = tags[1].key(LINEAR, (8, 12), 8)
-    found, sums = np.zeros((2, 1, 7), np.uint64)
-    place = (keys, 0, 2, which, 11, 30)
-    kernels.check_reduced(x.view(np.uint32), sent, summed, *place, found, sums)
-    assert int(found[0, REST.index(names[0])]) == fingerprint(x, tags[0], Slab((8, 30), (2, 11)))
-    rows = Slab((8, 12), (2, 0))
-    column = REST.index(names[1])
-    assert int(found[0, column]) == linear_fingerprint(sent, tags[1], rows)
-    assert int(sums[0, column]) == linear_fingerprint(summed, tags[1], rows)
 
 
 @pytest.mark.parametrize("half", [0, 1])

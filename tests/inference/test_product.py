@@ -1,0 +1,128 @@
+"""What follows a matmul: checked as exact.check_product checks, scaled back, fingerprinted."""
+
+import numpy as np
+import pytest
+
+from spimpi.fingerprint import fingerprint, linear_fingerprint
+from spimpi.fingerprint.tag import CONTENT, LINEAR, Tag
+from spimpi.inference import exact, product
+from spimpi.inference.ledger import PRODUCTS
+from spimpi.inference.tensors import LAYER_TENSORS, REST
+from spimpi.partition import Slab
+
+RNG = np.random.default_rng(1069)
+N_ROWS, INNER, OUTER, LAYER, FIRST_ROW = 4, 20, 12, 1, 2
+
+
+class Finished:
+    """A product of integers with everything that the kernels want and leave."""
+
+    def __init__(self):
+        self.xq = RNG.integers(-500, 500, (N_ROWS, INNER)).astype(float)
+        wq = RNG.integers(-500, 500, (OUTER, INNER)).astype(np.float32)
+        self.y = self.xq @ wq.T.astype(float)
+        self.r = exact.odd_vector(np.uint64(5), OUTER)
+        self.wr = exact.project_weights(wq, self.r)
+        self.ex = RNG.integers(-9, 9, N_ROWS).astype(np.int32)
+        self.ew = RNG.integers(-9, 9, OUTER).astype(np.int32)
+        self.out = np.empty((N_ROWS, OUTER), np.float32)
+        self.found, self.expected = np.zeros((2, 2, len(PRODUCTS)), np.uint64)
+        self.bad = np.zeros((2, len(PRODUCTS)), np.int64)
+        self.keys = np.zeros((3, len(LAYER_TENSORS)), np.uint64)
+        self.made = np.zeros((2, len(REST)), np.uint64)
+
+    def stream(self, name, tag, domain, shape, itemsize):
+        self.keys[LAYER + 1, LAYER_TENSORS.index(name)] = tag.key(domain, shape, itemsize)
+
+    def project(self, index=4, segments=((0, 0, 0),), n_cols=1, checked=True):
+        made = np.zeros((2, len(segments)), np.uint64)
+        product.finish_projection(
+            self.xq, self.wr, self.y, self.r, self.ex, self.ew, 10, self.out, checked, LAYER, index,
+            self.found, self.expected, self.bad, self.keys, FIRST_ROW,
+            np.array(segments, np.int64), n_cols, made,
+        )  # fmt: skip
+        return made[LAYER]
+
+    def carry(self, which=0, checked=True):
+        sent = np.full(self.y.shape, 7, np.int64)
+        product.finish_partial(
+            self.xq, self.wr, self.y, self.r, sent, checked, LAYER, 3, self.found, self.expected,
+            self.bad, self.keys, FIRST_ROW, which, self.made,
+        )  # fmt: skip
+        return sent
+
+
+@pytest.mark.parametrize("finish", ["project", "carry"])
+def test_a_right_product_passes_and_one_wrong_element_fails(finish):
+    index = 4 if finish == "project" else 3
+    case = Finished()
+    getattr(case, finish)()
+    assert case.bad[LAYER, index] == 0
+    assert case.found[LAYER, index] == case.expected[LAYER, index] != 0
+    assert case.found.any(axis=0).sum() == 1  # nothing else was written
+    case.y[2, 5] += 1
+    getattr(case, finish)()
+    assert case.bad[LAYER, index] == 1
+    assert case.found[LAYER, index] != case.expected[LAYER, index]
+
+
+@pytest.mark.parametrize("finish", ["project", "carry"])
+def test_an_element_that_is_no_integer_fails(finish):
+    case = Finished()
+    case.y[0, 0] += 2.0**-20
+    getattr(case, finish)()
+    assert case.bad[LAYER].sum() == 1
+
+
+@pytest.mark.parametrize("checked", [True, False])
+def test_a_projection_is_scaled_back_as_scale_back_does(checked):
+    case = Finished()
+    case.project(checked=checked)
+    wanted = np.empty_like(case.out)
+    exact.scale_back(case.y, case.ex, case.ew, 10, wanted)
+    assert (case.out == wanted).all()
+    assert case.found.any() == checked
+
+
+def test_column_segments_of_a_projection_are_fingerprinted_where_they_lie_globally():
+    case, tag = Finished(), Tag(1, "qkv", 3, 2)
+    case.stream("qkv", tag, CONTENT, (9, 60), 4)
+    segments = ((0, 20, 5), (5, 33, 3), (8, 56, 4))
+    for word, (local, first, width) in zip(case.project(0, segments, 60), segments):
+        part = np.ascontiguousarray(case.out[:, local : local + width])
+        assert int(word) == fingerprint(part, tag, Slab((9, 60), (FIRST_ROW, first)))
+
+
+@pytest.mark.parametrize(("which", "name"), [(0, "attn_out"), (1, "ffn_out")])
+def test_a_partial_sum_is_carried_with_its_linear_fingerprint(which, name):
+    case, tag = Finished(), Tag(1, name, 3, 2)
+    case.stream(name, tag, LINEAR, (8, OUTER), 8)
+    sent = case.carry(which)
+    assert (sent == case.y).all()
+    word = int(case.made[LAYER, REST.index(name)])
+    assert word == linear_fingerprint(sent, tag, Slab((8, OUTER), (FIRST_ROW, 0)))
+    assert (case.carry(which, checked=False) == case.y).all()
+
+
+@pytest.mark.parametrize(("which", "names"), [(0, ("attn", "attn_out")), (1, ("ffn", "ffn_out"))])
+def test_a_sum_is_checked_with_the_fingerprints_of_what_went_in_and_came_out(which, names):
+    case, tags = Finished(), [Tag(1, name, 3, 2) for name in names]
+    case.stream(names[0], tags[0], CONTENT, (8, 30), 4)
+    case.stream(names[1], tags[1], LINEAR, (8, OUTER), 8)
+    x = RNG.standard_normal((N_ROWS, 5)).astype(np.float32)
+    sent, summed = RNG.integers(-(2**53), 2**53, (2, N_ROWS, OUTER))
+    found, sums = np.zeros((2, 2, len(REST)), np.uint64)
+    for checked in (False, True):
+        product.finish_sum(
+            x.view(np.uint32), sent, summed, case.ex, case.ew, 10, case.out, checked, LAYER, which,
+            FIRST_ROW, 11, 30, case.keys, found, sums,
+        )  # fmt: skip
+        assert found.any() == checked
+    wanted = np.empty_like(case.out)
+    exact.scale_back(summed, case.ex, case.ew, 10, wanted)
+    assert (case.out == wanted).all()
+    rows, column = Slab((8, OUTER), (FIRST_ROW, 0)), REST.index(names[1])
+    place = Slab((8, 30), (FIRST_ROW, 11))
+    assert int(found[LAYER, REST.index(names[0])]) == fingerprint(x, tags[0], place)
+    assert int(found[LAYER, column]) == linear_fingerprint(sent, tags[1], rows)
+    assert int(sums[LAYER, column]) == linear_fingerprint(summed, tags[1], rows)
