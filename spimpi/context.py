@@ -16,21 +16,22 @@ from spimpi.topology.grid import Grid
 
 
 class DistributedContext:
-    """World, tensor, pipeline, data and replica communicators of a grid, seed and tracer.
+    """World, tensor, sequence, pipeline, data and replica communicators of a grid, seed, tracer.
 
     ``replica`` joins the ranks that together hold one copy of the model (all with the same data
-    index). Collective over ``comm``: every rank makes it with the same grid.
+    and sequence index). Collective over ``comm``: every rank makes it with the same grid.
     """
 
     def __init__(self, comm, grid: Grid, seed: int = DEFAULT_SEED, tracer=None):
         self.grid, self.seed, self.tracer = grid, seed, tracer
         self.world = comm.Dup()
         self.place = grid.coordinates(self.world.rank)
-        d, p, t = self.place.d, self.place.p, self.place.t
-        self.tensor = self.world.Split(d * grid.pp + p, t)
-        self.pipeline = self.world.Split(d * grid.tp + t, p)
-        self.data = self.world.Split(p * grid.tp + t, d)
-        self.replica = self.world.Split(d, p * grid.tp + t)
+        d, p, s, t = self.place
+        self.tensor = self.world.Split((d * grid.pp + p) * grid.sp + s, t)
+        self.sequence = self.world.Split((d * grid.pp + p) * grid.tp + t, s)
+        self.pipeline = self.world.Split((d * grid.sp + s) * grid.tp + t, p)
+        self.data = self.world.Split((p * grid.sp + s) * grid.tp + t, d)
+        self.replica = self.world.Split(d * grid.sp + s, p * grid.tp + t)
         self.node = self.world.Split_type(MPI.COMM_TYPE_SHARED)
         self.records = RecordReduction()
 
@@ -74,5 +75,8 @@ class DistributedContext:
     def free(self):
         """Give back the communicators and the reduction. Collective."""
         self.records.free()
-        for comm in (self.node, self.replica, self.data, self.pipeline, self.tensor, self.world):
+        for comm in (
+            self.node, self.replica, self.data, self.pipeline, self.sequence, self.tensor,
+            self.world,
+        ):  # fmt: skip
             comm.Free()

@@ -22,6 +22,7 @@ KERNEL_FILES = (
     "inference/exact.py",
     "inference/product.py",
     "inference/attention.py",
+    "inference/sequence_kernels.py",
     "inference/checkpoint_seeded.py",
     "inference/tensors.py",
 )

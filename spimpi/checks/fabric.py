@@ -41,7 +41,7 @@ class Probe:
 
 def tensor_names() -> list[str]:
     """Names of the fabric's payloads in the trace's table of tensors."""
-    return [f"fabric.{axis}.{kind}" for axis in ("tensor", "pipeline", "data", "replica", "world")
+    return [f"fabric.{axis}.{kind}" for axis in ("tensor", "sequence", "pipeline", "data", "replica", "world")
             for kind in ("sum", "max", "bor", "bxor", "records", "allgather", "broadcast",
                          "handoff")]  # fmt: skip
 
@@ -65,6 +65,11 @@ def probes(ctx) -> list[Probe]:
             Probe("fabric.tensor.allgather", Op.ALLGATHER, moved, ctx.tensor, _allgather),
             record_probe("tensor", ctx.tensor),
         ]
+    if ctx.sequence.size > 1:
+        chosen += [
+            Probe("fabric.sequence.allgather", Op.ALLGATHER, moved, ctx.sequence, _allgather),
+            record_probe("sequence", ctx.sequence),
+        ]
     if ctx.pipeline.size > 1:
         chosen.append(
             Probe("fabric.pipeline.handoff", Op.HANDOFF, moved, ctx.pipeline, _ring),
@@ -74,7 +79,7 @@ def probes(ctx) -> list[Probe]:
             Probe("fabric.data.allgather", Op.ALLGATHER, moved, ctx.data, _allgather),
             record_probe("data", ctx.data),
         ]
-    if ctx.data.size > 1 and ctx.replica.size > 1:
+    if ctx.world.size > ctx.replica.size > 1:
         chosen.append(
             Probe("fabric.replica.bxor", Op.ALLREDUCE_BXOR, computed, ctx.replica, _bxor)
         )

@@ -12,6 +12,7 @@ ROWS = (
     ("weights", "weights", (Stage.WEIGHTS,)),
     ("inference: compute", "inference", (Stage.COMPUTE,)),
     ("inference: tensor", "inference", (Stage.TENSOR,)),
+    ("inference: sequence", "inference", (Stage.SEQUENCE,)),
     ("inference: pipeline", "inference", (Stage.PIPELINE,)),
     ("inference: data", "inference", (Stage.DATA,)),
     ("golden", "inference", (Stage.GOLDEN,)),

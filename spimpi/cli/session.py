@@ -13,9 +13,11 @@ INTERRUPTED = 130  # as a shell reports SIGINT
 
 
 @contextmanager
-def session(timeout: float, expect_ranks: int | None, seeded: bool = False):
+def session(
+    timeout: float, expect_ranks: int | None, seeded: bool = False, sequence: bool = False
+):
     """Yields (the world, a watchdog). Kernels are compiled once a node before that; ``seeded``:
-    those that make weights from a seed too.
+    those that make weights from a seed too; ``sequence``: those of several sequence ranks.
 
     A SpimpiError that all ranks raise passes on. One that some raise alone ends the whole job by
     MPI_Abort, with its own status, since the others would wait; any other exception with status 4.
@@ -31,7 +33,7 @@ def session(timeout: float, expect_ranks: int | None, seeded: bool = False):
     try:
         with Watchdog(timeout, world.rank, host, world.Abort) as watchdog:
             watchdog.at("compiling kernels")
-            import_kernels(world, seeded)
+            import_kernels(world, seeded, sequence)
             yield world, watchdog
         ending.Free()
     except SpimpiError as error:
@@ -97,7 +99,7 @@ def _end_job(world, host, status) -> None:
     world.Abort(status)
 
 
-def import_kernels(world, seeded: bool) -> None:
+def import_kernels(world, seeded: bool, sequence: bool = False) -> None:
     """Import all kernels: a leader on every node compiles them, the others load. Collective."""
     from importlib import import_module
 
@@ -107,4 +109,5 @@ def import_kernels(world, seeded: bool) -> None:
 
     modules = ["spimpi.fingerprint.cpu", "spimpi.inference.model"]
     modules += ["spimpi.inference.checkpoint_seeded"] if seeded else []
+    modules += ["spimpi.inference.sequence"] if sequence else []
     leader_first(world, lambda: [import_module(name) for name in modules])

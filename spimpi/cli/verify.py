@@ -22,7 +22,7 @@ def add_model_arguments(parser) -> None:
 def add_arguments(parser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_model_arguments(parser)
-    parser.add_argument("--topology", metavar="SPEC", help="tp=2,pp=2,dp=2 or exo (default: chosen from world size and model)")
+    parser.add_argument("--topology", metavar="SPEC", help="tp=2,sp=2,pp=2,dp=2 (sp: sequence) or exo (default: chosen from world size and model)")
     parser.add_argument("--memory", metavar="GB,GB,…", help="with --topology exo: memory of each rank")
     parser.add_argument("--exo-rule", default="exo", choices=("exo", "exo-1.0", "exo-0", "gay"), help="how exo gives out layers (default: exo)")
     parser.add_argument("--arith", default="exact", choices=("exact", "blas"), help="exact arithmetic, or plain float32 BLAS for comparison")
@@ -49,7 +49,8 @@ def verify(args) -> int:
     if not args.timeout >= 0:
         msg = f"--timeout must be 0 (never) or a number of seconds, found {args.timeout}"
         raise UsageError(msg)
-    with session(args.timeout, args.expect_ranks, bool(args.config)) as (comm, watchdog):
+    several = "sp" in (args.topology or "")
+    with session(args.timeout, args.expect_ranks, bool(args.config), several) as (comm, watchdog):
         status, finish = _verify(args, comm, watchdog)
     finish()
     return status

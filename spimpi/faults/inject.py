@@ -48,8 +48,11 @@ class Injector:
     def payload(self, tensor, layer, array, first_row) -> None:
         """bitflip, swap, stale and misplace on a payload, after it was fingerprinted.
 
-        ``first_row``: the global row of the array's first one.
+        ``first_row``: the global row of the array's first one, or all its rows' where these are
+        not adjacent.
         """
+        if not array.size:
+            return  # this rank's piece of a microbatch is empty
         for i in self._due(("bitflip", "swap", "misplace", "stale"), tensor, layer):
             before = array.tobytes()
             if self._corrupt(i, array, first_row):
@@ -114,8 +117,8 @@ class Injector:
         for product, tensor in enumerate(("scores", "attn")):
             for i in self._due(("miscompute",), tensor, layer):
                 part, element = self._parts[i], self.faults[i].element
-                row, column = part.local(part.first if element is None else element)
-                row += part.rows.start - first_row
+                element = part.first if element is None else element
+                row, (_, column) = element // part.width - first_row, part.local(element)
                 if 0 <= row < n_rows:
                     self._done(i, True)
                     return np.array([row, product, column], np.int64)
@@ -167,8 +170,11 @@ class Injector:
     def _locate(self, i, element, array, first_row):
         """Flat index in the array of a global linear index; None where it is not in it."""
         part = self._parts[i]
-        row, column = part.local(part.first if element is None else element)
-        row += part.rows.start - first_row
+        element = part.first if element is None else element
+        row, (_, column) = element // part.width - first_row, part.local(element)
+        if isinstance(row, np.ndarray):
+            at = np.flatnonzero(row == 0)
+            row = int(at[0]) if at.size else -1
         if not 0 <= row < array.shape[0]:
             return None
         return row * (array.size // array.shape[0]) + column

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from spimpi.topology.data import rows_of
+from spimpi.topology.sequence import split_rows
 from spimpi.topology.tensor import TensorShard
 
 PAYLOAD = ("bitflip", "swap", "stale", "misplace")
@@ -21,7 +22,7 @@ class TensorPlace:
 
     scope: "layer", or where a tensor that belongs to no layer is: "first" or "last" stage.
     itemsize: bytes in memory, 0 for weights (those of the checkpoint). kinds: what can happen
-    to it; those in ``shared`` only where several tensor ranks share the work (tp > 1).
+    to it; those in ``shared`` only where several ranks of ``axis`` share the work (tp > 1).
     """
 
     name: str
@@ -32,6 +33,7 @@ class TensorPlace:
     shared: tuple[str, ...] = ()
     itemsize: int = 4
     scope: str = "layer"
+    axis: str = "tp"
 
     @property
     def is_weight(self) -> bool:
@@ -60,6 +62,8 @@ PLACES: dict[str, TensorPlace] = {
                     _COPIED, (*PAYLOAD, "drop", "replica"), ("drop", "replica"), scope="first"),
         TensorPlace("qkv", "queries, then keys, then values", "(R, (heads + 2 kv heads)·D)",
                     "split over tp by heads", (*PAYLOAD, "miscompute")),
+        TensorPlace("kv", "keys, then values, of all sequence ranks' rows, as gathered",
+                    "(R, 2·kv heads·D)", "split over tp by heads", PAYLOAD, PAYLOAD, axis="sp"),
         TensorPlace("scores", "query times first key of the row's prompt", "(R, heads)",
                     "split over tp by heads", ("miscompute",), itemsize=8),
         TensorPlace("attn", "attention's output", "(R, heads·D)", "split over tp by heads",
@@ -79,6 +83,8 @@ PLACES: dict[str, TensorPlace] = {
                     (*_SUMMED, "miscompute"), _SUMMED, itemsize=8),
         TensorPlace("hidden", "the layer's output, handed to the next stage", "(R, H)", _COPIED,
                     (*PAYLOAD, "replica"), _REPLICA),
+        TensorPlace("last_rows", "each prompt's last row, as gathered for the head; step 0",
+                    "(prompts, H)", _COPIED, PAYLOAD, PAYLOAD, scope="last", axis="sp"),
         TensorPlace("logits", "logits of each prompt's last row", "(prompts, V)", _SPLIT,
                     (*PAYLOAD, "miscompute"), scope="last"),
         TensorPlace("tokens", "chosen tokens; the ring's closing hop", "(prompts,)", _COPIED,
@@ -103,11 +109,12 @@ PLACES: dict[str, TensorPlace] = {
 class Part:
     """What a rank has of a global tensor: some of its rows, some of its columns.
 
-    A tensor of one dimension counts as a single column.
+    A tensor of one dimension counts as a single column. Rows ascend; those of a sequence rank may
+    have gaps.
     """
 
     shape: tuple[int, ...]
-    rows: range
+    rows: range | tuple[int, ...]
     columns: tuple[range, ...]
 
     @cached_property
@@ -126,7 +133,7 @@ class Part:
     @property
     def first(self) -> int:
         """The global linear index of the part's first element."""
-        return self.rows.start * self.width + next(c for c in self.columns if c).start
+        return self.rows[0] * self.width + next(c for c in self.columns if c).start
 
     def holds(self, element: int) -> bool:
         row, column = divmod(element, self.width)
@@ -153,12 +160,15 @@ def part_of(tensor: str, rank: int, grid, config, lengths, step: int = 0) -> Par
     ``config`` has the model's sizes (spimpi.inference.config.ModelConfig), ``lengths`` are those
     of all prompts, in tokens.
     """
-    d, _, t = grid.coordinates(rank)
+    d, _, s, t = grid.coordinates(rank)
     shard = TensorShard(
         t, grid.tp, config.n_heads, config.n_kv_heads, config.intermediate_size, config.vocab_size
     )
     block = rows_of(lengths, grid.dp, d, step)
     rows, n_rows = range(block.start, block.stop), block.total
+    whole_block = tensor in ("kv", "last_rows")
+    if grid.sp > 1 and not whole_block:
+        rows = _compact(split_rows(lengths, grid, d, step).rows_of(s))
     hidden, n_ffn, vocab = config.hidden_size, config.intermediate_size, config.vocab_size
     q = _range(shard.q(config.head_dim))
     held = shard.kv_heads
@@ -166,11 +176,14 @@ def part_of(tensor: str, rank: int, grid, config, lengths, step: int = 0) -> Par
     ffn, words = _range(shard.ffn()), _range(shard.vocabulary())
     n_q, n_kv = config.n_heads * config.head_dim, config.n_kv_heads * config.head_dim
     single, full = range(1), range(hidden)
-    if tensor in ("logits", "tokens"):
+    if tensor in ("logits", "tokens", "last_rows"):
         own = rows_of(lengths, grid.dp, d, 1)
         rows, n_rows = range(own.start, own.stop), own.total
+        if not whole_block:
+            rows = _compact(split_rows(lengths, grid, d, 1).rows_of(s))
     activations = {
         "qkv": (n_q + 2 * n_kv, q, _shift(kv, n_q), _shift(kv, n_q + n_kv)),
+        "kv": (2 * n_kv, kv, _shift(kv, n_kv)),
         "scores": (config.n_heads, _range(shard.heads)),
         "attn": (n_q, q),
         "gate_up": (2 * n_ffn, ffn, _shift(ffn, n_ffn)),
@@ -193,6 +206,13 @@ def part_of(tensor: str, rank: int, grid, config, lengths, step: int = 0) -> Par
     weights |= dict.fromkeys(("gate_proj", "up_proj"), Part((n_ffn, hidden), ffn, (full,)))
     weights |= dict.fromkeys(("embed_tokens", "lm_head"), Part((vocab, hidden), words, (full,)))
     return weights.get(tensor) or Part((hidden,), full, (single,))
+
+
+def _compact(rows) -> range | tuple[int, ...]:
+    """Ascending rows as a range where they have no gap."""
+    rows = tuple(int(row) for row in rows)
+    whole = range(rows[0], rows[-1] + 1) if rows else range(0)
+    return whole if len(whole) == len(rows) else rows
 
 
 def _range(partition) -> range:

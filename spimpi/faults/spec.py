@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from spimpi.errors import UsageError
 from spimpi.faults.places import PLACES, WEIGHT_BYTES, Part, part_of
-from spimpi.topology.pipeline import microbatches, stage_of, stage_ranges
+from spimpi.topology.pipeline import stage_of, stage_ranges
+from spimpi.topology.sequence import split_rows
 
 EVERYWHERE = ("rank", "layer", "tensor", "step")
 # kind -> (what it does, the keys that it takes beside those of every kind)
@@ -127,8 +128,11 @@ def validate(
         _refuse(fault, f"{fault.kind} of {fault.tensor} needs exact arithmetic, not --arith blas")
     if not 0 <= fault.step < n_steps:
         _refuse(fault, f"steps of this run are 0 (the prefill) to {n_steps - 1}")
-    if grid.tp == 1 and fault.kind in place.shared and not place.is_weight:
+    alone = getattr(grid, place.axis) == 1
+    if alone and fault.kind in place.shared and not place.is_weight:
         _refuse(fault, _why_shared(fault, place))
+    if fault.tensor == "last_rows" and fault.step:
+        _refuse(fault, "last rows are gathered in the prefill alone, step 0")
     tied = fault.tensor == "lm_head" and config.tie_word_embeddings
     if tied and grid.pp == 1:
         _refuse(fault, "the model's head is its embedding: use tensor=embed_tokens")
@@ -138,7 +142,7 @@ def validate(
         _refuse(fault, why)
     _require_elements(fault, part)
     if place.in_layer and not place.is_weight:
-        _require_one_microbatch(fault, part, grid)
+        _require_one_microbatch(fault, part, grid, lengths)
     bits = 8 * item_bytes(fault.tensor, config, exact, weight_itemsize)
     if fault.bit >= bits:
         _refuse(fault, f"an element of {fault.tensor} has {bits} bits, 0 to {bits - 1}")
@@ -173,7 +177,8 @@ def help_text() -> str:
         lines.append(f"  {place.name:<13} {place.shape:<29} {place.held}{where}")
         kinds = [k + "*" * (k in place.shared) for k in place.kinds]
         lines.append(f"  {'':<13} {place.what}: {', '.join(kinds)}")
-    lines += ["", "* where tp > 1", "", f"example: --inject {_example('bitflip')}"]
+    note = "* where tp > 1; of kv and last_rows where sp > 1"
+    lines += ["", note, "", f"example: --inject {_example('bitflip')}"]
     return "\n".join(lines)
 
 
@@ -196,6 +201,8 @@ def _refuse(fault, why):
 
 
 def _why_shared(fault, place):
+    if place.axis == "sp":
+        return f"{fault.tensor} is gathered over sequence ranks, only where sp > 1, and here sp=1"
     if fault.tensor.endswith("_max"):
         return f"{fault.tensor} is reduced over ranks only where tp > 1, and here tp=1"
     if "miscompute" in place.kinds:
@@ -228,8 +235,8 @@ def _require_rank_and_layer(fault, place, grid):
 
 
 def _ranks_of_stage(grid, p):
-    firsts = [grid.rank_of(d, p, 0) for d in range(grid.dp)]
-    return ", ".join(f"{r}-{r + grid.tp - 1}" if grid.tp > 1 else str(r) for r in firsts)
+    firsts, n = [grid.rank_of(d, p, 0, 0) for d in range(grid.dp)], grid.sp * grid.tp
+    return ", ".join(f"{r}-{r + n - 1}" if n > 1 else str(r) for r in firsts)
 
 
 def _require_elements(fault, part: Part):
@@ -245,7 +252,7 @@ def _require_elements(fault, part: Part):
             continue
         if element >= total:
             _refuse(fault, f"{key} must be one of the {total} elements of shape {part.shape}")
-        rows, columns = _span(part.rows), ", ".join(_span(c) for c in part.columns)
+        rows, columns = _spans(part.rows), ", ".join(_span(c) for c in part.columns)
         _refuse(
             fault,
             f"{key} {element} is row {element // part.width}, column {element % part.width} of "
@@ -254,20 +261,35 @@ def _require_elements(fault, part: Part):
         )
 
 
-def _require_one_microbatch(fault, part, grid):
+def _require_one_microbatch(fault, part, grid, lengths):
     if fault.other is None:
         return
+    d, _, s, _ = grid.coordinates(fault.rank)
+    split = split_rows(lengths, grid, d, fault.step)
     element = part.first if fault.element is None else fault.element
-    own = [part.rows.index(e // part.width) for e in (element, fault.other)]
-    blocks = microbatches(len(part.rows), grid.pp, fault.step)
-    if not any(all(start <= row < stop for row in own) for start, stop in blocks):
-        spans = ", ".join(_span(range(start, stop)) for start, stop in blocks)
+    own = [e // part.width for e in (element, fault.other)]
+    if fault.tensor == "kv":
+        blocks = [split.gathered(m) for m in range(len(split.pieces))]
+    else:
+        blocks = [range(*piece) for piece in split.own(s)]
+    if not any(all(row in block for row in own) for block in blocks):
+        spans = "; ".join(_spans(block) for block in blocks if len(block))
         _refuse(
             fault,
-            f"element and other must be in one microbatch, and are in rows {own[0]} and {own[1]} "
-            f"of the rank's, whose microbatches are rows {spans}",
+            f"element and other must be in one microbatch, and are in rows {own[0]} and {own[1]}; "
+            f"the rank's microbatches are rows {spans}",
         )
 
 
 def _span(block: range) -> str:
     return f"{block.start} to {block.stop - 1}"
+
+
+def _spans(rows) -> str:
+    """Ascending rows as spans without a gap."""
+    if isinstance(rows, range):
+        return _span(rows)
+    rows = [int(row) for row in rows]
+    starts = [row for i, row in enumerate(rows) if i == 0 or row != rows[i - 1] + 1]
+    stops = [row + 1 for i, row in enumerate(rows) if i + 1 == len(rows) or rows[i + 1] != row + 1]
+    return ", ".join(_span(range(*ends)) for ends in zip(starts, stops))

@@ -126,14 +126,20 @@ def _quantize(row, n_bits):
 @kernel(
     "void(f4[:,::1], i8[::1], i8[::1], f4[:,::1], f4[:,::1], i8[::1], i8[::1],"
     " f4[:,:,:,::1], i4[:,:,::1], i8[:,:,::1], f4[:,:,:,::1], i4[:,:,::1], i8[:,:,::1],"
-    " i8[::1], i8[::1], f4[:,::1], u8[::1], u8[:,::1], i8, i8, i8[:,::1], u8[:,::1], u8[:,::1])"
+    " i8[::1], i8[::1], f4[:,::1], u8[::1], u8[:,::1], i8, i8, i8[:,::1], u8[:,::1], u8[:,::1],"
+    " f4[:,::1], i8, i8)"
 )
 def attend(
     qkv, sequences, positions, cosines, sines, kv_of_head, settings,
     keys, key_exponents, key_sums, values, value_exponents, value_sums,
     r, fault, out, words, step_keys, layer, first_row, segments, segments_found, made,
+    kv_rows, first_own, first_key,
 ):  # fmt: skip
-    """Append the rows' keys and values to the cache and attend, row after row.
+    """Append keys and values to the cache and attend, row after row.
+
+    Keys and values are those of ``kv_rows``, at columns first_key and on, which are the rows of
+    ``sequences`` and ``positions``; those from first_own on are the rows of qkv, and attend. Under
+    sequence parallelism the others are other ranks'; else kv_rows is qkv.
 
     settings = (head_dim, kv heads here, bits of q·k, bits of p·v, checked, columns of qkv, first
     column of attn here, columns of attn). fault = (row, product,
@@ -151,22 +157,23 @@ def attend(
     result = np.empty(head_dim)
     probabilities = np.empty(keys.shape[2])
     softmax_scale = 1.0 / np.sqrt(np.float64(head_dim))
-    for row in range(qkv.shape[0]):
-        sequence, position = sequences[row], positions[row]
+    for row_of_all in range(kv_rows.shape[0]):
+        row = row_of_all - first_own
+        sequence, position = sequences[row_of_all], positions[row_of_all]
         n_keys = position + 1
         finite = True
         for kv in range(n_kv):
-            at = (n_heads + kv) * head_dim
-            _rotate(qkv[row, at : at + head_dim], position, cosines, sines, row_buffer)
+            at = first_key + kv * head_dim
+            _rotate(kv_rows[row_of_all, at : at + head_dim], position, cosines, sines, row_buffer)
             exponent, good = _quantize(row_buffer, key_bits)
             finite &= good
             key_exponents[sequence, kv, position] = exponent
             for i in range(head_dim):
                 keys[sequence, kv, position, i] = row_buffer[i]
                 key_sums[sequence, kv, i] += np.int64(row_buffer[i]) * r[position]
-            at = (n_heads + n_kv + kv) * head_dim
+            at = first_key + (n_kv + kv) * head_dim
             for i in range(head_dim):
-                row_buffer[i] = qkv[row, at + i]
+                row_buffer[i] = kv_rows[row_of_all, at + i]
             exponent, good = _quantize(row_buffer, value_bits)
             finite &= good
             value_exponents[sequence, kv, position] = exponent
@@ -175,6 +182,8 @@ def attend(
                 values[sequence, kv, position, i] = row_buffer[i]
                 projected += np.int64(row_buffer[i]) * r[i]
             value_sums[sequence, kv, position] = projected
+        if row < 0 or row >= qkv.shape[0]:
+            continue
 
         bad_scores = False
         bad_output = False

@@ -12,13 +12,16 @@ from spimpi.topology.tensor import TensorShard
 CGROUPS = Path("/sys/fs/cgroup")
 
 
-def rank_bytes(ctx, config, itemsize: int, n_prompts: int, n_positions: int, n_rows: int) -> int:
+def rank_bytes(
+    ctx, config, itemsize: int, n_prompts: int, n_positions: int, n_rows: int, n_gathered: int = 0
+) -> int:
     """Bytes that this rank will hold: weights, their check vectors, cache, activations.
 
     Beyond the interpreter and the libraries, which are there already when memory is looked at.
 
     itemsize: of the stored weights (embedding rows stay as stored); n_prompts and n_rows: this
-    rank's; n_positions: longest prompt and new tokens.
+    rank's; n_positions: longest prompt and new tokens; n_gathered: the most rows whose keys and
+    values the sequence ranks gather, 0 where there is one.
     """
     shard = TensorShard(
         ctx.place.t, ctx.grid.tp, config.n_heads, config.n_kv_heads,
@@ -38,6 +41,8 @@ def rank_bytes(ctx, config, itemsize: int, n_prompts: int, n_positions: int, n_r
     if ctx.is_last_stage:
         total += vocabulary * hidden * 4 + 12 * n_prompts * config.vocab_size
     activations = 4 * (8 * hidden + 3 * attn + 4 * kv + 6 * ffn) + 32 * hidden
+    if n_gathered:
+        total += 8 * kv * (n_rows + n_gathered) + 4 * hidden * n_prompts
     return total + n_rows * activations
 
 

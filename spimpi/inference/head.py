@@ -36,7 +36,7 @@ class Head:
     def take(self, x, last: np.ndarray, start: int) -> None:
         """Keep those rows of a microbatch that are the last of their prompt.
 
-        ``last``: which rows of the step those are; ``start``: the microbatch's first row.
+        ``last``: which global rows of the step those are; ``start``: the microbatch's first row.
         """
         chosen = (last >= start) & (last < start + x.shape[0])
         self.rows[chosen] = x[last[chosen] - start]

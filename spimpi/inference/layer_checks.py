@@ -181,7 +181,7 @@ class EventWriter:
                     everyone = records[:, layer, offset + j]
                     rank = culprit(everyone, ledger.merged[layer, offset + j], kind, self.exact)
                     if rank >= 0:
-                        world = ctx.grid.rank_of(ctx.place.d, ctx.place.p, rank)
+                        world = ctx.grid.rank_of(*ctx.place[:3], rank)
                         events["peer"][layer, column] = world
                     else:
                         events["peer"][layer, column] = -1

@@ -88,6 +88,7 @@ class Batch:
     keys: np.ndarray
     space: Workspace
     results: LayerResults
+    gathered: object = None  # sequence.Gathered, where there are several sequence ranks
 
 
 class Layers:
@@ -122,6 +123,7 @@ class Layers:
         kernels.rope_table(frequencies, self.cosines, self.sines)
         self.n_sequences, self.n_positions = n_sequences, n_positions
         self.caches = [self._cache() for _ in part.layers]
+        self.sequence = None  # sequence.SequenceGroup, where there are several sequence ranks
 
     def _cache(self):
         return Cache.empty(
@@ -170,6 +172,15 @@ class Layers:
         )  # fmt: skip
         self._fault("hidden", name, out, b)
         results.times[i, 1] = perf_counter()
+
+    def _keys_and_values(self, i, b):
+        """(rows, their keys and values, which of them is this rank's first, column of the keys).
+
+        Collective over ctx.sequence.
+        """
+        if self.sequence:
+            return b.gathered, self.sequence.gather(i, b.space.qkv, b), b.gathered.first_own, 0
+        return b, b.space.qkv, 0, self.kv_of_head.size * self.config.head_dim
 
     def _fault(self, tensor, layer, array, b, replica=False):
         if self.faults is not None:
@@ -251,15 +262,19 @@ class ExactLayers(Layers):
 
     def _attend(self, i, b):
         cache, results, words = self.caches[i], b.results, self.words
+        rows, kv, first_own, first_key = self._keys_and_values(i, b)
         fault = NO_FAULT
         if self.faults is not None:
             fault = self.faults.in_attention(self.ctx.layers[i], b.first_row, b.n_rows)
         attend(
-            b.space.qkv, b.sequences, b.positions, self.cosines, self.sines, self.kv_of_head,
+            b.space.qkv, rows.sequences, rows.positions, self.cosines, self.sines, self.kv_of_head,
             self.settings, cache.keys, cache.key_exponents, cache.key_sums, cache.values,
             cache.value_exponents, cache.value_sums, self.r, fault, b.space.attn, words, b.keys, i,
             b.first_row, self.segments, results.segments_found, results.rest_expected,
+            kv, first_own, first_key,
         )  # fmt: skip
+        if self.sequence:
+            self.sequence.used(i, kv, self.widths.qkv, b)
         if self.checked:
             results.product_found[i, 1:3] = words[0:4:2]
             results.product_expected[i, 1:3] = words[1:4:2]
@@ -347,8 +362,11 @@ class BlasLayers(Layers):
         rotated = np.concatenate(
             [low * cosines - high * sines, high * cosines + low * sines], axis=2
         )
-        cache.keys[b.sequences, :, b.positions] = rotated[:, n_heads:]
-        cache.values[b.sequences, :, b.positions] = heads[:, n_heads + n_kv :]
+        if self.sequence:
+            self._append_gathered(i, b)
+        else:
+            cache.keys[b.sequences, :, b.positions] = rotated[:, n_heads:]
+            cache.values[b.sequences, :, b.positions] = heads[:, n_heads + n_kv :]
         out = b.space.attn.reshape(b.n_rows, n_heads, d)
         scale = np.float32(1 / np.sqrt(d))
         for sequence in np.unique(b.sequences):
@@ -365,6 +383,20 @@ class BlasLayers(Layers):
                 out[rows, head] = weights @ cache.values[sequence, kv, :n_keys]
         self._fingerprint_qkv(b.results.segments_found[i], i, b)
         self._fingerprint(b.results.rest_expected[i], ATTN, i, b.space.attn, b)
+
+    def _append_gathered(self, i, b):
+        """Keys and values of all sequence ranks' rows, into the cache."""
+        rows, kv, _, _ = self._keys_and_values(i, b)
+        d, n_kv, cache = self.config.head_dim, len(self.part.shard.kv_heads), self.caches[i]
+        heads = kv.reshape(len(kv), 2 * n_kv, d)
+        cosines = self.cosines[rows.positions][:, None]
+        sines = self.sines[rows.positions][:, None]
+        low, high = heads[:, :n_kv, : d // 2], heads[:, :n_kv, d // 2 :]
+        cache.keys[rows.sequences, :, rows.positions] = np.concatenate(
+            [low * cosines - high * sines, high * cosines + low * sines], axis=2
+        )
+        cache.values[rows.sequences, :, rows.positions] = heads[:, n_kv:]
+        self.sequence.used(i, kv, self.widths.qkv, b)
 
     def _reduce(self, tensor, which, i, x, matrix, b):
         space, results = b.space, b.results

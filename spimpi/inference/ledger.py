@@ -116,7 +116,7 @@ class Ledger:
         return self.n_slots - 1 - int(self.places[self.n_slots - 1, 1]) + microbatch
 
     def is_full(self, step: int) -> bool:
-        """Whether the group ends with this step; the same on all tensor ranks."""
+        """Whether the group ends with this step; the same on all tensor and sequence ranks."""
         return self.n_steps == self.size or step == self.facts.n_steps - 1
 
     def start(self) -> None:
@@ -133,7 +133,7 @@ class Ledger:
             {k: v[:n].reshape(together, *v.shape[2:]) for k, v in a.items()}
         )
         took = (perf_counter() - self.opened) / self.n_steps
-        self._pace = min(max(int(SECONDS / took), 1), MOST_STEPS)
+        self.pace = min(max(int(SECONDS / took), 1), MOST_STEPS)
         self.records = self.merged = None
         self.once = ()
         if self.facts.ctx.tensor.size > 1:
@@ -156,11 +156,11 @@ class Ledger:
             words[: n * width].reshape(n, width) for words in (self._own, self._merged)
         )
         self.once = self._merged[n * width : -1]
-        self._pace = int(self._merged["place"][-1])
+        self.pace = int(self._merged["place"][-1])
 
     def close(self) -> None:
         """The group's events are made: the next step opens a new group."""
-        self._open(self._pace)
+        self._open(self.pace)
 
     def comparisons(self) -> list[tuple]:
         """(share, result, absent) of what several ranks put together outside the layers."""
@@ -199,5 +199,5 @@ class Ledger:
             record["xor"] = 0 if share is None else share
             record["every"], record["none"] = result, ~result
         # The ranks differ in how long they took: the smallest pace is everybody's.
-        records["place"][-1] = self._pace
+        records["place"][-1] = self.pace
         return records

@@ -126,7 +126,7 @@ class Links:
             record["fingerprint"] != found or not in_order, t_start=start, step=expected["step"],
             microbatch=expected["microbatch"], layer=layer, bytes=n_bytes,
             sequence=expected["sequence"], repeat=facts.repeat,
-            peer=facts.ctx.grid.rank_of(place.d, sender, place.t),
+            peer=facts.ctx.grid.rank_of(place.d, sender, place.s, place.t),
         )  # fmt: skip
         if not in_order:
             text = describe_mismatch(record, expected)

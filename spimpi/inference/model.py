@@ -18,7 +18,8 @@ from spimpi.inference.once_a_step import StepEvents
 from spimpi.inference.stage_facts import StageFacts
 from spimpi.inference.tensors import GOLDEN_LAYER, Keys, golden_columns
 from spimpi.topology.data import last_rows, rows_of
-from spimpi.topology.pipeline import microbatches, schedule
+from spimpi.topology.pipeline import Schedule
+from spimpi.topology.sequence import split_rows
 from spimpi.trace.schema import Stage as Phase
 from spimpi.watchdog import Unwatched
 
@@ -35,25 +36,26 @@ class Stage:
         watch=None,
     ):  # fmt: skip
         place, grid = ctx.place, ctx.grid
-        prefill, later = (rows_of(lengths, grid.dp, place.d, step) for step in (0, 1))
-        first, last = int(prefill.sequence[0]), int(prefill.sequence[-1])
+        self.splits = [split_rows(lengths, grid, place.d, step) for step in (0, 1)]
+        decoded = self.splits[1].rows_of(place.s)
+        later = self.splits[1].rows
+        self.first_sequence = later.start
+        first = int(decoded[0]) if decoded.size else later.stop
+        self.cuts = [split.own(place.s) for split in self.splits]
         self.facts = StageFacts(
-            ctx, config, part, list(lengths), n_steps, first, last + 1 - first,
-            schedule(grid.pp, prefill.size, later.size, n_steps),
+            ctx, config, part, list(lengths), n_steps, first, decoded.size,
+            Schedule(grid.pp, *map(len, self.cuts), n_steps),
             np.zeros((n_steps, len(golden_columns(config.n_layers))), np.uint64),
             recorder, faults, watch or Unwatched(),
         )  # fmt: skip
         self.ctx, self.config, self.part = ctx, config, part
-        self.cuts = [
-            microbatches(rows.size, grid.pp, step) for step, rows in enumerate((prefill, later))
-        ]
         kind = ExactLayers if exact_arithmetic else BlasLayers
         checked = self.facts.checked
         self.layers = kind(
-            ctx, config, part, self.facts.n_prompts, max(lengths) + n_steps, checked, faults,
+            ctx, config, part, later.size, max(lengths) + n_steps, checked, faults,
             self.facts.watch,
         )  # fmt: skip
-        most = max(stop - start for cuts in self.cuts for start, stop in cuts)
+        most = max(1, *(stop - start for cuts in self.cuts for start, stop in cuts))
         self.space = self.layers.workspace(most)
         self.views = {}
         self.hidden = [np.empty((most, config.hidden_size), np.float32) for _ in range(2)]
@@ -63,6 +65,13 @@ class Stage:
             self.facts, self.cuts, len(part.layers), len(self.layers.segments), held,
             self.layers.shared_at, exact_arithmetic,
         )  # fmt: skip
+        self.sequence = None
+        if grid.sp > 1:
+            from spimpi.inference.sequence import SequenceGroup
+
+            self.sequence = self.layers.sequence = SequenceGroup(
+                self.facts, self.splits, self.layers.segments, len(self.ledger.slots)
+            )
         self.links = Links(self.facts, most, self.keys)
         self.head = None
         if ctx.is_last_stage:
@@ -96,13 +105,13 @@ class Stage:
         """Prefill and greedy decoding; the new tokens [prompts here, steps], None in mid-pipeline.
 
         ``prompts``: token ids of this data rank's prompts, used by the first stage; ``progress`` is
-        told each step as it begins. Collective.
+        told each step as it begins. The tokens are those of facts.n_prompts prompts. Collective.
         """
         self.layers.clear()
         self.ledger.restart()
         self.facts.golden[:] = 0
         self.facts.repeat = repeat
-        tokens = np.concatenate(prompts)
+        tokens = self.own_tokens(prompts)
         made = []
         for step in range(self.facts.n_steps):
             if progress:
@@ -113,8 +122,17 @@ class Stage:
                 made.append(tokens)
         return np.stack(made, axis=1) if made else None
 
+    def own_tokens(self, prompts) -> np.ndarray:
+        """Those tokens of this data rank's prompts that are this rank's rows of the prefill."""
+        prefill = self.splits[0]
+        own = prefill.rows_of(self.ctx.place.s) - prefill.rows.start
+        return np.concatenate(prompts)[own]
+
     def step(self, step: int, tokens) -> np.ndarray | None:
-        """One step; returns the tokens that it chose, on the first and the last stage."""
+        """One step; returns the tokens that it chose, on the first and the last stage.
+
+        ``tokens``: the ids of this rank's rows, used by the first stage.
+        """
         facts, links = self.facts, self.links
         rows = rows_of(facts.lengths, self.ctx.grid.dp, self.ctx.place.d, step)
         cuts = self.cuts[min(step, 1)]
@@ -123,18 +141,23 @@ class Stage:
             facts.faults.begin(step)
         links.begin_step(cuts)
         results = self.ledger.begin(step, [stop - start for start, stop in cuts])
-        last = last_rows(rows)
+        last = rows.start + last_rows(rows)
+        last = last[facts.first_prompt - self.first_sequence :][: facts.n_prompts]
+        at = 0
         for m, (start, stop) in enumerate(cuts):
             batch = self._batch(step, m, rows, start, stop, keys, results[m])
             if self.ctx.is_first_stage:
                 x = self.hidden[1][: stop - start]
-                embed(facts, tokens[start:stop], batch, x)
+                embed(facts, tokens[at : at + stop - start], batch, x)
             else:
                 x = links.receive(batch)
-            self._layers(x, batch, last, start)
+            self._layers(x, batch, last)
             links.done_with(m, cuts)
+            at += stop - start
         chosen = None
         if self.head:
+            if self.sequence and step == 0:
+                self.sequence.gather_last(keys, self.head.rows)
             chosen = links.hand_on_tokens(step, *self.head.sample(step))
         if facts.checked and self.ledger.is_full(step):
             self._close_group(step)
@@ -143,16 +166,22 @@ class Stage:
         return links.receive_tokens(step) if links.from_last else chosen
 
     def _batch(self, step, m, rows, start, stop, keys, results) -> Batch:
-        n = stop - start
+        n, own = stop - start, slice(start - rows.start, stop - rows.start)
         if n not in self.views:
             self.views[n] = self.space.first_rows(n)
+        gathered = None
+        if self.sequence:
+            gathered = self.sequence.rows_of(step, m, rows)
         return Batch(
-            step, m, rows.start + start, n, rows.sequence[start:stop] - self.facts.first_prompt,
-            np.array(rows.position[start:stop]), keys, self.views[n], results,
+            step, m, start, n, rows.sequence[own] - self.first_sequence,
+            np.array(rows.position[own]), keys, self.views[n], results, gathered,
         )  # fmt: skip
 
-    def _layers(self, x, batch, last, start) -> None:
-        """All layers of the stage on one microbatch, then on to the next stage or the head."""
+    def _layers(self, x, batch, last) -> None:
+        """All layers of the stage on one microbatch, then on to the next stage or the head.
+
+        ``last``: the global rows whose logits this rank computes.
+        """
         n_layers, links = len(self.part.layers), self.links
         for i in range(n_layers):
             if i == n_layers - 1 and links.to_next:
@@ -164,11 +193,17 @@ class Stage:
         if links.to_next:
             links.send(batch)
         else:
-            self.head.take(x, last, start)
+            if self.sequence and batch.step == 0:
+                self.sequence.take_last(x, batch)
+            else:
+                self.head.take(x, last, batch.first_row)
             links.check_last(x, batch)
 
     def _close_group(self, step) -> None:
-        """Compare what a group of steps found, and record it. Collective over ctx.tensor."""
+        """Compare what a group of steps found, and record it.
+
+        Collective over ctx.tensor, then over ctx.sequence.
+        """
         facts, ledger = self.facts, self.ledger
         start = perf_counter()
         ledger.start()
@@ -183,6 +218,11 @@ class Stage:
         across = Phase.TENSOR if self.ctx.tensor.size > 1 else Phase.COMPUTE
         spent += perf_counter() - start + ledger.seconds
         seconds[across] = seconds.get(across, 0) + spent
+        if self.sequence:
+            self.sequence.close(ledger)
+            events.append(self.sequence.events(ledger))
+            seconds[Phase.SEQUENCE] = self.sequence.seconds
+            self.sequence.seconds = 0.0
         facts.recorder.add(np.concatenate(events), seconds)
         facts.recorder.flush()
         ledger.close()

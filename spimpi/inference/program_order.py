@@ -9,7 +9,7 @@ from spimpi.trace.schema import Op, Stage
 OPS = (Op.NONFINITE, Op.MATMUL, Op.AT_REST, Op.ALLREDUCE_MAX, Op.ALLREDUCE_SUM, Op.ALLREDUCE_BOR,
        Op.ALLREDUCE_BXOR, Op.ALLGATHER, Op.BROADCAST, Op.AGREEMENT, Op.HANDOFF, Op.CONTENT)  # fmt: skip
 _PHASES = {Stage.FABRIC: 0, Stage.WEIGHTS: 1}
-AFTER_LAYERS = ("logits", "tokens")
+AFTER_LAYERS = ("last_rows", "logits", "tokens")
 # NaN and Inf are met when a tensor is scaled, by row maxima that were reduced before: a corrupted
 # maximum is what comes first.
 SCALED_BY = {"attn": "attn_max", "ffn": "ffn_max"}

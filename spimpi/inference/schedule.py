@@ -24,17 +24,20 @@ def expected_events(ctx, job, n_runs: int, has_golden: bool) -> int:
     steps = range(job.n_tokens)
     held = sum(head in shard.kv_heads for head in shared)
     count += n_runs * sum(_step(ctx, job, held, step) for step in steps)
-    if ctx.is_first_stage and grid.dp > 1:
-        count += n_runs
+    if ctx.is_first_stage:
+        count += n_runs * ((grid.sp > 1) + (grid.dp > 1))  # the tokens, gathered
+    if ctx.is_last_stage and grid.sp > 1:
+        count += n_runs  # the prefill's last rows, gathered
     if ctx.rank == 0 and has_golden:
         count += n_runs * job.n_tokens * (5 * config.n_layers + 3)
     return count
 
 
 def _fabric(grid) -> int:
-    several = grid.dp > 1 and grid.tp * grid.pp > 1
-    probes = 4 * (grid.tp > 1) + (grid.pp > 1) + (grid.dp > 1) + several + 2 * (grid.size > 1)
-    records = (grid.tp > 1) + (grid.dp > 1) + (grid.size > 1)
+    several = grid.dp * grid.sp > 1 and grid.tp * grid.pp > 1
+    probes = 4 * (grid.tp > 1) + (grid.sp > 1) + (grid.pp > 1) + (grid.dp > 1)
+    probes += several + 2 * (grid.size > 1)
+    records = (grid.tp > 1) + (grid.sp > 1) + (grid.dp > 1) + (grid.size > 1)
     return probes * len(SIZES) + records * RECORD_SIZES
 
 
@@ -53,12 +56,19 @@ def _weights(ctx, job, shard, shared) -> int:
 
 def _step(ctx, job, n_shared, step) -> int:
     grid = ctx.grid
-    n = n_microbatches(rows_of(job.lengths, grid.dp, ctx.place.d, step).size, grid.pp, step)
+    rows = rows_of(job.lengths, grid.dp, ctx.place.d, step)
+    if grid.sp == 1:
+        n = n_microbatches(rows.size, grid.pp, step)
+    elif step == 0:
+        n = len(set(rows.sequence.tolist()))  # one a prompt
+    else:
+        n = min(-(-rows.size // grid.sp), 2 if grid.pp > 1 else 1)
     many = grid.tp > 1
     # A layer: five tensors at rest; exact: six products; over tensor ranks: two partial sums at
     # rest, two sums, agreement after attention and of the output; exact: the shared heads that
     # this rank holds, two maxima.
     layer = 5 + 6 * job.exact + many * (6 + (n_shared + 2) * job.exact)
+    layer += grid.sp > 1  # keys and values, gathered
     # Each microbatch: layers, the stage's output at rest, and the embedding's reduction or the
     # hand-off that came in.
     count = n * (len(ctx.layers) * layer + 1 + (many if ctx.is_first_stage else 1))

@@ -15,7 +15,8 @@ from spimpi.watchdog import Unwatched
 class StageFacts:
     """One rank's view of a run: who it is, what it holds, where its checks go.
 
-    first_prompt and n_prompts: this data rank's prompts; golden: this rank's shares of the golden
+    first_prompt and n_prompts: the prompts whose next tokens this rank chooses, those of its data
+    rank (where sequence ranks share these, a block of them); golden: this rank's shares of the golden
     table, uint64 [steps, columns]; repeat: the run's number in this job; watch: told where the
     rank is; ledger: where checks leave their words. recorder None: no checks.
     """
@@ -47,7 +48,7 @@ class StageFacts:
         """World rank of a rank of this tensor group; -1 stays -1."""
         if tensor_rank < 0:
             return -1
-        return self.ctx.grid.rank_of(self.ctx.place.d, self.ctx.place.p, tensor_rank)
+        return self.ctx.grid.rank_of(*self.ctx.place[:3], tensor_rank)
 
     @cached_property
     def end_keys(self) -> np.ndarray:
@@ -69,5 +70,5 @@ class StageFacts:
         return np.ascontiguousarray(self.end_keys[:, 1])
 
     def fingerprint_tokens(self, step: int, tokens, words, slot: int) -> None:
-        """words[slot] = share of this data rank's tokens (int64, adjacent) in a step's tokens."""
+        """words[slot] = share of this rank's tokens (int64, adjacent) in a step's tokens."""
         kernels.fingerprint_tokens(tokens, self.token_keys, step, self.first_prompt, words, slot)

@@ -22,8 +22,8 @@ GOLDEN_LAYER = ("qkv", "attn", "resid", "ffn", "hidden")
 GOLDEN_ENDS = ("embed", "logits", "tokens")
 
 # All tensors of the inference in program order, as `--inject` and the trace name them.
-PROGRAM = ("embed", "qkv", "scores", "attn", "attn_max", "attn_out", "resid", "gate_up", "ffn",
-           "ffn_max", "ffn_out", "hidden", "logits", "tokens")  # fmt: skip
+PROGRAM = ("embed", "qkv", "kv", "scores", "attn", "attn_max", "attn_out", "resid", "gate_up", "ffn",
+           "ffn_max", "ffn_out", "hidden", "last_rows", "logits", "tokens")  # fmt: skip
 
 
 def golden_columns(n_layers: int) -> list[tuple[str, int]]:

@@ -1,4 +1,4 @@
-"""The grid of ranks: tensor × pipeline × data, and how one is chosen or read from text."""
+"""The grid of ranks: tensor × sequence × pipeline × data; how one is chosen or read from text."""
 
 import math
 from dataclasses import dataclass
@@ -8,23 +8,25 @@ from spimpi.errors import UsageError
 from spimpi.partition import balanced_sizes
 from spimpi.topology.exo import RULES, create_exo_partitions
 
-AXES = ("tp", "pp", "dp")
+AXES = ("tp", "sp", "pp", "dp")  # neighbours in the world first
 
 
 class Place(NamedTuple):
-    """A rank's coordinates: data rank ``d``, pipeline stage ``p``, tensor rank ``t``."""
+    """A rank's coordinates: data rank ``d``, pipeline stage ``p``, sequence rank ``s``, tensor
+    rank ``t``."""
 
     d: int
     p: int
+    s: int
     t: int
 
 
 @dataclass(frozen=True)
 class Grid:
-    """``tp`` × ``pp`` × ``dp`` ranks; ``layer_sizes`` are the layers of each pipeline stage.
+    """``tp`` × ``sp`` × ``pp`` × ``dp`` ranks; ``layer_sizes`` are the layers of each stage.
 
-    World rank = (d·pp + p)·tp + t. ``rule`` is the exo rule that gave the layer sizes, for a
-    ring whose last stage hands back to the first; empty for every other topology.
+    World rank = ((d·pp + p)·sp + s)·tp + t. ``rule`` is the exo rule that gave the layer sizes,
+    for a ring whose last stage hands back to the first; empty for every other topology.
     """
 
     tp: int
@@ -32,11 +34,12 @@ class Grid:
     dp: int
     layer_sizes: tuple[int, ...]
     rule: str = ""
+    sp: int = 1
 
     def __post_init__(self):
         object.__setattr__(self, "layer_sizes", tuple(self.layer_sizes))
-        if min(self.tp, self.pp, self.dp) < 1:
-            msg = f"tp, pp and dp must be 1 or more, found {self.text()}"
+        if min(self.tp, self.sp, self.pp, self.dp) < 1:
+            msg = f"tp, sp, pp and dp must be 1 or more, found {self.text()}"
             raise UsageError(msg)
         if len(self.layer_sizes) != self.pp or min(self.layer_sizes) < 1:
             msg = (
@@ -48,7 +51,7 @@ class Grid:
     @property
     def size(self) -> int:
         """The number of ranks."""
-        return self.tp * self.pp * self.dp
+        return self.tp * self.sp * self.pp * self.dp
 
     @property
     def n_layers(self) -> int:
@@ -59,18 +62,21 @@ class Grid:
             msg = f"ranks of {self.text()} are 0..{self.size - 1}, found {rank}"
             raise UsageError(msg)
         rest, t = divmod(rank, self.tp)
+        rest, s = divmod(rest, self.sp)
         d, p = divmod(rest, self.pp)
-        return Place(d, p, t)
+        return Place(d, p, s, t)
 
-    def rank_of(self, d: int, p: int, t: int) -> int:
-        if not (0 <= d < self.dp and 0 <= p < self.pp and 0 <= t < self.tp):
-            msg = f"no rank at d={d}, p={p}, t={t} of {self.text()}"
+    def rank_of(self, d: int, p: int, s: int, t: int) -> int:
+        sizes = (self.dp, self.pp, self.sp, self.tp)
+        if not all(0 <= at < size for at, size in zip((d, p, s, t), sizes)):
+            msg = f"no rank at d={d}, p={p}, s={s}, t={t} of {self.text()}"
             raise UsageError(msg)
-        return (d * self.pp + p) * self.tp + t
+        return ((d * self.pp + p) * self.sp + s) * self.tp + t
 
     def text(self) -> str:
-        """The canonical form, which ``parse`` reads: ``tp=2,pp=2,dp=2``."""
-        return f"tp={self.tp},pp={self.pp},dp={self.dp}"
+        """The canonical form, which ``parse`` reads: ``tp=2,pp=2,dp=2``; sp only where it is not 1."""
+        sequence = f"sp={self.sp}," if self.sp > 1 else ""
+        return f"tp={self.tp},{sequence}pp={self.pp},dp={self.dp}"
 
     def describe(self) -> str:
         """One line for people: the axes and the layers of each stage."""
@@ -83,7 +89,7 @@ def choose(world_size: int, n_heads: int, n_layers: int) -> Grid:
     """The topology of a world size when none is asked for.
 
     tp is the largest divisor of the world size that is at most the number of heads, pp the
-    largest divisor of the rest that is at most the number of layers, dp what is left.
+    largest divisor of the rest that is at most the number of layers, dp what is left. sp is 1.
     """
     _require_positive(world_size, n_heads, n_layers)
     tp = _largest_divisor(world_size, n_heads)
@@ -92,7 +98,7 @@ def choose(world_size: int, n_heads: int, n_layers: int) -> Grid:
 
 
 def parse(text, world_size: int, n_heads: int, n_layers: int, memory=None, rule="exo") -> Grid:
-    """The grid that ``text`` asks for: ``tp=2,pp=2,dp=2``, ``exo``, or None to choose one.
+    """The grid that ``text`` asks for: ``tp=2,sp=2,pp=2,dp=2``, ``exo``, or None to choose one.
 
     Axes that are left out are 1. ``exo`` is a ring of all ranks whose layers follow ``memory``,
     one number a rank (equal where None), by ``rule``; another rule's name instead of ``exo``
@@ -110,11 +116,12 @@ def parse(text, world_size: int, n_heads: int, n_layers: int, memory=None, rule=
     if text is None:
         return choose(world_size, n_heads, n_layers)
     asked = _axes(text)
-    tp, pp, dp = (asked.get(axis, 1) for axis in AXES)
+    tp, sp, pp, dp = (asked.get(axis, 1) for axis in AXES)
     problem = None
-    if tp * pp * dp != world_size:
-        product = tp * pp * dp
-        problem = f"topology {text} is {tp}·{pp}·{dp} = {product} ranks, the world has {world_size}"
+    if tp * sp * pp * dp != world_size:
+        product = tp * sp * pp * dp
+        factors = "·".join(str(asked.get(axis, 1)) for axis in AXES if axis != "sp" or sp > 1)
+        problem = f"topology {text} is {factors} = {product} ranks, the world has {world_size}"
     elif tp > n_heads:
         problem = f"topology {text} has more tensor ranks than the model's {n_heads} heads"
     elif pp > n_layers:
@@ -123,23 +130,29 @@ def parse(text, world_size: int, n_heads: int, n_layers: int, memory=None, rule=
         near = ", ".join(nearest(world_size, asked, n_heads, n_layers))
         msg = f"{problem}; the nearest that fit {world_size} ranks: {near}"
         raise UsageError(msg)
-    return Grid(tp, pp, dp, balanced_sizes(n_layers, pp))
+    return Grid(tp, pp, dp, balanced_sizes(n_layers, pp), sp=sp)
 
 
-def nearest(world_size, asked, n_heads, n_layers, max_dp=None, count=3) -> list[str]:
-    """Topologies of exactly this world size that fit, those that keep most of ``asked`` first."""
+def nearest(world_size, asked, n_heads, n_layers, max_dp=None, count=3, fits=None) -> list[str]:
+    """Topologies of exactly this world size that fit, those that keep most of ``asked`` first.
+
+    sp is more than 1 only where it is asked for. ``fits(axes)`` may refuse more of them.
+    """
+    max_dp = max_dp or world_size
     fitting = [
-        {"tp": tp, "pp": pp, "dp": world_size // (tp * pp)}
+        axes
         for tp in _divisors(world_size)
-        for pp in _divisors(world_size // tp)
-        if tp <= n_heads and pp <= n_layers and world_size // (tp * pp) <= (max_dp or world_size)
+        for sp in (_divisors(world_size // tp) if "sp" in asked else (1,))
+        for pp in _divisors(world_size // (tp * sp))
+        for axes in [{"tp": tp, "sp": sp, "pp": pp, "dp": world_size // (tp * sp * pp)}]
+        if tp <= n_heads and pp <= n_layers and axes["dp"] <= max_dp and (not fits or fits(axes))
     ]
 
     def distance(axes):
         changed = [axis for axis in asked if axes[axis] != asked[axis]]
         far = sum(abs(math.log(axes[axis] / asked[axis])) for axis in changed)
         unasked = sum(axes[axis] > 1 for axis in AXES if axis not in asked)
-        return len(changed), round(far, 9), unasked, axes["dp"], axes["pp"]
+        return len(changed), round(far, 9), unasked, axes["dp"], axes["pp"], axes["sp"]
 
     return [_text(axes, asked) for axes in sorted(fitting, key=distance)[:count]]
 
@@ -172,14 +185,48 @@ def require_prompts(grid: Grid, n_prompts: int, n_heads: int, asked: bool = True
         f"ranks would be idle; give {grid.dp} prompts"
     )
     if asked:
-        axes = {axis: getattr(grid, axis) for axis in AXES}
-        near = nearest(grid.size, axes, n_heads, grid.n_layers, max_dp=n_prompts)
+        near = nearest(grid.size, _axes_of(grid), n_heads, grid.n_layers, max_dp=n_prompts)
         if near:
             msg = f"{problem}, or one of these topologies: {', '.join(near)}"
             raise UsageError(msg)
     sizes = fitting_sizes(grid.size, n_heads, grid.n_layers, n_prompts)
     msg = f"{problem}, or run on {' or '.join(map(str, sizes))} ranks"
     raise UsageError(msg)
+
+
+def require_tokens(grid: Grid, lengths, n_heads: int) -> None:
+    """Raise UsageError where a sequence rank would have no token of any prompt, with what fits.
+
+    ``lengths``: tokens of every prompt. Shorter prompts than sp are fine beside a longer one.
+    """
+
+    def problem(axes):
+        block = balanced_sizes(len(lengths), axes["dp"])
+        for d, size in enumerate(block):
+            longest = max(lengths[sum(block[:d]) :][:size])
+            if longest < axes["sp"]:
+                return d, longest
+        return None
+
+    if grid.sp == 1 or not (found := problem(_axes_of(grid))):
+        return
+    d, longest = found
+    whose = f"the longest prompt of data rank {d}" if grid.dp > 1 else "the longest prompt"
+    near = nearest(
+        grid.size, _axes_of(grid), n_heads, grid.n_layers, max_dp=len(lengths),
+        fits=lambda axes: axes["sp"] == 1 or problem(axes) is None,
+    )  # fmt: skip
+    msg = (
+        f"{grid.text()} splits each prompt over {grid.sp} sequence ranks, and {whose} has "
+        f"{longest} token{'s' * (longest != 1)}: ranks would be idle; give a longer prompt, "
+        + (f"or one of these topologies: {', '.join(near)}" if near else "or run on fewer ranks")
+    )
+    raise UsageError(msg)
+
+
+def _axes_of(grid: Grid) -> dict[str, int]:
+    """The grid as axes that were asked for; sp only where it is used."""
+    return {axis: getattr(grid, axis) for axis in AXES if axis != "sp" or grid.sp > 1}
 
 
 def _ring(world_size, n_layers, memory, rule):
@@ -234,7 +281,7 @@ def _axes(text: str) -> dict[str, int]:
         axis, equals, number = (s.strip() for s in part.partition("="))
         if axis not in AXES or not equals:
             msg = (
-                f"a topology is axes tp, pp and dp as in tp=2,pp=2,dp=2, or one of "
+                f"a topology is axes tp, sp, pp and dp as in tp=2,pp=2,dp=2, or one of "
                 f"{', '.join(RULES)}; found {part.strip()!r} in {text!r}"
             )
             raise UsageError(msg)

@@ -18,6 +18,7 @@ class Stage(IntEnum):
     PIPELINE = 4
     DATA = 5
     GOLDEN = 6
+    SEQUENCE = 7
 
 
 class Op(IntEnum):

@@ -149,13 +149,13 @@ def _where(ctx, event, names, speaker, note, golden_failed) -> Where:
 
 def _tensor_pair(ctx, rank) -> tuple[int, int]:
     place = ctx.grid.coordinates(rank)
-    return tuple(ctx.grid.rank_of(place.d, place.p, t) for t in range(2))
+    return tuple(ctx.grid.rank_of(*place[:3], t) for t in range(2))
 
 
 def established(ctx, job, has_golden: bool) -> Established:
     """What a pass of this run proves."""
     kinds = Established.MOVED
-    if ctx.tensor.size > 1:
+    if ctx.tensor.size > 1 or ctx.sequence.size > 1:
         kinds |= Established.AGREED
     if job.exact:
         kinds |= Established.COMPUTED

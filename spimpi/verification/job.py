@@ -107,6 +107,7 @@ def prepare(request: Request, world_size: int, rank: int = 0) -> Job:
     grids.require_prompts(
         grid, len(prompts.ids), config.n_heads, asked=request.topology is not None
     )
+    grids.require_tokens(grid, [len(ids) for ids in prompts.ids], config.n_heads)
     prompt_texts.check_length(prompts, request.tokens, config)
     if directory is None:
         from spimpi.inference.checkpoint_seeded import SeededCheckpoint

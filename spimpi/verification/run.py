@@ -25,6 +25,7 @@ from spimpi.partition import Slab
 from spimpi.reduction import blocks, together
 from spimpi.topology.data import rows_of
 from spimpi.topology.grid import choose
+from spimpi.topology.sequence import prompts_of, split_rows
 from spimpi.trace.schema import Established, Op
 from spimpi.trace.schema import Stage as Phase
 from spimpi.verification import conclude
@@ -145,12 +146,17 @@ class _Run:
 
     def wanted_bytes(self) -> int:
         ctx, job = self.ctx, self.job
-        rows = self._own_rows()
+        prefill, later = (
+            split_rows(job.lengths, ctx.grid, ctx.place.d, step) for step in (0, 1)
+        )
         itemsize = max(record.itemsize for record in job.checkpoint.tensors.values())
-        most_rows = -(-rows.size // min(rows.size, ctx.grid.pp))
+        most_rows = max(prefill.most_rows, later.most_rows)
+        gathered = 0
+        if ctx.grid.sp > 1:
+            gathered = max(sum(b - a for a, b in m) for m in prefill.pieces + later.pieces)
         return rank_bytes(
-            ctx, job.config, itemsize, np.unique(rows.sequence).size,
-            max(job.lengths) + job.n_tokens, most_rows,
+            ctx, job.config, itemsize, later.rows.size, max(job.lengths) + job.n_tokens, most_rows,
+            gathered,
         )  # fmt: skip
 
     def weights(self):
@@ -215,30 +221,46 @@ class _Run:
         return tokens, repeat + 1
 
     def _gather_tokens(self, tokens, repeat):
-        """Everybody's tokens on the first stage, by a checked allgather over the data ranks."""
+        """Everybody's tokens on the first stage, by checked allgathers over sequence, then data."""
         ctx, job = self.ctx, self.job
         if not ctx.is_first_stage:
             return None
-        if ctx.data.size == 1:
-            return tokens
-        start = perf_counter()
-        shape = (len(job.prompts), job.n_tokens)
-        tag = Tag(ctx.seed, "tokens", -1, 0)
-        gathered = np.empty(shape, np.int64)
-        counts = [
-            rows_of(job.lengths, ctx.grid.dp, d, step=1).size * job.n_tokens
-            for d in range(ctx.grid.dp)
-        ]
-        first = int(self._own_rows().sequence[0])
-        share = np.uint64(fingerprint(tokens, tag, Slab(shape, (first, 0))))
-        ctx.data.Allgatherv(np.ascontiguousarray(tokens), blocks(gathered, counts))
-        result = np.uint64(fingerprint(gathered, tag))
-        found = compare_assembled(ctx.records, ctx.data, share, result)
-        peer = ctx.grid.rank_of(found.rank, 0, ctx.place.t) if found.rank >= 0 else -1
+        place, start = ctx.place, self._own_rows().sequence[0]
+        blocks_of = [rows_of(job.lengths, ctx.grid.dp, d, step=1) for d in range(ctx.grid.dp)]
+        pieces = prompts_of(blocks_of[place.d].size, ctx.grid.sp)
+        if ctx.sequence.size > 1:
+            counts = [stop - first for first, stop in pieces]
+            begin = int(start) + pieces[place.s][0]
+            ranks = [ctx.grid.rank_of(place.d, 0, s, place.t) for s in range(ctx.grid.sp)]
+            tokens = self._gather_over(
+                ctx.sequence, Phase.SEQUENCE, tokens, begin, int(start), counts, ranks, repeat
+            )
+        if ctx.data.size > 1:
+            counts = [block.size for block in blocks_of]
+            ranks = [ctx.grid.rank_of(d, 0, place.s, place.t) for d in range(ctx.grid.dp)]
+            tokens = self._gather_over(
+                ctx.data, Phase.DATA, tokens, int(start), 0, counts, ranks, repeat
+            )
+        return tokens
+
+    def _gather_over(self, comm, phase, tokens, begin, first, counts, ranks, repeat):
+        """The tokens [prompts, steps] of all ranks of ``comm``, gathered and checked.
+
+        begin, first: the first prompt of this rank's, and of the result; counts: each rank's
+        prompts; ranks: their world ranks. Collective over ``comm``.
+        """
+        ctx, job, start = self.ctx, self.job, perf_counter()
+        tag, shape = Tag(ctx.seed, "tokens", -1, 0), (len(job.prompts), job.n_tokens)
+        gathered = np.empty((sum(counts), job.n_tokens), np.int64)
+        share = np.uint64(fingerprint(tokens, tag, Slab(shape, (begin, 0))))
+        sizes = [n * job.n_tokens for n in counts]
+        comm.Allgatherv(np.ascontiguousarray(tokens), blocks(gathered, sizes))
+        result = np.uint64(fingerprint(gathered, tag, Slab(shape, (first, 0))))
+        found = compare_assembled(ctx.records, comm, share, result)
         self.recorder.one(
-            "tokens", Op.ALLGATHER, Phase.DATA, Established.MOVED | Established.AGREED, result,
+            "tokens", Op.ALLGATHER, phase, Established.MOVED | Established.AGREED, result,
             found.expected, found.wrong, t_start=start, repeat=repeat, bytes=gathered.nbytes,
-            step=job.n_tokens - 1, peer=peer,
+            step=job.n_tokens - 1, peer=ranks[found.rank] if found.rank >= 0 else -1,
         )  # fmt: skip
         return gathered
 

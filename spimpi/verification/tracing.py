@@ -89,6 +89,7 @@ def _tensors(job, names) -> list[TensorInfo]:
     activations = {
         "embed": ((-1, hidden), "float32"),
         "qkv": ((-1, attn + 2 * config.n_kv_heads * d), "float32"),
+        "kv": ((-1, 2 * config.n_kv_heads * d), "float32"),
         "scores": ((-1, config.n_heads, -1), "float64"),
         "attn": ((-1, attn), "float32"),
         "attn_max": ((-1,), "uint32"),
@@ -99,6 +100,7 @@ def _tensors(job, names) -> list[TensorInfo]:
         "ffn_max": ((-1,), "uint32"),
         "ffn_out": ((-1, hidden), "int64"),
         "hidden": ((-1, hidden), "float32"),
+        "last_rows": ((n_prompts, hidden), "float32"),
         "logits": ((n_prompts, config.vocab_size), "float32"),
         "tokens": ((n_prompts,), "int64"),
     }

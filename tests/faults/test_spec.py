@@ -40,9 +40,9 @@ def test_what_is_left_out_is_the_prefill_the_first_element_and_the_lowest_bit():
 
 
 def whole_spec(kind, place):
-    """A fault with every key, for a 4-rank tp=4 run with one stage."""
+    """A fault with every key, for a run of one stage."""
     layer = ",layer=3" if place.in_layer else ""
-    step = "" if place.is_weight else ",step=1"
+    step = "" if place.is_weight or place.name == "last_rows" else ",step=1"
     return f"{kind}:rank=1,tensor={place.name}{layer}{step}"
 
 
@@ -50,7 +50,7 @@ def whole_spec(kind, place):
     ("kind", "tensor"), [(kind, place.name) for place in PLACES.values() for kind in place.kinds]
 )
 def test_every_kind_and_place_of_the_table_exists_in_a_run_and_prints_as_it_is_read(kind, tensor):
-    fault = check(whole_spec(kind, PLACES[tensor]), "tp=4,pp=1")
+    fault = check(whole_spec(kind, PLACES[tensor]), "tp=2,sp=2")
     assert parse(str(fault)) == fault
 
 
@@ -140,7 +140,7 @@ def test_a_miscomputed_sum_needs_no_second_rank_but_exact_arithmetic():
 def test_two_swapped_elements_must_meet_in_one_microbatch():
     # 8 rows on this rank, two stages: rows 0-3 and 4-7
     check("swap:rank=0,tensor=hidden,layer=1,element=0,other=511")
-    with pytest.raises(UsageError, match="rows 0 and 4 of the rank's.*0 to 3, 4 to 7"):
+    with pytest.raises(UsageError, match="rows 0 and 4; .*0 to 3; 4 to 7"):
         check("swap:rank=0,tensor=hidden,layer=1,element=0,other=512")
     with pytest.raises(UsageError, match="in one microbatch"):
         check("swap:rank=0,tensor=hidden,layer=1,other=512")
@@ -172,22 +172,49 @@ def test_a_swap_or_shift_of_a_single_element_would_change_nothing():
             check(f"{kind}:rank=0,tensor=tokens", "tp=1,dp=4")
 
 
-@pytest.mark.parametrize("tp", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize(("tp", "sp"), [(1, 1), (2, 1), (3, 1), (5, 1), (8, 1), (1, 2), (2, 5)])
 @pytest.mark.parametrize("tensor", PLACES)
 @pytest.mark.parametrize("step", [0, 2])
-def test_the_parts_of_all_ranks_cover_a_tensor(tensor, tp, step):
-    grid = grid_of(f"tp={tp},dp=2", 2 * tp, 8, 8)
+def test_the_parts_of_all_ranks_cover_a_tensor(tensor, tp, sp, step):
+    grid = grid_of(f"tp={tp},sp={sp},dp=2", 2 * sp * tp, 8, 8)
     parts = [part_of(tensor, rank, grid, TINY, LENGTHS, step) for rank in range(grid.size)]
     (shape,) = {part.shape for part in parts}
     n = shape[0] * parts[0].width
     for element in {0, n - 1, n // 2, n // 3, 7 * n // 9}:
         assert any(part.holds(element) for part in parts)
     for part in parts:
+        if not part.size:
+            assert sp > 2  # more sequence ranks than tokens or prompts
+            continue
         assert part.holds(part.first) and part.local(part.first) == (0, 0)
         width = part.size // len(part.rows)
         held = [e for e in range(part.first, min(n, part.first + 2 * part.width)) if part.holds(e)]
         cells = [part.local(e) for e in held]
         assert cells == sorted(cells) and all(c < width for _, c in cells)
+
+
+def test_the_rows_of_a_sequence_rank_may_have_gaps():
+    grid = grid_of("sp=2", 2, 8, 8)
+    assert part_of("hidden", 1, grid, TINY, LENGTHS).rows == (3, 4, 7, 10, 11, 13)
+    assert part_of("hidden", 1, grid, TINY, LENGTHS, 1).rows == range(2, 4)
+    assert part_of("kv", 1, grid, TINY, LENGTHS).rows == range(14)
+    text = "bitflip:rank=1,tensor=hidden,layer=1,element=640"  # row 5
+    with pytest.raises(UsageError, match="rank 1 has rows 3 to 4, 7 to 7, 10 to 11, 13 to 13, "):
+        check(text, "sp=2")
+    check("swap:rank=1,tensor=kv,layer=1,element=256,other=0", "sp=2")
+    with pytest.raises(UsageError, match="rows 0 and 5; .* 0 to 4; 5 to 7; 8 to 11; 12 to 13"):
+        check("swap:rank=1,tensor=kv,layer=1,element=0,other=640", "sp=2")
+    with pytest.raises(UsageError, match="rows 1 and 0; .* 0 to 0, 2 to 2; 1 to 1, 3 to 3"):
+        check("swap:rank=1,tensor=kv,layer=1,element=128,other=0,step=1", "sp=2,pp=2")
+
+
+def test_gathers_over_sequence_ranks_need_more_than_one():
+    for text in ("stale:rank=0,tensor=kv,layer=1", "bitflip:rank=0,tensor=last_rows"):
+        check(text, "sp=2")
+        with pytest.raises(UsageError, match="only where sp > 1, and here sp=1"):
+            check(text, "tp=2")
+    with pytest.raises(UsageError, match="in the prefill alone"):
+        check("bitflip:rank=0,tensor=last_rows,step=1", "sp=2")
 
 
 def test_queries_keys_and_values_lie_behind_each_other():

@@ -27,7 +27,7 @@ def run(qkv, sequences, positions, cache, fault=NO_FAULT):
         qkv, np.asarray(sequences), np.asarray(positions), cosines, sines, kv_of_head, settings,
         cache.keys, cache.key_exponents, cache.key_sums, cache.values, cache.value_exponents,
         cache.value_sums, odd_vector(np.uint64(3), POSITIONS), np.asarray(fault), out, words,
-        keys, 0, 0, segments, found, np.zeros((1, 7), np.uint64),
+        keys, 0, 0, segments, found, np.zeros((1, 7), np.uint64), qkv, 0, HEADS * D,
     )  # fmt: skip
     return out, words
 

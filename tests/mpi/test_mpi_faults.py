@@ -64,7 +64,7 @@ def _changes_something(fault, job, golden):
         return False
     if (fault.kind, fault.tensor) != ("drop", "embed"):
         return True
-    d, _, t = job.grid.coordinates(fault.rank)
+    d, _, _, t = job.grid.coordinates(fault.rank)
     starts = np.cumsum([0, *np.full(job.grid.tp, 37 // job.grid.tp)])
     starts += np.minimum(np.arange(job.grid.tp + 1), 37 % job.grid.tp)
     fed = _ids_fed(job, golden, d, fault.step)

@@ -5,21 +5,29 @@ from decimal import Decimal
 import pytest
 
 from spimpi.errors import UsageError
-from spimpi.topology.grid import Grid, choose, fitting_sizes, nearest, parse, require_prompts
+from spimpi.topology.grid import (
+    Grid, choose, fitting_sizes, nearest, parse, require_prompts, require_tokens,
+)  # fmt: skip
 
 HEADS, LAYERS = 8, 8
 
 
-def test_world_rank_runs_over_tensor_then_pipeline_then_data():
-    grid = Grid(2, 3, 4, (1, 1, 1))
-    places = [(d, p, t) for d in range(4) for p in range(3) for t in range(2)]
-    assert [tuple(grid.coordinates(rank)) for rank in range(24)] == places
-    assert [grid.rank_of(*place) for place in places] == list(range(24))
-    for wrong in (-1, 24):
-        with pytest.raises(UsageError, match="0..23"):
+@pytest.mark.parametrize("sp", [1, 5])
+def test_world_rank_runs_over_tensor_then_sequence_then_pipeline_then_data(sp):
+    grid = Grid(2, 3, 4, (1, 1, 1), sp=sp)
+    places = [
+        (d, p, s, t) for d in range(4) for p in range(3) for s in range(sp) for t in range(2)
+    ]
+    n = 24 * sp
+    assert grid.size == n
+    assert [tuple(grid.coordinates(rank)) for rank in range(n)] == places
+    assert [grid.rank_of(*place) for place in places] == list(range(n))
+    for wrong in (-1, n):
+        with pytest.raises(UsageError, match=f"0..{n - 1}"):
             grid.coordinates(wrong)
-    with pytest.raises(UsageError, match="no rank at"):
-        grid.rank_of(0, 3, 0)
+    for wrong in ((0, 3, 0, 0), (0, 0, sp, 0), (0, 0, -1, 0)):
+        with pytest.raises(UsageError, match="no rank at"):
+            grid.rank_of(*wrong)
 
 
 @pytest.mark.parametrize("world_size", range(1, 65))
@@ -44,7 +52,13 @@ def test_64_ranks_on_the_embedded_shapes_are_8_by_8():
 def test_axes_left_out_are_one_and_the_text_round_trips():
     grid = parse("pp=3, tp=2", 6, HEADS, LAYERS)
     assert (grid.tp, grid.pp, grid.dp, grid.layer_sizes) == (2, 3, 1, (3, 3, 2))
+    assert grid.sp == 1 and grid.text() == "tp=2,pp=3,dp=1"
     assert parse(grid.text(), 6, HEADS, LAYERS) == grid
+    grid = parse("sp=5,dp=2", 10, HEADS, LAYERS)
+    assert (grid.tp, grid.sp, grid.pp, grid.dp) == (1, 5, 1, 2)
+    assert grid.text() == "tp=1,sp=5,pp=1,dp=2"
+    assert parse(grid.text(), 10, HEADS, LAYERS) == grid
+    assert parse("tp=2,sp=1,pp=2", 4, HEADS, LAYERS) == parse("tp=2,pp=2", 4, HEADS, LAYERS)
     assert parse(None, 6, HEADS, LAYERS) == choose(6, HEADS, LAYERS)
 
 
@@ -59,7 +73,10 @@ def test_axes_left_out_are_one_and_the_text_round_trips():
         ("tp=-2", "1 or more"),
         ("tp=²", "1 or more"),
         ("tp", "as in tp=2,pp=2,dp=2"),
-        ("sp=8", "'sp=8'"),
+        ("cp=8", "'cp=8'"),
+        ("sp=3", "1·3·1·1 = 3 ranks, the world has 8; the nearest that fit 8 ranks: tp=2,sp=4"),
+        ("sp=0,tp=8", "sp must be a whole number of 1 or more"),
+        ("sp=2,sp=4", "gives sp twice"),
         ("", "found ''"),
         ("ring", "exo, exo-1.0, exo-0, gay"),
     ],
@@ -76,6 +93,26 @@ def test_the_nearest_topologies_keep_the_axes_that_were_asked_for():
     assert nearest(16, {"tp": 16}, HEADS, LAYERS)[0] == "tp=8,pp=2"
     for text in nearest(24, {"tp": 5, "dp": 5}, HEADS, LAYERS):
         assert parse(text, 24, HEADS, LAYERS).size == 24
+
+
+def test_sequence_ranks_are_only_where_they_are_asked_for():
+    for asked in ({"tp": 16}, {"pp": 5, "dp": 3}):
+        assert not any("sp" in text for text in nearest(16, asked, HEADS, LAYERS))
+    for text in nearest(12, {"sp": 5, "tp": 2}, HEADS, LAYERS):
+        assert "sp=" in text and parse(text, 12, HEADS, LAYERS).size == 12
+    assert choose(997, HEADS, LAYERS).sp == 1
+
+
+def test_sequence_ranks_without_a_token_are_refused_with_the_nearest_that_fits():
+    grid = parse("sp=4,tp=2", 8, HEADS, LAYERS)
+    require_tokens(grid, [1, 2, 4], HEADS)
+    with pytest.raises(UsageError, match="the longest prompt has 3 tokens.*: tp=4,sp=2,pp=1,dp=1"):
+        require_tokens(grid, [1, 3], HEADS)
+    grid = parse("sp=3,dp=2", 6, HEADS, LAYERS)
+    require_tokens(grid, [3, 1, 4], HEADS)  # data rank 0 has the first two
+    with pytest.raises(UsageError, match="the longest prompt of data rank 1 has 2 tokens"):
+        require_tokens(grid, [9, 9, 2], HEADS)
+    require_tokens(parse("dp=2", 2, HEADS, LAYERS), [1, 1], HEADS)
 
 
 def test_an_exo_ring_is_a_pipeline_of_all_ranks_by_memory():

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from spimpi.errors import UsageError
 from spimpi.topology.data import last_rows, prompt_block, rows_of
-from spimpi.topology.grid import choose
+from spimpi.topology.grid import Grid, choose
 from spimpi.topology.pipeline import Schedule, microbatches, schedule, stage_of, stage_ranges
+from spimpi.topology.sequence import last_row_holders, split_rows
 from spimpi.topology.tensor import TensorShard, tensor_shards
 
 SHAPES = [(8, 4), (32, 8), (24, 8), (6, 1), (7, 7)]
@@ -137,6 +138,59 @@ def test_data_ranks_hold_each_row_once_and_know_what_it_is(lengths_dp, step):
         assert len(chosen) == len(ends)
 
 
+lengths_and_grid = lengths_and_dp.flatmap(
+    lambda pair: st.tuples(
+        st.just(pair[0]), st.just(pair[1]), st.integers(1, 6), st.integers(1, 4)
+    )
+)
+
+
+@given(lengths_and_grid, st.integers(0, 3))
+def test_sequence_ranks_hold_each_row_once_and_adjacent_in_every_microbatch(facts, step):
+    lengths, dp, sp, pp = facts
+    grid = Grid(1, pp, dp, (1,) * pp, sp=sp)
+    rows = []
+    for d in range(dp):
+        split = split_rows(lengths, grid, d, step)
+        plain = rows_of(lengths, dp, d, step)
+        own = [split.rows_of(s) for s in range(sp)]
+        assert sorted(np.concatenate(own)) == [*range(plain.start, plain.stop)]
+        gathered = [split.gathered(m) for m in range(len(split.pieces))]
+        assert sorted(np.concatenate(gathered)) == [*range(plain.start, plain.stop)]
+        assert {len(piece) for piece in split.pieces} == {sp}
+        for s in range(sp):
+            assert (np.diff(own[s]) > 0).all()
+            assert split.own(s) == [piece[s] for piece in split.pieces]
+        for piece, together in zip(split.pieces, gathered):
+            sizes = [stop - start for start, stop in piece]
+            assert min(sizes) >= 0 and max(sizes) <= split.most_rows
+            # Keys are appended in the order in which they are gathered, hence of their positions.
+            at = together - plain.start
+            for prompt in np.unique(plain.sequence[at]):
+                of_prompt = plain.position[at][plain.sequence[at] == prompt]
+                assert (np.diff(of_prompt) == 1).all()
+            if sp > 1 and step == 0:
+                assert np.unique(plain.sequence[at]).size == 1 and max(sizes) - min(sizes) <= 1
+        if sp > 1 and step > 0:
+            assert max(map(len, own)) - min(map(len, own)) <= 1
+            n = len(own[0])
+            assert len(split.pieces) == min(n, 2 if pp > 1 else 1)
+        if sp > 1 and step == 0:
+            holders = last_row_holders(split)
+            ends = [prompt[-1] for prompt in gathered]
+            assert all(end in own[s] for end, s in zip(ends, holders))
+        rows += [row for s in range(sp) for row in own[s]]
+    assert sorted(rows) == [*range(len(lengths) if step else sum(lengths))]
+
+
+def test_a_prompt_of_128_tokens_over_two_ranks():
+    split = split_rows([128], Grid(1, 1, 1, (1,), sp=2), 0)
+    assert split.pieces == [[(0, 64), (64, 128)]]
+    split = split_rows([3, 5], Grid(1, 1, 1, (1,), sp=4), 0)
+    assert split.pieces == [[(0, 1), (1, 2), (2, 3), (3, 3)], [(3, 5), (5, 6), (6, 7), (7, 8)]]
+    assert last_row_holders(split) == [2, 3]
+
+
 def test_fewer_prompts_than_data_ranks_are_refused():
     with pytest.raises(UsageError, match="need at least 3 prompts, found 2"):
         prompt_block(2, 3, 0)
@@ -152,7 +206,7 @@ def test_at_every_world_size_each_piece_of_work_has_exactly_one_owner(world_size
     stages = stage_ranges(grid.layer_sizes)
     owned = Counter()
     for rank in range(world_size):
-        d, p, t = grid.coordinates(rank)
+        d, p, _, t = grid.coordinates(rank)
         shard = TensorShard(t, grid.tp, 8, 4, 352, 256)
         rows = rows_of(lengths, grid.dp, d)
         for layer in stages[p]:

@@ -1,0 +1,444 @@
+"""Sequence parallelism: prompts split over ranks, keys and values gathered, the same bits."""
+
+from dataclasses import replace
+from itertools import count
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+from mpi_helpers import GROUPED, IDS, first_ranks, golden_of, quick_fabric, verify
+
+from spimpi.checks.fabric import SIZES, check_fabric, probes, tensor_names
+from spimpi.checks.recorder import Recorder
+from spimpi.context import DistributedContext
+from spimpi.errors import UsageError
+from spimpi.faults import PLACES, Fault, part_of, validate
+from spimpi.inference import sequence
+from spimpi.inference.checkpoint import open_checkpoint
+from spimpi.inference.config import load_config
+from spimpi.inference.golden import EMBEDDED_GOLDEN
+from spimpi.inference.model import Stage
+from spimpi.inference.schedule import expected_events
+from spimpi.inference.weights import Loader
+from spimpi.topology.grid import choose, parse
+from spimpi.trace.schema import Established, Op
+from spimpi.trace.schema import Stage as Phase
+from spimpi.verification import run
+from spimpi.verification.job import Request, prepare
+from spimpi.verification.run import verify_distributed_inference
+
+pytestmark = pytest.mark.mpi(min_size=2)
+
+GRIDS = {
+    2: ["sp=2"],
+    3: ["sp=3"],
+    4: ["sp=4", "tp=2,sp=2", "sp=2,pp=2", "sp=2,dp=2"],
+    5: ["sp=5"],
+    6: ["tp=3,sp=2", "sp=3,pp=2", "tp=2,sp=3", "sp=3,dp=2"],
+    8: ["tp=2,sp=2,pp=2", "sp=2,pp=2,dp=2", "sp=7,dp=1,tp=1,pp=1"],
+}
+MOVED, AGREED, COMPUTED, EXPECTED = Established
+
+
+def grids(comm, heads=8, layers=8, pieces=None):
+    """(ranks, topology) of all grids with several sequence ranks that fit in the test's world."""
+    for n, topologies in GRIDS.items():
+        for text in topologies if n <= comm.size else ():
+            axes = dict(part.split("=") for part in text.split(","))
+            size = np.prod([int(x) for x in axes.values()])
+            if int(axes.get("tp", 1)) <= heads and int(axes.get("pp", 1)) <= layers:
+                yield int(size), text
+
+
+# The same bits
+
+
+@pytest.mark.wheels
+def test_every_grid_reproduces_the_embedded_model_s_golden_file(comm, monkeypatch):
+    quick_fabric(monkeypatch)
+    for n, topology in grids(comm):
+        with first_ranks(comm, n) as part:
+            if part is None:
+                continue
+            outcome = verify(part, topology=topology, tokens=5)
+            assert outcome.verdict, (topology, str(outcome.verdict))
+            assert outcome.expected_from == str(EMBEDDED_GOLDEN)
+            assert outcome.totals[Phase.GOLDEN].checks == 5 * (5 * 8 + 3)
+            assert outcome.totals[Phase.SEQUENCE].checks > 0
+            assert outcome.verdict.established == MOVED | AGREED | COMPUTED | EXPECTED
+
+
+@pytest.mark.wheels
+def test_prompts_of_any_length_give_the_same_bits_on_every_grid(comm, model, monkeypatch):
+    """IDS has prompts of 1 to 11 tokens: most are shorter than some grid's sequence group, and six
+    heads with two key/value heads are cut unevenly by tp=3."""
+    quick_fabric(monkeypatch)
+    wishes = dict(model=str(model("grouped", **GROUPED)), prompt_ids=IDS, tokens=4)
+    golden = golden_of(comm, **wishes)
+    for n, topology in grids(comm, 6, 3):
+        with first_ranks(comm, n) as part:
+            if part is None:
+                continue
+            outcome = verify(part, golden, topology=topology, repeat=2, **wishes)
+            assert outcome.verdict, (topology, str(outcome.verdict))
+            assert outcome.completed_runs == 2
+            if part.rank == 0:
+                assert np.array_equal(outcome.tokens, golden.tokens), topology
+
+
+def test_fewer_prompts_than_sequence_ranks_leave_pieces_empty(comm, model, monkeypatch):
+    quick_fabric(monkeypatch)
+    for prompts in (("3,1,4,1,5,9,2,6",), ("6", "3,1,4,1,5,9,2,6,5", "7,8")):
+        wishes = dict(model=str(model("grouped", **GROUPED)), prompt_ids=prompts, tokens=3)
+        golden = golden_of(comm, **wishes)
+        topologies = [f"sp={comm.size}"] + ["sp=2,pp=2"] * (comm.size == 4)
+        for topology in topologies:
+            outcome = verify(comm, golden, topology=topology, **wishes)
+            assert outcome.verdict, (topology, str(outcome.verdict))
+            if comm.rank == 0:
+                assert np.array_equal(outcome.tokens, golden.tokens)
+
+
+def test_float32_blas_runs_over_sequence_ranks_too(comm, monkeypatch):
+    quick_fabric(monkeypatch)
+    plain = golden_of(comm, tokens=4)
+    outcome = verify(comm, topology=f"sp={comm.size}", tokens=4, arith="blas")
+    assert outcome.verdict, str(outcome.verdict)
+    assert outcome.totals[Phase.SEQUENCE].checks > 0
+    if comm.rank == 0:
+        assert np.array_equal(outcome.tokens, plain.tokens)
+    fault = f"bitflip:rank={comm.size - 1},tensor=kv,layer=1,bit=20"
+    where = verify(
+        comm, topology=f"sp={comm.size}", tokens=2, arith="blas", faults=(fault,)
+    ).verdict.where
+    assert (where.tensor, where.layer, where.rank) == ("kv", 1, comm.size - 1)
+
+
+SEQUENCES = [
+    np.array(ids, np.int64)
+    for ids in ([3, 1, 4, 1, 5, 9, 2, 6], [35, 8, 9, 7, 9], [2, 7, 1, 8, 2, 8, 1, 8, 2, 8, 4])
+]
+
+
+def _logits(comm, grid, directory, prefilled, rest):
+    """(first prompt, first column, this rank's logits) after the prefill and each token fed later."""
+    config, found = load_config(directory), []
+    with DistributedContext(comm, grid) as ctx:
+        part = Loader(ctx, config, open_checkpoint(directory, config), True).load()
+        n_steps = 1 + len(rest[0])
+        stage = Stage(ctx, config, part, [len(p) for p in prefilled], n_steps, True, None)
+        rows = stage.splits[1].rows
+        tokens = stage.own_tokens(prefilled[rows.start : rows.stop])
+        first = stage.facts.first_prompt
+        own = range(first, first + stage.facts.n_prompts)
+        for step in range(n_steps):
+            stage.step(step, tokens)
+            if ctx.is_last_stage:
+                found.append((first, part.shard.vocabulary().start, stage.head.logits.copy()))
+            if step < n_steps - 1:
+                tokens = np.array([rest[i][step] for i in own], np.int64)
+    return found
+
+
+@pytest.mark.wheels
+def test_prefill_and_decoding_give_the_bits_of_one_rank_alone(comm, model):
+    directory, one = model("grouped", **GROUPED), choose(1, 6, 3)
+    truth = [
+        [_logits(MPI.COMM_SELF, one, directory, [s[: n + 1]], [[]])[0][2][0] for n in range(len(s))]
+        for s in SEQUENCES
+    ]
+    for n, topology in grids(comm, 6, 3):
+        if "dp" in topology or "sp=7" in topology:
+            continue
+        with first_ranks(comm, n) as part:
+            if part is None:
+                continue
+            for n_later in (0, 1, 4):
+                prefilled = [s[: len(s) - n_later] for s in SEQUENCES]
+                rest = [s[len(s) - n_later :] for s in SEQUENCES]
+                grid = parse(topology, n, 6, 3)
+                steps = _logits(part, grid, directory, prefilled, rest)
+                compared = 0
+                for step, (first, column, logits) in enumerate(steps):
+                    for i, row in enumerate(logits):
+                        whole = truth[first + i][len(SEQUENCES[first + i]) - n_later + step - 1]
+                        own = whole[column : column + row.size]
+                        assert row.tobytes() == own.tobytes(), (topology, n_later, step, i)
+                        compared += 1
+                total = part.allreduce(compared)
+                assert total == grid.tp * len(SEQUENCES) * (1 + n_later)
+
+
+# The number of checks
+
+
+def test_the_number_of_checks_is_what_counting_by_hand_gives(comm, model):
+    """Three layers, two tokens, eight prompts, on two sequence ranks."""
+    fabric = 5 * (1 + 2 + 1) + 3 * (1 + 1)  # allgather; bxor, broadcast; bxor of a replica? no: tp=1
+    fabric -= 5  # a replica of one rank has no bxor of its own
+    layer = 5 + 6 + 1  # tensors at rest, products, keys and values gathered
+    # Prefill: eight microbatches, one a prompt, of three layers and the output at rest; the later
+    # step: one. Each step: the head's product, logits and tokens at rest. Once: the last rows and
+    # the tokens, gathered.
+    one = (8 + 1) * (3 * layer + 1) + 2 * 3 + 1 + 1
+    golden = 2 * (1 + 3 * 5 + 1 + 1)
+    by_hand = 2 * (fabric + 3 * 9 + 3 + one) + golden
+    with first_ranks(comm, 2) as part:
+        if part:
+            outcome = verify(
+                part, model=str(model("grouped", **GROUPED)), prompt_ids=IDS, tokens=2,
+                topology="sp=2",
+            )  # fmt: skip
+            assert outcome.verdict, str(outcome.verdict)
+            assert outcome.n_events == by_hand
+
+
+def test_every_rank_records_what_the_closed_form_says(comm, model, monkeypatch):
+    quick_fabric(monkeypatch)
+    recorded, conclude = [], run._Run._conclude
+
+    def also_note(self, tokens, runs):
+        due = expected_events(self.ctx, self.job, runs, self.has_golden)
+        recorded.append((self.recorder.n_events, due))
+        return conclude(self, tokens, runs)
+
+    monkeypatch.setattr(run._Run, "_conclude", also_note)
+    for exact in ("exact", "blas"):
+        for n, topology in grids(comm, 6, 3):
+            with first_ranks(comm, n) as part:
+                if part:
+                    verify(
+                        part, model=str(model("grouped", **GROUPED)), prompt_ids=IDS, tokens=3,
+                        topology=topology, repeat=2, arith=exact,
+                    )  # fmt: skip
+                    found, due = recorded.pop()
+                    assert found == due, (topology, part.rank)
+
+
+def test_a_gather_that_is_not_checked_makes_the_run_incomplete(comm, model, monkeypatch):
+    quick_fabric(monkeypatch)
+    events = sequence.SequenceGroup.events
+    left_out = []
+
+    def forgetful(self, ledger):
+        made = events(self, ledger)
+        if self.rank == 1 and not left_out:
+            left_out.append(made[0])
+            made = made[1:]
+        return made
+
+    monkeypatch.setattr(sequence.SequenceGroup, "events", forgetful)
+    outcome = verify(comm, topology=f"sp={comm.size}", tokens=2)
+    assert outcome.n_failed == 0 and outcome.exit_status == 3
+    due = outcome.n_events + 1
+    assert f"{due} checks were due, {outcome.n_events} were recorded" in str(outcome.verdict)
+
+
+# Faults
+
+FAULT_IDS = ("3,14,1,25,9,2,31", "36,5", "35,8,19,7", "12,24,30,3,17")
+BITS = (0, 30, 12, 31)
+
+
+def _faults(job, n_steps):
+    """Each kind of fault at each place, in the prefill and later, on ranks, layers and elements in
+    turn; the new places on every rank."""
+    turn = count()
+    for name, place in PLACES.items():
+        new = name in ("kv", "last_rows")
+        for kind in place.kinds:
+            for step in (0,) if place.is_weight else (0, n_steps - 1):
+                i = next(turn)
+                layers = range(job.config.n_layers) if place.in_layer else (-1,)
+                able = [
+                    fault
+                    for rank in range(job.grid.size)
+                    for layer in layers
+                    for bit in [BITS[i % 4] if kind == "bitflip" else 0]
+                    for fault in [Fault(kind, rank, name, layer, step, bit=bit)]
+                    if _exists(fault, job, n_steps)
+                ]
+                for at in range(0, len(able), 2) if new else [5 * i % len(able)] if able else ():
+                    fault = able[at]
+                    if kind == "bitflip" and i % 2:
+                        part = part_of(
+                            name, fault.rank, job.grid, job.config, job.lengths, fault.step
+                        )
+                        column = [block for block in part.columns if block][-1][-1]
+                        last = part.rows[-1] * part.width + column
+                        fault = replace(fault, element=last)
+                    yield fault
+
+
+def _exists(fault, job, n_steps):
+    if (fault.kind, fault.tensor) == ("drop", "embed"):
+        return False  # needs a row of the rank's words: in test_mpi_faults.py
+    try:
+        validate(fault, job.grid, job.config, job.lengths, n_steps)
+    except UsageError:
+        return False
+    return True
+
+
+@pytest.mark.wheels
+@pytest.mark.parametrize("topology", ["sp=2", "sp=3", "sp=2,pp=2", "tp=2,sp=2", "sp=2,dp=2"])
+def test_every_fault_is_caught_where_it_was_injected(comm, model, monkeypatch, topology):
+    n = int(np.prod([int(axis[3:]) for axis in topology.split(",")]))
+    if comm.size != n:
+        pytest.skip(f"a topology of {n} ranks")
+    quick_fabric(monkeypatch)
+    wishes = dict(model=str(model("grouped", **GROUPED)), prompt_ids=FAULT_IDS, tokens=3)
+    golden = golden_of(comm, **wishes) if "tp=2" in topology else None
+    if golden is None:
+        monkeypatch.setattr(run, "GOLDEN_BYTES", 0)  # the checks on the ranks are enough
+    job = prepare(Request(**wishes, topology=topology), n)
+    missed, places = [], set()
+    for fault in _faults(job, 3):
+        places.add((fault.tensor, fault.kind))
+        outcome = verify_distributed_inference(comm, replace(job, faults=(fault,), golden=golden))
+        where = outcome.verdict.where
+        found = where and (outcome.exit_status, where.step, where.layer, where.rank)
+        assert comm.allgather(found) == [found] * n
+        named = where and (PLACES[fault.tensor].is_weight or where.tensor == fault.tensor)
+        if not named or found != (1, fault.step, fault.layer, fault.rank):
+            missed.append(f"{fault}: {outcome.exit_status} {outcome.verdict}")
+    assert not missed, "\n".join(missed)
+    wanted = {(name, kind) for name in ("kv", "last_rows") for kind in PLACES[name].kinds}
+    assert wanted <= places
+
+
+@pytest.mark.parametrize(("what", "place"), [("kv", (0, 2)), ("last_rows", (0, -1))])
+def test_a_piece_that_was_sent_wrong_names_its_sender(comm, monkeypatch, what, place):
+    """All ranks then hold the same wrong bits, and the sender sees that its own are not its own."""
+    quick_fabric(monkeypatch)
+    monkeypatch.setattr(run, "GOLDEN_BYTES", 0)
+    group, culprit = sequence.SequenceGroup, comm.size - 1
+    gather = group.gather if what == "kv" else group.gather_last
+
+    class Wrong:
+        """A communicator that sends another piece than it was given, once."""
+
+        def __init__(self, real):
+            self.real = real
+
+        def Allgatherv(self, sent, received):
+            sent = sent.copy()
+            sent.reshape(-1)[0] += 1
+            self.real.Allgatherv(sent, received)
+
+    done = []
+
+    def wrong(self, *args):
+        ctx, real = self.facts.ctx, self.facts.ctx.sequence
+        here = what != "kv" or (args[0] == 2 and args[2].step == 0)
+        if self.rank == culprit and here and not done:
+            done.append(True)
+            ctx.sequence = Wrong(real)
+        try:
+            return gather(self, *args)
+        finally:
+            ctx.sequence = real
+
+    monkeypatch.setattr(group, gather.__name__, wrong)
+    outcome = verify(comm, topology=f"sp={comm.size}", tokens=2)
+    where = outcome.verdict.where
+    assert outcome.exit_status == 1
+    assert (where.tensor, where.step, where.layer, where.rank) == (what, *place, culprit)
+    assert where.check == "allgather" and where.found != where.expected
+
+
+def test_a_gather_in_the_wrong_order_is_caught(comm, monkeypatch):
+    """Two ranks' pieces in each other's place: nothing is lost, and every rank has the same."""
+    quick_fabric(monkeypatch)
+    monkeypatch.setattr(run, "GOLDEN_BYTES", 0)
+    gather = sequence.SequenceGroup.gather
+
+    def misplaced(self, i, qkv, batch):
+        kv = gather(self, i, qkv, batch)
+        if i == 1 and batch.step == 0 and batch.microbatch == 0:
+            kv[:] = np.roll(kv, 1, axis=0)
+        return kv
+
+    monkeypatch.setattr(sequence.SequenceGroup, "gather", misplaced)
+    outcome = verify(comm, topology=f"sp={comm.size}", tokens=1)
+    where = outcome.verdict.where
+    assert (outcome.exit_status, where.tensor, where.layer) == (1, "kv", 1)
+
+
+def test_ranks_that_are_not_equally_fast_agree_on_the_group(comm, monkeypatch):
+    from spimpi.inference import ledger
+
+    quick_fabric(monkeypatch)
+    for seconds in (0, 1e9 * comm.rank, 1e9):
+        monkeypatch.setattr(ledger, "SECONDS", seconds)
+        for n, topology in grids(comm):
+            if topology in ("sp=2", "tp=2,sp=2"):
+                with first_ranks(comm, n) as part:
+                    if part:
+                        outcome = verify(part, topology=topology, tokens=20)
+                        assert outcome.verdict, str(outcome.verdict)
+
+
+def test_tokens_that_are_gathered_wrong_are_caught(comm, monkeypatch):
+    quick_fabric(monkeypatch)
+    monkeypatch.setattr(run, "GOLDEN_BYTES", 0)
+    real = run.fingerprint
+
+    def after(tokens, tag, *place):
+        if tag.name == "tokens" and len(tokens) == 8 and comm.rank == 1:  # the result, not a share
+            tokens[3, 1] ^= 1
+        return real(tokens, tag, *place)
+
+    monkeypatch.setattr(run, "fingerprint", after)
+    outcome = verify(comm, topology=f"sp={comm.size}", tokens=2)
+    where = outcome.verdict.where
+    assert (outcome.exit_status, where.tensor, where.check, where.rank) == (
+        1, "tokens", "allgather", 1
+    )  # fmt: skip
+
+
+# The fabric, and bad input
+
+
+@pytest.mark.parametrize("method", ["Allgatherv", "Iallreduce"])
+def test_the_preflight_probes_the_sequence_group(comm, method):
+    from test_mpi_fabric import BAD_STEP, Corrupted
+
+    with DistributedContext(comm, parse(f"sp={comm.size}", comm.size, 8, 8)) as ctx:
+        names = [probe.name for probe in probes(ctx)]
+        assert {"fabric.sequence.allgather", "fabric.sequence.records"} <= set(names)
+        real = ctx.sequence
+        ctx.sequence = Corrupted(real, method, None, comm.size - 1, SIZES[BAD_STEP])
+        recorder = Recorder({name: i for i, name in enumerate(tensor_names())}, comm.rank)
+        failures = check_fabric(ctx, recorder, sizes=SIZES[: BAD_STEP + 2])
+        ctx.sequence = real
+        assert failures == (method == "Iallreduce" or comm.rank == comm.size - 1)
+        for event in recorder.all_failures():
+            kind = "records" if method == "Iallreduce" else "allgather"
+            assert tensor_names()[event["tensor"]] == f"fabric.sequence.{kind}"
+
+
+def test_events_of_a_gather_say_what_was_gathered(comm, monkeypatch):
+    quick_fabric(monkeypatch)
+    kept, add = [], Recorder.add
+
+    def keep(self, events, seconds):
+        kept.append((self, events))
+        add(self, events, seconds)
+
+    monkeypatch.setattr(Recorder, "add", keep)
+    monkeypatch.setattr(run, "GOLDEN_BYTES", 0)
+    verify(comm, topology=f"sp={comm.size}", tokens=2)
+    recorder, prefill = kept[0]
+    kv = prefill[prefill["tensor"] == recorder.tensor_index["kv"]]
+    assert (kv["op"] == Op.ALLGATHER).all() and (kv["stage"] == Phase.SEQUENCE).all()
+    lengths = [13, 9, 11, 16, 7, 21, 10, 24]
+    assert kv["bytes"].tolist() == [n * 2 * 4 * 16 * 4 for n in lengths for _ in range(8)]
+    assert kv["layer"].tolist() == 8 * [*range(8)]
+    words = comm.allgather(kv["fingerprint"].tobytes())
+    assert len(set(words)) == 1 and np.unique(kv["fingerprint"]).size == kv.size
+
+
+def test_sequence_ranks_without_tokens_are_refused_on_every_rank(comm):
+    with pytest.raises(UsageError, match="longest prompt has 1 token: ranks would be idle"):
+        prepare(Request(topology=f"sp={comm.size}", prompts=("a", "b")), comm.size, comm.rank)
