@@ -271,8 +271,6 @@ def _faults(job, n_steps):
 
 
 def _exists(fault, job, n_steps):
-    if (fault.kind, fault.tensor) == ("drop", "embed"):
-        return False  # needs a row of the rank's words: in test_mpi_faults.py
     try:
         validate(fault, job.grid, job.config, job.lengths, n_steps)
     except UsageError:
@@ -292,17 +290,21 @@ def test_every_fault_is_caught_where_it_was_injected(comm, model, monkeypatch, t
     if golden is None:
         monkeypatch.setattr(run, "GOLDEN_BYTES", 0)  # the checks on the ranks are enough
     job = prepare(Request(**wishes, topology=topology), n)
-    missed, places = [], set()
+    missed, places, idle = [], set(), 0
     for fault in _faults(job, 3):
         places.add((fault.tensor, fault.kind))
         outcome = verify_distributed_inference(comm, replace(job, faults=(fault,), golden=golden))
         where = outcome.verdict.where
+        if fault.tensor in ("embed", "tokens") and "changed nothing" in str(outcome.verdict):
+            idle += 1  # of two equal tokens neither is misplaced or stale
+            continue
         found = where and (outcome.exit_status, where.step, where.layer, where.rank)
         assert comm.allgather(found) == [found] * n
         named = where and (PLACES[fault.tensor].is_weight or where.tensor == fault.tensor)
         if not named or found != (1, fault.step, fault.layer, fault.rank):
             missed.append(f"{fault}: {outcome.exit_status} {outcome.verdict}")
     assert not missed, "\n".join(missed)
+    assert idle <= 4
     wanted = {(name, kind) for name in ("kv", "last_rows") for kind in PLACES[name].kinds}
     assert wanted <= places
 
