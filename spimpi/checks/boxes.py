@@ -34,10 +34,11 @@ class Box:
     def has(self, index) -> bool:
         return all(a <= i < b for a, i, b in zip(self.start, index, self.stop))
 
-    def within(self, outer: "Box") -> tuple[slice, ...]:
-        """The slices that cut this box out of an array that holds ``outer``."""
+    def within(self, outer: "Box") -> tuple:
+        """The index that cuts this box out of an array that holds ``outer``."""
         places = zip(self.start, self.shape, outer.start)
-        return tuple(slice(a - first, a - first + n) for a, n, first in places)
+        # with the ellipsis an array stays an array where there are no axes
+        return (..., *(slice(a - first, a - first + n) for a, n, first in places))
 
     def along(self, axis: int, first: int, last: int) -> "Box":
         """The entries ``first``..``last`` (global, excluded) of one axis, all of the others."""

@@ -34,7 +34,7 @@ def describe_case(case: CaseFacts, tag: Tag, shape, dtype: np.dtype) -> str:
     """What ranks that hold the same wrong data hold."""
     if not case.refined:
         return f"{name_of(case.target, shape)} differ, and were not looked into"
-    if case.complete and not case.elements:
+    if not case.elements:
         return "the difference was gone when the data were read again"
     text = _explained(case, tag, shape, dtype)
     if text is None:
@@ -91,8 +91,10 @@ def _swapped_elements(case: CaseFacts) -> str | None:
 def _earlier(case: CaseFacts, tag: Tag, shape) -> str | None:
     """ "shard of step 6 in step 7", of the whole slab or of each wrong part."""
     if case.earlier:
-        kind = "tensor" if case.target.shape == tuple(shape) else "shard"
-        return f"{kind} of {_differing(case.earlier, tag)}"
+        differing = _differing(case.earlier, tag)
+        if case.target.shape != tuple(shape):
+            return f"shard of {differing}"
+        return differing if case.earlier.name != tag.name else f"tensor of {differing}"
     told = [b for b in case.blocks if b.earlier]
     if not told:
         return None
@@ -185,10 +187,10 @@ def _same_bits(case: CaseFacts, shape) -> str | None:
 def _nan(case: CaseFacts, shape) -> str | None:
     fresh = sum(b.n_nan - b.n_true_nan for b in case.blocks)
     boxes = [b.box for b in case.blocks]
-    if fresh > 0 and all(b.n_nan == b.box.size for b in case.blocks):
-        return f"NaN for data in {_places(boxes, shape)}"
     if fresh > 0 and case.complete and fresh == len(case.elements):
         return f"NaN for {fresh} elements"
+    if fresh > 0 and all(b.n_nan == b.box.size for b in case.blocks):
+        return f"NaN for data in {_places(boxes, shape)}"
     if fresh > 0:
         return f"{_amount(case, shape)} differ, {fresh} of them NaN now"
     return None
@@ -266,6 +268,7 @@ def n_nan(x: np.ndarray) -> int:
     if x.dtype.kind not in "fcV":
         return 0
     try:
-        return int(np.isnan(x).sum())
+        with np.errstate(invalid="ignore"):  # signalling NaNs are what is looked for
+            return int(np.isnan(x).sum())
     except TypeError:
         return 0

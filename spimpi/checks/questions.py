@@ -209,8 +209,8 @@ def _check_cover(places, holders) -> None:
     if not holders:
         return
     ndim = len(holders[0][2].start)
-    start = np.array([box.start for *_, box in places], np.int64).reshape(-1, ndim)
-    stop = np.array([box.stop for *_, box in places], np.int64).reshape(-1, ndim)
+    start = np.array([box.start for *_, box in places], np.int64).reshape(len(places), ndim)
+    stop = np.array([box.stop for *_, box in places], np.int64).reshape(len(places), ndim)
 
     def common(box, others):
         sides = np.minimum(stop[others], box.stop) - np.maximum(start[others], box.start)
