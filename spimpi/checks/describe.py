@@ -33,8 +33,8 @@ def describe(cases: Sequence[CaseFacts], tag: Tag, shape, dtype: np.dtype) -> st
 def describe_case(case: CaseFacts, tag: Tag, shape, dtype: np.dtype) -> str:
     """What ranks that hold the same wrong data hold."""
     if not case.refined:
-        return f"{name_of(case.target, shape)} differ, and were not looked into"
-    if not case.elements:
+        return f"errors in {name_of(case.target, shape)}, not looked into"
+    if not case.elements and (case.gone or case.complete):
         return "the difference was gone when the data were read again"
     text = _explained(case, tag, shape, dtype)
     if text is None:
