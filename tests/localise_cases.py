@@ -80,7 +80,8 @@ def random_layout(seed, n_ranks, shape, dtype) -> Layout:
     rng = np.random.default_rng(seed)
     truth = np.asarray(random_values(rng, shape, dtype))
     contributed = [[] for _ in range(n_ranks)]
-    for start, block in random_cut(rng, (0,) * len(shape), shape, int(rng.integers(1, 12))):
+    n_owned = int(rng.integers(1, rng.choice([2, 12, 90])))
+    for start, block in random_cut(rng, (0,) * len(shape), shape, n_owned):
         contributed[rng.integers(n_ranks)].append((_block(truth, start, block), start))
     replicated = rng.random() < 0.5
     held = [[] for _ in range(n_ranks)]

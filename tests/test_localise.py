@@ -27,15 +27,21 @@ SHAPES = st.lists(st.integers(0, 9), max_size=4).map(tuple) | st.tuples(st.integ
     dtype=st.sampled_from(DTYPES),
     n_errors=st.sampled_from([0, 1, 2, 3, 5, 8, 40, 400]),
     limit=st.sampled_from([1, 2, 4, 16]),
+    max_parts=st.sampled_from([1, 5, 64]),
 )
-def test_exactly_the_planted_elements_are_named(seed, n_ranks, shape, dtype, n_errors, limit):
+def test_exactly_the_planted_elements_are_named(
+    seed, n_ranks, shape, dtype, n_errors, limit, max_parts
+):
+    """``max_parts``: with few, parts of several owners are looked into as one."""
     layout = random_layout(seed, n_ranks, shape, dtype)
     plant(layout, seed, n_errors)
 
     def work(comm):
         return localise(comm, *layout.arguments(comm.rank), TAG, limit=limit)
 
-    every = on_threads(n_ranks, work)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("spimpi.checks.localise.MAX_PARTS", max_parts)
+        every = on_threads(n_ranks, work)
     assert all(one == every[0] for one in every)
     check_findings(every[0], layout, limit)
 
