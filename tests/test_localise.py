@@ -86,11 +86,11 @@ def test_a_flat_range_is_its_elements_in_row_major_order(box, data):
 
 
 @QUICK
-@given(BOXES)
-def test_joined_boxes_have_the_same_elements(box):
-    parts = [part for part in box.split() if part.size]
+@given(BOXES, st.sets(st.integers(0, 15)))
+def test_joined_boxes_have_the_same_elements(box, left_out):
+    parts = [part for i, part in enumerate(box.split()) if part.size and i not in left_out]
     assert sorted(_elements(joined(parts))) == sorted(_elements(parts))
-    if len(box.shape) == 1 and box.size:
+    if len(box.shape) == 1 and box.size and not left_out:
         assert joined(parts) == [box]
 
 

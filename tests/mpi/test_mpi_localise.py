@@ -321,6 +321,21 @@ def test_uneven_shards_some_of_them_empty(comm):
     assert [(e.index, e.bits) for e in findings.elements] == [((6, 2), (1,))]
 
 
+def test_neighbouring_blocks_are_reported_as_one(comm):
+    findings = gathered(comm, on(0, lambda x: np.negative(x[4:], out=x[4:])))
+    shape = (16 * comm.size, 12)
+    assert findings.blocks == ((0, Slab(shape, (4, 0)), (shape[0] - 4, 12)),)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_the_elements_named_are_of_all_ranks_in_turn(comm):
+    findings = gathered(comm, lambda x, rank: rank < 2 and np.multiply(x, 3 + rank, out=x))
+    named = [e.rank for e in findings.elements]
+    assert min(named.count(0), named.count(1)) >= 16 // (2 * comm.size) * comm.size
+    owners = {e.index[0] // 16 for e in findings.elements if e.rank == 0}
+    assert owners == set(range(min(comm.size, 8)))
+
+
 @pytest.mark.mpi(min_size=2)
 def test_more_wrong_ranks_than_the_limit_are_all_named(comm):
     truth = values((8, 8))
