@@ -253,7 +253,7 @@ class ThreadComm:
 
 
 def on_threads(n_ranks, work):
-    """``work(comm)`` on each of so many threads; its results, by rank. The first error is raised."""
+    """``work(comm)`` on each of so many threads; its results, by rank. Raises the first error."""
     table, barrier = [None] * n_ranks, threading.Barrier(n_ranks, timeout=60)
     results, errors = [None] * n_ranks, []
 

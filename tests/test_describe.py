@@ -1,4 +1,4 @@
-"""Facts about a corruption, and the words for them: each phrase where its fact holds, and only there."""
+"""Words for a corruption: each phrase where its fact holds, and only there."""
 
 import numpy as np
 import pytest

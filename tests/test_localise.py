@@ -1,4 +1,4 @@
-"""Localisation names exactly what was planted: property-based, the ranks of a test being threads."""
+"""Localisation names exactly what was planted: property-based, with threads for ranks."""
 
 import numpy as np
 import pytest

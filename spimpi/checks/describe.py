@@ -100,7 +100,8 @@ def _earlier(case: CaseFacts, tag: Tag, shape) -> str | None:
         return None
     tags = list(dict.fromkeys(b.earlier for b in told))
     if len(tags) > 1:
-        return _listed(case, [f"{name_of(b.part, shape)}: shard of {_differing(b.earlier, tag)}" for b in told])
+        each = [(name_of(b.part, shape), _differing(b.earlier, tag)) for b in told]
+        return _listed(case, [f"{place}: shard of {differing}" for place, differing in each])
     if len(told) == 1 and len(case.blocks) == 1:
         return f"shard of {_differing(tags[0], tag)}"
     places = _places([b.part for b in told], shape)

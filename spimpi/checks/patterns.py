@@ -36,11 +36,9 @@ def add_patterns(sources: Sources, cases: list[Case], facts: list[CaseFacts]) ->
     blocks, uniform = _counted(sources, blocks)
     blocks = _origins(sources, blocks, uniform)
     wide = {i: bounding([b.box for b in facts[i].blocks]) for i in chosen}
-    plain = {i: all(u for (c, _), u in zip(blocks, uniform) if c == cases[i]) for i in chosen}
     shifts = _shifts(
         sources,
-        [(case, b.box, u) for (case, b), u in zip(blocks, uniform)]
-        + [(cases[i], wide[i], plain[i]) for i in chosen],
+        [(case, block.box) for case, block in blocks] + [(cases[i], wide[i]) for i in chosen],
     )
     earlier = _earlier(
         sources,
@@ -160,12 +158,16 @@ def _hash(sources: Sources, array: np.ndarray) -> np.uint64:
 
 
 def _shifts(sources: Sources, blocks) -> list[tuple[int, int] | None]:
-    """(axis, by) of each (case, box, uniform) where found[i] == truth[i - by]; else None."""
+    """(axis, by) of each (case, box) where found[i] == truth[i - by]; else None.
+
+    Found data that are all alike never pass: truth would have to be the same value, and then the
+    box's own border would not be wrong.
+    """
     tried = []
-    for i, (case, box, plain) in enumerate(blocks):
+    for i, (case, box) in enumerate(blocks):
         for axis, n in enumerate(box.shape):
             big = n > 2 and box.size // n * (n - 1) * sources.dtype.itemsize >= TELLING_BYTES
-            if plain or not big:
+            if not big:
                 continue
             first, last = box.start[axis], box.stop[axis]
             for by, window in ((1, (first + 1, last)), (-1, (first, last - 1))):

@@ -1,7 +1,8 @@
 """Questions about blocks of a distributed tensor, answered by one MPI_BXOR a round.
 
 A question is a block and a rank that holds it. Every rank fingerprints its share of the truth and
-the holder what it found; the XOR over all ranks is 0 where the block is right. docs/localisation.md.
+the holder what it found; the XOR over all ranks is 0 where the block is right. More is in
+docs/localisation.md.
 """
 
 from collections.abc import Sequence

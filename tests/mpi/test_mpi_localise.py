@@ -34,9 +34,7 @@ def values(shape, dtype=np.float32, step=7):
 
 
 def gathered(comm, spoil, shape=None, dtype=np.float32, dim=0, history=None, tag=TAG, sizes=None):
-    """The findings after an allgather along ``dim`` of which ``spoil(array, rank)`` made the result.
-
-    It changes the array of the ranks that it wants to.
+    """The findings after an allgather along ``dim`` whose results ``spoil(array, rank)`` changed.
     """
     shape = shape or (16 * comm.size, 12)
     truth = values(shape, dtype)
@@ -94,7 +92,9 @@ def test_ranks_that_are_wrong_in_other_ways_are_told_apart(comm):
         (0, (0, 0), (3,)),
         (1, (1, 0), (4,)),
     ]
-    assert findings.text == "on rank 0: one bit (3) of one element; on rank 1: one bit (4) of one element"
+    assert findings.text == (
+        "on rank 0: one bit (3) of one element; on rank 1: one bit (4) of one element"
+    )
 
 
 def on(wanted, spoil):
@@ -124,6 +124,10 @@ def tail_zeros(x):
 
 def tail(x):
     x.reshape(-1)[100:] += 1
+
+
+def everything(x):
+    x *= 1.37
 
 
 def not_a_number(x):
@@ -164,6 +168,7 @@ WORDS = [
     (tail_zeros, "zeros for data from element 100 of 192 to the end"),
     (tail, "from element 100 of 192 on, 49 of 49 elements that were looked at differ, and none "
            "before: as where a buffer was not written to its end"),
+    (everything, "more than 16 elements, all in the whole tensor, differ, no simple pattern"),
     (one_not_a_number, "NaN for one element"),
     (byte_order, "the bytes of 12 elements in reverse order"),
     (noise, "12 elements differ, no simple pattern"),
@@ -177,6 +182,40 @@ WORDS = [
 def test_a_corruption_in_words(comm, spoil, text):
     findings = gathered(comm, on(last(comm), spoil), shape=(16, 12), dim=1)
     assert findings.text == text
+
+
+def test_sparse_errors_up_to_the_end_are_no_unwritten_end(comm):
+    findings = gathered(comm, on(0, lambda x: np.add(x[3::4], 1, out=x[3::4])), shape=(256,))
+    assert findings.blocks[0][1].offset == (3,)
+    assert findings.text.endswith("no simple pattern"), findings.text
+
+
+def test_wrong_columns_up_to_the_last_are_no_unwritten_end(comm):
+    findings = gathered(comm, on(0, lambda x: np.multiply(x[:, 1:], 1.37, out=x[:, 1:])))
+    assert findings.text.endswith("no simple pattern"), findings.text
+
+
+@pytest.mark.mpi(min_size=2)
+def test_one_element_that_another_rank_has_too_is_no_origin(comm):
+    def spoil(x):
+        x[17, 2] = x[1, 2]
+        x[3, 3] *= 1.37
+
+    assert gathered(comm, on(0, spoil)).text == "2 elements differ, no simple pattern"
+
+
+@pytest.mark.mpi(min_size=2)
+def test_zeros_are_not_called_another_ranks(comm):
+    shape = (16 * comm.size, 12)
+    truth = values(shape)
+    truth[:16] = 0
+    part = TensorPartition(0, comm.size, comm.rank, shape[0])
+    own = truth[part.start : part.stop]
+    result = truth.copy()
+    result[16:32] = 0
+    findings = localise(comm, [(own, part.slab(own.shape))], [(result, whole(shape))], TAG)
+    assert findings.text == "zeros for data in rows 16..32"
+    assert findings.n_wrong == 16 * 12
 
 
 def test_zeros_are_counted_without_those_that_are_true(comm):
@@ -389,7 +428,7 @@ def test_one_element_of_many_takes_few_rounds_of_few_words(comm):
     # 16 times the data: one round more
     for power in (12, 16, 20):
         assert traffic[power][0] - traffic[power - 4][0] <= 1
-        assert traffic[power][1] - traffic[power - 4][1] <= 128 + 32  # and longer numbers in the shapes
+        assert traffic[power][1] - traffic[power - 4][1] <= 128 + 32  # longer shapes, too
 
 
 def test_what_is_sent_does_not_grow_with_what_is_wrong(comm):
