@@ -20,6 +20,8 @@ _HOMES = {
         "sum_words",
     ),
     "spimpi.context": ("DistributedContext",),
+    "spimpi.checks.findings": ("Findings",),
+    "spimpi.checks.localise": ("localise",),
     "spimpi.checks.verdict": ("Verdict", "Where"),
     "spimpi.topology.exo": ("ExoPartition", "create_exo_partitions"),
     "spimpi.topology.grid": ("Grid",),
