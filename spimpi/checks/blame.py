@@ -25,10 +25,10 @@ def overlap(shape, slab: Slab, other_shape, other: Slab):
     return start, tuple(b - a for a, b in zip(start, stop))
 
 
-def coverage_problem(reports, partitioned: bool, cut_twice: bool, shape) -> str:
+def coverage_problem(reports, n_loose: int, cut_twice: bool, shape) -> str:
     """What is wrong with the places of all ranks' blocks, in words; empty where nothing is."""
-    if not partitioned:
-        return _unmatched(reports)
+    if n_loose:
+        return _unmatched(reports, n_loose)
     problem = _not_covered([(r, *b) for r, report in enumerate(reports)
                             for b in report.contributed], shape, "given")  # fmt: skip
     if cut_twice and not problem:
@@ -60,7 +60,7 @@ def _not_covered(blocks, shape, word) -> str:
     )
 
 
-def _unmatched(reports) -> str:
+def _unmatched(reports, n_loose) -> str:
     """Blocks of one rank that another receives in another size."""
     given = {slab.offset: (r, size) for r, report in enumerate(reports)
              for size, slab in report.contributed}  # fmt: skip
@@ -68,8 +68,10 @@ def _unmatched(reports) -> str:
         for size, slab in report.held:
             sender, sent = given.get(slab.offset, (None, None))
             if sender is None or sent != size:
-                gives = f"rank {sender} sends a block of shape {sent[1:]}" if sent else "nobody sends one"
-                return f"rank {r} receives a block of shape {size[1:]}, {gives}"
+                gives = "nobody sends it"
+                if sent is not None:
+                    gives = f"rank {sender} sends one of shape {sent[n_loose:]}"
+                return f"rank {r} receives a block of shape {size[n_loose:]}, and {gives}"
     return ""
 
 
@@ -119,13 +121,13 @@ def _common(check, own, others, words) -> int:
     return total
 
 
-def findings(session, check, reports):
-    """What localisation finds (checks/localise.py), None where it is not installed. Collective."""
+def findings(comm, check, reports, history):
+    """What localisation finds (checks/localise.py), None where it is not there. Collective."""
     contributed, held = check.contributed, check.held
-    regions = None if check.partitioned else _regions(reports)
+    regions = _regions(reports) if check.n_loose else None
     if regions is not None:
         contributed, held = _flat(contributed, regions), _flat(held, regions)
-    found = _localised(session.comm, contributed, held, check.tag, session.history)
+    found = _localised(comm, contributed, held, check.tag, history)
     if found is None or regions is None:
         return found
     elements = tuple(replace(e, index=_index_of(e.index[0], regions)) for e in found.elements)

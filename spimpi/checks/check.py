@@ -40,9 +40,9 @@ class Rule(Enum):
 class Check:
     """One check on one rank. ``contributed`` and ``held`` are lists of (array, Slab).
 
-    ``partitioned``: the blocks given, and those got unless everyone gets everything, cover the
-    tensor once (else what is got only is what is given, block for block). ``complaint``: what a
-    local check found, as keywords of a Where and a Verdict.
+    The blocks given, and those got unless everyone gets everything, cover the tensor once; where
+    ``n_loose`` is not 0, blocks need only be received as they were given, and so many leading axes
+    of the global shape tell them apart. ``complaint``: what a local check found, in keywords.
     """
 
     name: str
@@ -60,7 +60,7 @@ class Check:
     dtype: np.dtype | None = None
     layout: object = None
     root: int | None = None
-    partitioned: bool = True
+    n_loose: int = 0
     digest: int = 0
     n_bad: int = 0
     complaint: Callable | None = None
@@ -110,7 +110,7 @@ class Check:
         """(this rank's share of the number of elements, what all shares must add up to)."""
         if self.rule in (Rule.AGREED, Rule.LOCAL):
             return 0, 0
-        if not self.partitioned:
+        if self.n_loose:
             return self.n_given - self.n_got, 0
         total = prod(self.shape or ())
         if self.rule is Rule.ASSEMBLED:

@@ -96,8 +96,10 @@ def _require_same_number(comm, checks) -> None:
     raise UsageError(msg)
 
 
-def _title(check: Check) -> str:
-    return f"{check.name} of {getattr(check.tag, 'name', check.tag)!r}"
+def _title(check) -> str:
+    """Of a Check, or of a Report: 'allgather of hidden'."""
+    name = getattr(check, "check", None) or check.name
+    return f"{name} of {getattr(check.tag, 'name', check.tag)!r}"
 
 
 def _reports(comm, c: Check) -> list[Report]:
@@ -119,7 +121,7 @@ def _refuse(c: Check, reports) -> None:
     if failed:
         kind = reports[failed[0]].error[0]
         told = _grouped([r.error and r.error[1] for r in reports], str, ": ")
-        raise _same_kind(kind, f"{_title(c)}: {told}") from c.error
+        raise _same_kind(kind, f"{_title(reports[0])}: {told}") from c.error
     for field, words in (
         ("check", "called {}"), ("tag", "gave {}"), ("dtype", "gave dtype {}"),
         ("shape", "gave blocks of global shape {}"), ("root", "gave root {}"),
@@ -127,9 +129,9 @@ def _refuse(c: Check, reports) -> None:
     ):  # fmt: skip
         values = [getattr(r, field) for r in reports]
         if any(v != values[0] for v in values):
-            msg = f"{_title(c)}: ranks differ in {field}: {_grouped(values, words.format)}"
+            msg = f"{_title(reports[0])}: ranks differ in {field}: {_grouped(values, words.format)}"
             raise UsageError(msg)
-    msg = f"{_title(c)}: the ranks' digests differ, and nothing else: a record was corrupted"
+    msg = f"{_title(reports[0])}: the ranks' digests differ, and nothing else: a record was corrupted"
     raise SpimpiError(msg)
 
 
@@ -164,12 +166,12 @@ def _failed(session, c: Check, words, locate: bool) -> Verdict:
         return _local_failure(c, words, reports)
     if c.rule is Rule.AGREED:
         return _disagreement(session, c, words, reports)
-    problem = coverage_problem(reports, c.partitioned, c.rule is Rule.MOVED, c.shape)
+    problem = coverage_problem(reports, c.n_loose, c.rule is Rule.MOVED, c.shape)
     if problem:
         msg = f"{_title(c)}: {problem}"
         raise UsageError(msg)
     rank, who = blamed(session.comm, c, reports)
-    found = findings(session, c, reports)
+    found = findings(session.comm, c, reports, session.history)
     elements, text = (found.elements, found.text) if found else ((), "")
     detail = "; ".join(part for part in (text, who) if part)
     return _verdict(c, words, rank, _host(reports, rank), detail, elements)
@@ -198,7 +200,7 @@ def _disagreement(session, c, words, reports) -> Verdict:
     truth = next((r for r in range(len(reports)) if r not in odd), 0)
     if session.rank == truth:
         c.contributed = c.held
-    found = findings(session, c, reports)
+    found = findings(session.comm, c, reports, session.history)
     detail = f"{text}; {found.text}" if found else text
     rank = odd[0] if len(odd) == 1 else None
     expected, actual = int(words[truth, GOT]), int(words[next(r for r in odd if r != truth), GOT])

@@ -68,22 +68,22 @@ def built(check: Check, build: Callable) -> Check:
 
 def settle(comm, check: Check, build: Callable, raises: bool, ctx):
     """Build a check and settle it: at once, or at the end of the context's batch. Collective."""
-    session = session_for(comm, ctx)
+    require_comm(comm)
+    session = session_of(comm, ctx)
     built(check, build)
     if ctx is not None and ctx.open_batch is not None:
         return ctx.open_batch.add(session, check, raises)
     return enforce(Group(session, [check]).merge()[0], raises)
 
 
-def session_for(comm, ctx) -> Session:
-    """The session of a communicator; UsageError for what is none."""
+def require_comm(comm) -> None:
+    """Raise UsageError for what is no communicator of ranks that this one belongs to."""
+    if isinstance(comm, MPI.Comm) and comm == MPI.COMM_NULL:
+        msg = "a check needs a communicator that this rank belongs to, found MPI.COMM_NULL"
+        raise UsageError(msg)
     if not isinstance(comm, MPI.Intracomm):
         msg = f"a check's first argument is an intracommunicator, found {type(comm).__name__}"
         raise UsageError(msg)
-    if comm == MPI.COMM_NULL:
-        msg = "a check needs a communicator that this rank belongs to, found MPI.COMM_NULL"
-        raise UsageError(msg)
-    return session_of(comm, ctx)
 
 
 def enforce(verdict: Verdict, raises: bool) -> Verdict:
