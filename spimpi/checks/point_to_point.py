@@ -226,8 +226,8 @@ class _Exchange:
 
     def _refuse(self, problem: str) -> None:
         if problem:
-            name = getattr(self.check.tag, "name", self.check.tag)
-            msg = f"hand-off of {name!r} from rank {self.ends[0]} to rank {self.ends[1]}: {problem}"
+            self.link.sequence = int(self.own["sequence"][0])  # it does not count, at both ends
+            msg = f"hand-off from rank {self.ends[0]} to rank {self.ends[1]}: {problem}"
             raise UsageError(msg) from self.check.error
 
     def _other_content(self, sent, waited) -> Verdict:
