@@ -115,6 +115,16 @@ def session_of(comm, ctx=None) -> Session:
     return session
 
 
+def request_session_of(comm) -> Session:
+    """A second session of a communicator, for checks that overlap others. Collective at first."""
+    kept = _kept(comm)
+    session = kept.get("requests")
+    if session is None:
+        duplicate, records = comm.Dup(), RecordReduction()
+        session = kept["requests"] = Session(duplicate, records, (records, duplicate))
+    return session
+
+
 def pair_of(comm, one: int, other: int) -> Pair:
     """The pair of two ranks of ``comm``. Collective over these two at first, local afterwards."""
     ends = (min(one, other), max(one, other))
