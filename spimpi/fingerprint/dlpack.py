@@ -108,7 +108,8 @@ def from_dlpack(x) -> np.ndarray:
     name = type(x).__name__
     tensor, flags = _read(capsule, name)
     if tensor.device_type not in HOST:
-        msg = f"asked for host memory, {name} gave {describe_device(kind, number)}"
+        found = describe_device(tensor.device_type, tensor.device_id)
+        msg = f"asked for host memory, {name} gave {found}"
         raise UsageError(msg)
     if flags & IS_COPIED:
         msg = f"asked for a view, {name} gave a copy (on {describe_device(kind, number)})"

@@ -169,7 +169,8 @@ def _refuse_nonfinite(x: np.ndarray, where, tag: Tag, threads: int) -> None:
     if not n_bad:
         return
     slab = arrays.slab_of(x.shape, where)
-    local = np.unravel_index(np.argmax(~np.isfinite(x)), x.shape)
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        local = np.unravel_index(np.argmax(~np.isfinite(x)), x.shape)
     first = tuple(int(i) + start for i, start in zip(local, slab.offset))
     msg = (
         f"painting refuses Inf and NaN, found {n_bad} of {x.size} elements, the first at global "

@@ -60,24 +60,28 @@ def _foreign(x) -> np.ndarray:
 
 
 def _of_dlpack(x) -> np.ndarray:
-    device = device_of(x)
-    # On Metal, DLPack's pointer is a handle of the GPU's; memory is unified, and the buffer
-    # protocol gives the host's address of it.
-    if device[0] == METAL and (view := _memoryview(x)) is not None:
-        return _of_buffer(view, x)
+    name, device = type(x).__name__, None
     try:
+        device = device_of(x)
+        # On Metal, DLPack's pointer is a handle of the GPU's; memory is unified, and the buffer
+        # protocol gives the host's address of it.
+        if device[0] == METAL and (view := _memoryview(x)) is not None:
+            return _of_buffer(view, x)
         return from_dlpack(_detached(x))
-    except Exception as refused:  # the producer's, of any kind
-        if device[0] not in HOST:
-            msg = (
-                f"{type(x).__name__} lies on {describe_device(*device)}, for which there is no "
-                f"backend: copy it to host memory first (x.cpu(), x.get(), jax.device_get(x))"
-            )
-            raise UsageError(msg) from refused
-        if isinstance(refused, UsageError):
+    except UsageError:
+        if device[0] in HOST or device[0] == METAL:
             raise
-        msg = f"{type(x).__name__} cannot be read in place through DLPack: {refused}"
-        raise UsageError(msg) from refused
+        refused = "it gives the host no view of its memory"
+    except Exception as said:  # a producer's, of any kind
+        refused = said
+    if device is None or device[0] in HOST:
+        msg = f"{name} cannot be read in place through DLPack: {refused}"
+    else:
+        msg = (
+            f"{name} lies on {describe_device(*device)}, for which there is no backend: copy it to "
+            f"host memory first (x.cpu(), x.get(), jax.device_get(x)); {refused}"
+        )
+    raise UsageError(msg)
 
 
 def _of_interface(x) -> np.ndarray:
