@@ -13,7 +13,11 @@ _HOMES = {
     ),
     "spimpi.partition": ("ShardedTensor", "Slab", "TensorPartition"),
     "spimpi.fingerprint": (
-        "Tag", "combine", "expected_fingerprint", "fingerprint", "linear_fingerprint",
+        "Tag", "as_array", "combine", "expected_fingerprint", "fingerprint", "linear_fingerprint",
+    ),
+    "spimpi.fingerprint.painting": (
+        "color_embeddings", "color_fingerprint", "color_hidden_states", "color_logits",
+        "colors_of", "corrupted_elements",
     ),
     "spimpi.reduction": (
         "agree", "dissenters", "ireduce_fingerprints", "isum_words", "reduce_fingerprints",
@@ -21,6 +25,7 @@ _HOMES = {
     ),
     "spimpi.context": ("DistributedContext",),
     "spimpi.checks.verdict": ("Verdict", "Where"),
+    "spimpi.checks.colors": ("verify_colors",),
     "spimpi.topology.exo": ("ExoPartition", "create_exo_partitions"),
     "spimpi.topology.grid": ("Grid",),
     "spimpi.verification.run": ("verify_distributed_inference",),
