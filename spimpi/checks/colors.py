@@ -26,6 +26,20 @@ _FEW = 16
 
 
 @dataclass(frozen=True)
+class CorruptedElement(ElementError):
+    """An element with a residue: it is wrong, but what it was is not known; ``expected`` is empty."""
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """Which bits differ is not known either."""
+        return ()
+
+    def __str__(self):
+        found = self.found[::-1].hex()
+        return f"element {list(self.index)} on rank {self.rank}: found 0x{found}"
+
+
+@dataclass(frozen=True)
 class Held:
     """What one rank holds and found in it. ``listed``: (global index, bytes) of the first elements
     with a residue; ``error``: why it could not look."""
@@ -112,7 +126,7 @@ def judge(everyone: list[Held], expected: int) -> Verdict:
         layer=one.tag.layer,
         microbatch=-1,
         rank=one.rank if len(wrong) == 1 else None,
-        host=one.host,
+        host=one.host if len(wrong) == 1 else "",
         recorded_by=one.rank,
         expected=f"{expected:016x}",
         found=f"{actual:016x}",
@@ -247,9 +261,8 @@ def _place(held: Held) -> str:
 
 def _elements(wrong: list[Held]) -> tuple[ElementError, ...]:
     found = sorted((index, held.rank, bits) for held in wrong for index, bits in held.listed)
-    # A residue says that an element is wrong, not what it was: nothing is expected.
     return tuple(
-        ElementError(index=index, expected=b"", found=bits, rank=rank)
+        CorruptedElement(index=index, expected=b"", found=bits, rank=rank)
         for index, rank, bits in found[:LISTED]
     )
 
@@ -264,6 +277,5 @@ def _detail(wrong: list[Held]) -> str:
         if n >= _FEW and held.n_corrupted > _MOSTLY * n:
             text += " (as where the whole slab is of another place, step or tensor, or unpainted)"
         parts.append(text)
-    shown = ", ".join(f"{e.index} on rank {e.rank}" for e in _elements(wrong)[:8])
     more = f", and on {len(wrong) - 8} more ranks" if wrong[8:] else ""
-    return f"corrupted: {', '.join(parts)}{more}; the first: {shown}"
+    return f"corrupted: {', '.join(parts)}{more}"

@@ -158,8 +158,13 @@ def _read(capsule, name: str) -> tuple[_Tensor, int]:
     raise UsageError(msg)
 
 
+def words_of(dtype: np.dtype) -> str:
+    """numpy's own type of the same size, under which memory of ml_dtypes' types is looked at."""
+    return np.dtype(f"u{dtype.itemsize}").str
+
+
 def _dtype(tensor: _Tensor, name: str) -> tuple[np.dtype, str]:
-    """(dtype, numpy's own type of the same size, under which the memory is looked at)."""
+    """(dtype, the type under which the memory is looked at)."""
     kind = (tensor.code, tensor.bits)
     if tensor.lanes == 1 and kind in _NUMPYS:
         return np.dtype(_NUMPYS[kind]), np.dtype(_NUMPYS[kind]).str
@@ -168,7 +173,7 @@ def _dtype(tensor: _Tensor, name: str) -> tuple[np.dtype, str]:
 
         if hasattr(ml_dtypes, _ML_DTYPES[kind]):  # some came with its later versions
             dtype = np.dtype(getattr(ml_dtypes, _ML_DTYPES[kind]))
-            return dtype, f"<u{dtype.itemsize}" if dtype.itemsize > 1 else "|u1"
+            return dtype, words_of(dtype)
     msg = (
         f"{name} has a DLPack type that is not known here: code {tensor.code}, {tensor.bits} bits, "
         f"{tensor.lanes} lanes"

@@ -16,6 +16,7 @@ from spimpi.fingerprint.dlpack import (
     describe_device,
     device_of,
     from_dlpack,
+    words_of,
 )
 
 
@@ -91,6 +92,13 @@ def _of_interface(x) -> np.ndarray:
         raise UsageError(msg)
     if interface.get("data") is None:
         interface["data"] = x  # then the object's buffer holds the data
+    dtype = _dtype_by_name(x)
+    # numpy writes raw items for ml_dtypes' ("<V2"), or what it does not take back ("<f1")
+    if dtype is None or interface["typestr"][1:] not in (f"V{dtype.itemsize}", f"f{dtype.itemsize}"):
+        dtype = None
+    else:
+        interface["typestr"] = words_of(dtype)
+        interface.pop("descr", None)
     memory = Memory.__new__(Memory)
     memory.owner, memory.__array_interface__ = x, interface
     try:
@@ -98,45 +106,37 @@ def _of_interface(x) -> np.ndarray:
     except (TypeError, ValueError, AttributeError) as refused:
         msg = f"__array_interface__ of {type(x).__name__} cannot be read: {refused}"
         raise UsageError(msg) from refused
-    return array.view(_named_dtype(x, array.dtype))
+    return array if dtype is None else array.view(dtype)
 
 
 def _of_buffer(view: memoryview, x) -> np.ndarray:
-    dtype = _named_dtype(x, None)
     try:
-        array = np.asarray(view)
+        return np.asarray(view)
     except (ValueError, RuntimeError, NotImplementedError) as refused:
         # numpy does not know the format. MLX says "bfloat16", older ones "B" with 2-byte items.
+        dtype = _dtype_by_name(x)
         if dtype is None or dtype.itemsize != view.itemsize:
             msg = (
                 f"{type(x).__name__} has a buffer of format {view.format!r} with {view.itemsize} "
                 f"bytes an item, which numpy does not know: {refused}"
             )
             raise UsageError(msg) from refused
-        if 0 in view.shape:
-            return np.empty(view.shape, dtype)
-        memory = Memory(
-            view, _address(view), f"<u{dtype.itemsize}" if dtype.itemsize > 1 else "|u1",
-            view.shape, view.strides, view.readonly,
-        )  # fmt: skip
-        return np.asarray(memory).view(dtype)
-    return array if dtype is None else array.view(_named_dtype(x, array.dtype))
+    if 0 in view.shape:
+        return np.empty(view.shape, dtype)
+    memory = Memory(
+        view, _address(view), words_of(dtype), view.shape, view.strides, view.readonly
+    )
+    return np.asarray(memory).view(dtype)
 
 
-def _named_dtype(x, found: np.dtype | None) -> np.dtype | None:
-    """ml_dtypes' type where x says that it is of that name, else ``found``.
-
-    Raw 1- and 2-byte items are all that numpy's protocols can say of bfloat16 and float8.
-    """
-    if found is not None and not (found.kind == "V" and found.type is np.void):
-        return found
+def _dtype_by_name(x) -> np.dtype | None:
+    """The type of ml_dtypes that x says it has: numpy's own protocols have no word for them."""
     name = str(getattr(x, "dtype", "")).rpartition(".")[2]
     if not name.startswith(("bfloat", "float8_")):
-        return found
+        return None
     import ml_dtypes
 
-    dtype = np.dtype(getattr(ml_dtypes, name)) if hasattr(ml_dtypes, name) else None
-    return found if dtype is None or (found and dtype.itemsize != found.itemsize) else dtype
+    return np.dtype(getattr(ml_dtypes, name)) if hasattr(ml_dtypes, name) else None
 
 
 def _memoryview(x) -> memoryview | None:

@@ -104,7 +104,8 @@ def test_corrupted_elements_are_listed_with_rank_and_global_index_on_every_rank(
         text = same_error(
             part, CorruptionError, lambda: spimpi.verify_colors(part, corrupt[mine], TAG, rows)  # noqa: B023
         )
-        assert "(6, 4) on rank" in text
+        assert f"element [6, 4] on rank {owners[1]}: found 0x" in text
+        assert elements[1].bits == ()  # nobody knows what it was
         assert str(part.allgather(verdict)[0]) == str(verdict)
 
 
