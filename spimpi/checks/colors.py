@@ -27,7 +27,7 @@ _FEW = 16
 
 @dataclass(frozen=True)
 class CorruptedElement(ElementError):
-    """An element with a residue: it is wrong, but what it was is not known; ``expected`` is empty."""
+    """An element with a residue: it is wrong, and nobody knows what it was. ``expected`` is empty."""
 
     @property
     def bits(self) -> tuple[int, ...]:
@@ -206,7 +206,7 @@ def _verdict(held: Held, expected: int, actual: int, where: Where | None = None)
 def _refuse_errors(everyone: list[Held]) -> None:
     wrong = [held for held in everyone if held.error]
     if wrong:
-        ranks = ", ".join(str(held.rank) for held in wrong[:8]) + (", …" if wrong[8:] else "")
+        ranks = ", ".join([*(str(held.rank) for held in wrong[:8]), *["…"] * bool(wrong[8:])])
         msg = wrong[0].error
         if len(everyone) > 1:
             msg += f" (found by rank {ranks})"
@@ -239,14 +239,12 @@ def _owners(everyone: list[Held]) -> list[Held]:
         meets = (np.maximum(starts[i], starts[:i]) < np.minimum(stops[i], stops[:i])).all(axis=1)
         if meets.any():
             a, b = owners[int(np.argmax(meets))], owners[i]
-            msg = (
-                f"slabs must be the same or apart: {_place(a)} and {_place(b)} overlap in part"
-            )
+            msg = f"slabs must be the same or apart: {_place(a)} and {_place(b)} overlap in part"
             raise UsageError(msg)
     held_elements = sum(prod(held.shape) for held in owners)
     total = prod(everyone[0].global_shape)
     if held_elements != total:
-        places = "; ".join(_place(held) for held in everyone[:8]) + ("; …" if everyone[8:] else "")
+        places = "; ".join([*map(_place, everyone[:8]), *["…"] * bool(everyone[8:])])
         msg = (
             f"the slabs hold {held_elements} of the {total} elements of a tensor of shape "
             f"{everyone[0].global_shape}: {places}"

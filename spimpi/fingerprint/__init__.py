@@ -4,11 +4,11 @@ docs/fingerprint.md is the contract. Nothing here is collective and nothing impo
 imported with the first fingerprint that is taken.
 
 ``where`` says which part of the tensor an array is: None (all of it), a TensorPartition or a Slab.
-Arrays are numpy's, or whatever offers DLPack, ``__array_interface__`` or the buffer protocol in host
-memory (``as_array``); they may have any number of axes, any strides, be read-only, broadcast or
-empty. ``threads`` threads of this process share the work. All raise UsageError for dtypes that have
-no fingerprint (objects, records, text, dates, long double, big-endian ones), for arrays that cannot
-be read in place and for blocks that do not fit.
+Arrays are numpy's, or whatever offers DLPack, ``__array_interface__`` or the buffer protocol in
+host memory (``as_array``). They may have any number of axes, any strides, be read-only, broadcast
+or empty. ``threads`` threads of this process share the work. All raise UsageError for dtypes that
+have no fingerprint (objects, records, text, dates, long double, big-endian ones), for arrays that
+cannot be read in place and for blocks that do not fit.
 """
 
 import sys

@@ -2,8 +2,8 @@
 
 ``color_*`` gives the low bits of each element a colour that binds its upper bits to its place in
 the global tensor; the others read the colours back. ``x`` is any float64, float32, float16 or
-bfloat16 array (``as_array``), ``where`` its place in the tensor (None: it is all of it), ``bits`` how
-many low bits are coloured, the same for whoever paints and whoever looks. Nothing here is
+bfloat16 array (``as_array``), ``where`` its place in the tensor (None: it is all of it), ``bits``
+how many low bits are coloured, the same for whoever paints and whoever looks. Nothing here is
 collective; formulas: docs/fingerprint.md.
 """
 

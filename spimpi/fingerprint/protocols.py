@@ -24,10 +24,10 @@ def as_array(x, *, writable: bool = False) -> np.ndarray:
     """The numpy array that is ``x``: the same memory, shape, strides and dtype. Never a copy.
 
     Takes numpy arrays and scalars and whatever offers DLPack in host memory,
-    ``__array_interface__`` or the buffer protocol; bfloat16 and float8 come out as ml_dtypes' types.
-    The result keeps what owns the memory alive. ``writable``: also refuse what may not be written.
-    Raises UsageError, by name, for all else: lists, bytes, arrays on other devices, tensors
-    whose memory does not hold their values.
+    ``__array_interface__`` or the buffer protocol; bfloat16 and float8 come out as ml_dtypes'
+    types. The result keeps what owns the memory alive. ``writable``: also refuse what may not be
+    written. Raises UsageError, by name, for all else: lists, bytes, arrays on other devices,
+    tensors whose memory does not hold their values.
     """
     if type(x) is np.ndarray:
         array = x
@@ -94,11 +94,13 @@ def _of_interface(x) -> np.ndarray:
         interface["data"] = x  # then the object's buffer holds the data
     dtype = _dtype_by_name(x)
     # numpy writes raw items for ml_dtypes' ("<V2"), or what it does not take back ("<f1")
-    if dtype is None or interface["typestr"][1:] not in (f"V{dtype.itemsize}", f"f{dtype.itemsize}"):
-        dtype = None
-    else:
+    if dtype is not None and interface["typestr"][1:] in (
+        f"V{dtype.itemsize}", f"f{dtype.itemsize}",
+    ):  # fmt: skip
         interface["typestr"] = words_of(dtype)
         interface.pop("descr", None)
+    else:
+        dtype = None
     memory = Memory.__new__(Memory)
     memory.owner, memory.__array_interface__ = x, interface
     try:

@@ -215,7 +215,8 @@ def test_inf_and_nan_are_refused_counted_located_and_nothing_is_modified(dtype, 
     x = LAYOUTS[layout](finite((9, 5), dtype))
     x[7, 1] = x[4, 3] = x[4, 4] = bad
     before, out = words(x), np.zeros_like(x)
-    with pytest.raises(UsageError, match=r"found 3 of 45 elements.*first at global index \(14, 3\)"):
+    said = r"found 3 of 45 elements.*first at global index \(14, 3\)"
+    with pytest.raises(UsageError, match=said):
         color_hidden_states(x, TAG, Slab((20, 5), (10, 0)))
     with pytest.raises(UsageError, match="nothing was modified"):
         color_hidden_states(x, TAG, out=out)
@@ -296,7 +297,9 @@ def test_out_may_be_x_or_overlap_it():
     assert (words(color_hidden_states(host, TAG, out=host)) == expected).all()
 
 
-@pytest.mark.parametrize("out", [np.zeros((5, 6), "f4"), np.zeros((6, 5), "f8"), np.zeros(30, "f4")])
+@pytest.mark.parametrize(
+    "out", [np.zeros((5, 6), "f4"), np.zeros((6, 5), "f8"), np.zeros(30, "f4")]
+)
 def test_an_output_of_another_shape_or_dtype_is_refused(out):
     with pytest.raises(UsageError, match="out must have the shape and dtype of x"):
         color_hidden_states(np.zeros((6, 5), "f4"), TAG, out=out)

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import ml_dtypes
 import numpy as np
@@ -101,9 +102,8 @@ def test_corrupted_elements_are_listed_with_rank_and_global_index_on_every_rank(
         assert [e.rank for e in elements] == owners
         assert [e.found for e in elements] == [corrupt[i].tobytes() for i in bad]
         assert (verdict.where.rank is None) == (len(set(owners)) > 1)
-        text = same_error(
-            part, CorruptionError, lambda: spimpi.verify_colors(part, corrupt[mine], TAG, rows)  # noqa: B023
-        )
+        look = partial(spimpi.verify_colors, part, corrupt[mine], TAG, rows)
+        text = same_error(part, CorruptionError, look)
         assert f"element [6, 4] on rank {owners[1]}: found 0x" in text
         assert elements[1].bits == ()  # nobody knows what it was
         assert str(part.allgather(verdict)[0]) == str(verdict)
@@ -180,7 +180,7 @@ def test_slabs_that_overlap_or_leave_elements_out_are_refused_on_every_rank(comm
 
     def look(start, stop):
         where = Slab(SHAPE, (start, 0))
-        return lambda: spimpi.verify_colors(comm, whole[start:stop], TAG, where)
+        return partial(spimpi.verify_colors, comm, whole[start:stop], TAG, where)
 
     # rank 1 one row early, the last one row short, and rank 0's rows on every rank
     rows, _ = cut(comm, 0)
@@ -200,7 +200,7 @@ def test_two_copies_of_one_half_do_not_pass_for_the_whole(comm):
     whole = painted(shape=(8, 4))
     with first_ranks(comm, 2) as part:
         if part:
-            look = lambda: spimpi.verify_colors(part, whole[:4], TAG, Slab((8, 4), (0, 0)))  # noqa: E731
+            look = partial(spimpi.verify_colors, part, whole[:4], TAG, Slab((8, 4), (0, 0)))
             assert "16 of the 32 elements" in same_error(part, UsageError, look)
 
 
@@ -234,7 +234,7 @@ def test_what_one_rank_gives_wrong_is_refused_on_every_rank(comm, wrong, said):
 
 
 def test_what_all_ranks_give_wrong_is_refused_too(comm):
-    look = lambda: spimpi.verify_colors(comm, np.zeros(3, np.int8), TAG)  # noqa: E731
+    look = partial(spimpi.verify_colors, comm, np.zeros(3, np.int8), TAG)
     assert "int8" in same_error(comm, UsageError, look)
 
 
