@@ -1,10 +1,11 @@
 """Anybody's arrays as numpy arrays, without a copy and without importing their libraries.
 
-DLPack, ``__array_interface__`` and the buffer protocol, in this order: DLPack says exactly which
-dtype it has and where the memory is. ``__array__`` is not asked, for it may copy.
+DLPack, which also says where the memory is, ``__array_interface__`` and the buffer protocol.
+``__array__`` is not asked, for it may copy.
 """
 
 import ctypes
+from contextlib import suppress
 
 import numpy as np
 
@@ -64,15 +65,18 @@ def _of_dlpack(x) -> np.ndarray:
     name, device = type(x).__name__, None
     try:
         device = device_of(x)
-        # On Metal, DLPack's pointer is a handle of the GPU's; memory is unified, and the buffer
-        # protocol gives the host's address of it.
-        if device[0] == METAL and (view := _memoryview(x)) is not None:
-            return _of_buffer(view, x)
+        # A buffer, where there is one, says whether it may be written, which DLPack does only since
+        # 1.0. On Metal DLPack's pointer is a handle of the GPU's: memory is unified, and the buffer
+        # protocol gives the host's address of it. DLPack knows more types.
+        reachable = device[0] in HOST or device[0] == METAL
+        if reachable and (view := _memoryview(x)) is not None:
+            with suppress(UsageError):
+                return _of_buffer(view, x)
         return from_dlpack(_detached(x))
-    except UsageError:
-        if device[0] in HOST or device[0] == METAL:
+    except UsageError as said:
+        if device[0] in HOST:
             raise
-        refused = "it gives the host no view of its memory"
+        refused = said
     except Exception as said:  # a producer's, of any kind
         refused = said
     if device is None or device[0] in HOST:
