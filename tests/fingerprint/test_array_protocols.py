@@ -7,6 +7,7 @@ import mmap
 import subprocess
 import sys
 import tracemalloc
+import weakref
 
 import ml_dtypes
 import numpy as np
@@ -150,6 +151,18 @@ def test_what_owns_the_memory_lives_as_long_as_the_array(kind):
     gc.collect()
     if held:
         assert out() == 0
+
+
+def test_an_interfaces_owner_lives_as_long_as_the_array():
+    foreign = Interface(np.arange(10.0))
+    owner = weakref.ref(foreign)
+    seen = as_array(foreign)
+    del foreign
+    gc.collect()
+    assert owner() is not None
+    del seen
+    gc.collect()
+    assert owner() is None
 
 
 def test_an_array_outlives_its_producer():

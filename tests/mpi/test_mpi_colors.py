@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from mpi_helpers import first_ranks
 
 import spimpi
-from spimpi.checks.colors import LISTED, Held, judge
+from spimpi.checks.colors import LISTED, Held, is_clean, judge
 from spimpi.errors import CorruptionError, UsageError
 from spimpi.fingerprint import colour_field_fingerprint
 from spimpi.partition import Slab, TensorPartition
-from spimpi.reduction import reduce_fingerprints
+from spimpi.reduction import empty_records, reduce_fingerprints
 from spimpi.trace.schema import Established
 
 pytestmark = [pytest.mark.mpi, pytest.mark.wheels]
@@ -153,6 +153,11 @@ def test_replicas_count_once_and_all_are_looked_at(comm):
         assert spimpi.verify_colors(part, whole, TAG)  # every rank has it all
         if part.size < 2:
             continue
+        corrupt = whole.copy()
+        corrupt.view(np.uint32)[3, 4] ^= part.rank == part.size - 1
+        verdict = spimpi.verify_colors(part, corrupt, TAG, check=False)
+        assert (verdict.holds, verdict.where.rank) == (False, part.size - 1)
+        assert verdict.where.elements[0].index == (3, 4)
         half = TensorPartition(0, 2, part.rank % 2, SHAPE[0])
         shard = whole[half.start : half.stop].copy()
         assert spimpi.verify_colors(part, shard, TAG, half)
@@ -281,6 +286,16 @@ def test_a_context_lends_its_reduction(comm):
 
     with DistributedContext(comm, choose(comm.size, 4, 2)) as ctx:
         assert spimpi.verify_colors(ctx.world, painted(), TAG, ctx=ctx)
+
+
+def test_each_word_of_the_merged_record_counts():
+    record = empty_records(1)[0]
+    record["every"], record["none"], record["total"], record["xor"] = 7, ~np.uint64(7), 12, 99
+    assert is_clean(record, 99, 12)
+    for word, wrong in (("every", 6), ("none", 0), ("total", 13), ("count", 1), ("xor", 98)):
+        changed = record.copy()
+        changed[word] = wrong
+        assert not is_clean(changed, 99, 12)
 
 
 def test_a_fingerprint_that_no_element_explains_is_a_failure():
