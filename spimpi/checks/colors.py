@@ -27,7 +27,7 @@ _FEW = 16
 
 @dataclass(frozen=True)
 class CorruptedElement(ElementError):
-    """An element with a residue: it is wrong, and nobody knows what it was. ``expected`` is empty."""
+    """An element with a residue: wrong, and nobody knows what it was. ``expected`` is empty."""
 
     @property
     def bits(self) -> tuple[int, ...]:

@@ -101,7 +101,7 @@ def check_where(where) -> None:
 
 
 def check_array(x) -> None:
-    """Raise UsageError unless x is a numpy array or scalar already; ``as_array`` takes others too."""
+    """Raise UsageError unless x is a numpy array or scalar; ``as_array`` takes others too."""
     if not isinstance(x, (np.ndarray, np.generic)):
         msg = (
             f"expected a numpy array, found {type(x).__name__}: convert it first "
