@@ -13,8 +13,13 @@ _HOMES = {
     ),
     "spimpi.partition": ("ShardedTensor", "Slab", "TensorPartition"),
     "spimpi.fingerprint": (
-        "Tag", "combine", "expected_fingerprint", "fingerprint", "linear_fingerprint",
+        "Tag", "as_array", "combine", "expected_fingerprint", "fingerprint", "linear_fingerprint",
     ),
+    "spimpi.fingerprint.painting": (
+        "color_embeddings", "color_fingerprint", "color_hidden_states", "color_logits",
+        "colors_of", "corrupted_elements",
+    ),
+    "spimpi.checks.colors": ("verify_colors",),
     "spimpi.reduction": (
         "agree", "dissenters", "ireduce_fingerprints", "isum_words", "reduce_fingerprints",
         "sum_words",
