@@ -15,6 +15,7 @@ from spimpi.fingerprint import arrays, fingerprint, linear_fingerprint
 from spimpi.fingerprint.tag import MASK, Tag
 from spimpi.reduction import minority, together
 
+_PIECE = 1 << 17  # elements that are widened at a time
 _BITS = 62  # of a sum
 _HEADROOM = 10  # 2**10 addends need no more of them
 _LEAST = -1074  # float64's smallest number is 2**-1074
@@ -91,7 +92,7 @@ def _addends(sendbuf, recvbuf):
                 f"{list(many[0].shape)} and {x.dtype}{list(x.shape)}"
             )
             raise UsageError(msg)
-    parts = [sum_words.items(np.asarray(x)) for x in many]
+    parts = [_numbers(np.asarray(x)) for x in many]
     if format_of(parts[0].dtype) is None:
         msg = (
             f"an exact sum is of float64, float32, float16, bfloat16 or complex arrays, found "
@@ -99,6 +100,14 @@ def _addends(sendbuf, recvbuf):
         )
         raise UsageError(msg)
     return many[0], parts
+
+
+def _numbers(x) -> np.ndarray:
+    """The floats of an array; a complex row is one of twice as many."""
+    if x.dtype.kind != "c":
+        return x
+    parts = sum_words.items(x)
+    return parts.reshape(*x.shape[:-1], 2 * x.shape[-1]) if x.ndim else parts
 
 
 def _same_everywhere(comm, given, tag) -> None:
@@ -154,9 +163,12 @@ def quantized(addends, exponents, b: int) -> np.ndarray:
     total = np.zeros(addends[0].shape, np.int64)
     rows = _rows(total)
     for x in addends:
-        for at, row in enumerate(_rows(sum_words.widened(x))):
-            wide = row.astype(np.float64)
-            rows[at] += np.rint(np.ldexp(wide, b - exponents[at])).astype(np.int64)
+        source = _rows(x)
+        step = max(1, _PIECE // max(1, source.shape[1]))
+        for at in range(0, len(rows), step):
+            wide = source[at : at + step].astype(np.float64)
+            shift = (b - exponents[at : at + step, None]).astype(np.int32)
+            rows[at : at + step] += np.rint(np.ldexp(wide, shift)).astype(np.int64)
     return total
 
 
@@ -171,8 +183,8 @@ def rounded_back(total, exponents, b: int, dtype) -> np.ndarray:
         q = np.where(large, odd, q)
     wide = q.astype(np.float64)
     with np.errstate(over="ignore"):
-        for row, e in zip(_rows(wide), exponents):
-            row[:] = np.ldexp(row, e - b)
+        rows = _rows(wide)
+        np.ldexp(rows, (exponents - b).astype(np.int32)[:, None], out=rows)
         if dtype.itemsize == 2 and dtype != np.float16:
             wide = _odd_float32(wide)
         return wide.astype(dtype) + np.zeros((), dtype)

@@ -12,7 +12,7 @@ import numpy as np
 from spimpi.fingerprint.projections import BLOCK
 
 DOUBLE = 2.0**-53  # float64's unit roundoff
-_WIDER = 1 + 2.0**-10  # what a wider intermediate format can add to a rounding
+WIDER = 1 + 2.0**-10  # what a wider intermediate format can add to a rounding
 _UP = 1 + 2.0**-40  # makes up for the rounding of a limit's own evaluation
 _SMALLEST = 2.0**-1022
 
@@ -80,7 +80,7 @@ def limits(norms: np.ndarray, sizes: np.ndarray, n_ranks: int, dtype, pieces: in
     facts = format_of(dtype)
     longest = int(sizes.max(initial=0))
     own = phi(BLOCK + -(-longest // BLOCK) + pieces + n_ranks + 4, DOUBLE)
-    reduced = phi(n_ranks - 1, facts.unit * _WIDER)
+    reduced = phi(n_ranks - 1, facts.unit * WIDER)
     # Upper bounds: of the contributions' norms (their sum over ranks rounds too), the result's.
     norm = norms.sum(axis=0) * (1 + 2 * own)
     flushed = (4 * n_ranks + 6) * sizes * facts.tiny
@@ -111,6 +111,7 @@ def blame(own: np.ndarray, result: np.ndarray, limit: np.ndarray) -> Blame | Non
     """
     found = []
     difference = excess(own, result)
+    limit = 4 * limit  # a sum of one addend more has up to twice the roundings, of twice the norm
     for rank in range(len(own)):
         for doubled in (False, True):
             explained = own[rank, :2] if doubled else -own[rank, :2]

@@ -4,7 +4,7 @@ The words that a rank makes on its own, and what is decided from everybody's. No
 communicates. docs/sums.md says what each proves.
 """
 
-from math import fsum
+from math import fsum, prod
 
 import numpy as np
 
@@ -75,17 +75,22 @@ def xor_word(x, tag, slab: Slab) -> int:
 
 def global_runs(x, slab: Slab):
     """(contiguous elements, global index of the first) of runs that together are a block."""
-    if slab.global_shape == x.shape or not x.shape:
-        for first, index in pieces_of(x.shape, _PIECE):
+    shape, whole_shape = x.shape, slab.global_shape
+    if shape == whole_shape:
+        for first, index in pieces_of(shape, _PIECE):
             yield np.ascontiguousarray(x[index]).reshape(-1), first
         return
-    # Rows of a block lie apart in the global tensor: one run for each.
-    strides = np.cumprod([1, *slab.global_shape[:0:-1]])[::-1]
-    for row in np.ndindex(x.shape[:-1]):
-        place = (*row, 0)
-        first = sum(int((i + o) * s) for i, o, s in zip(place, slab.offset, strides))
-        if x.shape[-1]:
-            yield np.ascontiguousarray(x[row]), first
+    # The trailing axes that the block has whole, and one more, are adjacent in the tensor.
+    axis = len(shape) - 1
+    while axis > 0 and shape[axis] == whole_shape[axis]:
+        axis -= 1
+    strides = [prod(whole_shape[i + 1 :]) for i in range(len(shape))]
+    origin = sum(start * stride for start, stride in zip(slab.offset, strides))
+    for row in np.ndindex(shape[:axis]):
+        first = origin + sum(i * stride for i, stride in zip(row, strides))
+        run = np.ascontiguousarray(x[row]).reshape(-1)
+        if run.size:
+            yield run, first
 
 
 def linear_ranges(x, index_of_word, ranges, key: int) -> np.ndarray:

@@ -171,13 +171,13 @@ def _two_sum(a, b):
 
 
 @kernel(
-    types.int64(_DOUBLES, types.uint64, types.uint64, types.uint64, _SUMS),
-    types.int64(_SINGLES, types.uint64, types.uint64, types.uint64, _SUMS),
+    types.int64(_DOUBLES, types.uint64, types.uint64, _SUMS),
+    types.int64(_SINGLES, types.uint64, types.uint64, _SUMS),
 )
-def sketch_run(x, key, index, step, sums):
+def sketch_run(x, key, first, sums):
     """Add a run's eight projections, squares and maximum to sums float64[10, 2].
 
-    x [n]: elements index, index + step, … of the tensor. Rows 0 to 7 are the projections and 8 the
+    x [n]: elements ``first``... of the tensor. Rows 0 to 7 are the projections and 8 the
     squares, each as a value and what its rounding left out; [9, 0] is the largest |x|. Returns how
     many elements are not finite; they add nothing.
     """
@@ -187,7 +187,7 @@ def sketch_run(x, key, index, step, sums):
         if not np.isfinite(a):
             not_finite += 1
             continue
-        word = mix(key + (index + np.uint64(i) * step + ONE) * GOLDEN)
+        word = mix(key + (first + np.uint64(i) + ONE) * GOLDEN)
         for j in range(8):
             signed = -a if (word >> np.uint64(j)) & ONE else a
             sums[j, 0], lost = _two_sum(sums[j, 0], signed)
