@@ -111,13 +111,14 @@ def blame(own: np.ndarray, result: np.ndarray, limit: np.ndarray) -> Blame | Non
     """
     found = []
     difference = excess(own, result)
-    limit = 4 * limit  # a sum of one addend more has up to twice the roundings, of twice the norm
     for rank in range(len(own)):
         for doubled in (False, True):
             explained = own[rank, :2] if doubled else -own[rank, :2]
+            # A sum of one addend more has up to twice the roundings, of twice the norm.
+            slack = 4 * limit if doubled else limit
             # A rank that gave nothing explains nothing.
             if np.any(np.abs(explained) > limit) and np.all(
-                np.abs(difference - explained) <= limit
+                np.abs(difference - explained) <= slack
             ):
                 found.append(Blame(rank, doubled))
     return found[0] if len(found) == 1 else None
