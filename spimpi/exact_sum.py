@@ -4,6 +4,8 @@ The addends are scaled by a power of two a row, rounded to integers and added as
 algorithm, the number of ranks and how addends are spread over them change nothing.
 """
 
+from math import prod
+
 import numpy as np
 from mpi4py import MPI
 
@@ -119,7 +121,7 @@ def _same_everywhere(comm, given, tag) -> None:
 
 
 def _rows(x) -> np.ndarray:
-    return x.reshape(-1, x.shape[-1]) if x.ndim else x.reshape(1, 1)
+    return x.reshape(prod(x.shape[:-1]), x.shape[-1] if x.ndim else 1)
 
 
 def row_exponents(x) -> np.ndarray:
