@@ -457,7 +457,7 @@ def test_exact_sums_in_place_and_of_odd_shapes(comm):
         expected = exact_allreduce(comm, x)
         assert exact_allreduce(comm, x, x) is x
         assert x.tobytes() == expected.tobytes()
-    tiny = np.array([5e-324, -5e-324, 2.0**-1022, 0.0])
+    tiny = np.array([[5e-324, -5e-324], [2.0**-1022, 0.0]])
     assert exact_allreduce(comm, tiny).tolist() == (tiny * comm.size).tolist()
     huge = np.array([1e308, 1.0])
     assert exact_allreduce(comm, huge)[0] == (1e308 if comm.size == 1 else np.inf)
