@@ -22,7 +22,9 @@ _HOMES = {
     "spimpi.context": ("DistributedContext",),
     "spimpi.checks.verdict": ("Verdict", "Where"),
     "spimpi.checks.sums": ("verify_allreduce", "verify_reduce_scatter"),
-    "spimpi.checks.sketch": ("Sketch", "SketchComparison", "compare_sketches", "reduce_sketch", "sketch"),
+    "spimpi.checks.sketch": (
+        "Sketch", "SketchComparison", "compare_sketches", "reduce_sketch", "sketch",
+    ),
     "spimpi.exact_sum": ("exact_allreduce",),
     "spimpi.topology.exo": ("ExoPartition", "create_exo_partitions"),
     "spimpi.topology.grid": ("Grid",),

@@ -116,7 +116,10 @@ def _same_everywhere(comm, given, tag) -> None:
     calls = comm.allgather(f"{given.dtype}{list(given.shape)} under {tag}")
     for rank, call in enumerate(calls):
         if call != calls[0]:
-            msg = f"the ranks do not add the same arrays: rank 0 gave {calls[0]}, rank {rank} {call}"
+            msg = (
+                f"the ranks do not add the same arrays: rank 0 gave {calls[0]}, "
+                f"rank {rank} gave {call}"
+            )
             raise UsageError(msg)
 
 
@@ -153,8 +156,8 @@ def _row_exponents(comm, addends, tag) -> np.ndarray:
         raise CorruptionError(sum_report.failure(_Subject(tag), "exact", detail))
     if first >= 0:
         msg = (
-            f"an exact sum has no NaN or Inf: {bad.size} rows of {tag.name!r} hold some, the first is "
-            f"row {first}, given by rank {int(owner[first])}"
+            f"an exact sum has no NaN or Inf: {bad.size} rows of {tag.name!r} hold some, the first "
+            f"is row {first}, given by rank {int(owner[first])}"
         )
         raise UsageError(msg)
     return exponents

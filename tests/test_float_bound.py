@@ -108,7 +108,7 @@ def test_no_order_of_a_sum_ever_alarms(name, kind, order, n_ranks, n, seed, most
 
 
 def test_flushed_results_and_operands_never_alarm():
-    """As a library in flush-to-zero mode adds: results and operands below the normal range are 0."""
+    """As a library in flush-to-zero mode adds: what is below the normal range becomes 0."""
     for name in ("float64", "float32", "bfloat16"):
         dtype, facts = DTYPES[name], float_bound.format_of(DTYPES[name])
 

@@ -79,7 +79,8 @@ def limits(norms: np.ndarray, sizes: np.ndarray, n_ranks: int, dtype, pieces: in
     """
     facts = format_of(dtype)
     longest = int(sizes.max(initial=0))
-    own = phi(BLOCK + -(-longest // BLOCK) + pieces + n_ranks + 4, DOUBLE)
+    depth = min(longest, BLOCK) + -(-longest // BLOCK) + pieces + n_ranks + 4
+    own = phi(depth, DOUBLE)
     reduced = phi(n_ranks - 1, facts.unit * WIDER)
     # Upper bounds: of the contributions' norms (their sum over ranks rounds too), the result's.
     norm = norms.sum(axis=0) * (1 + 2 * own)

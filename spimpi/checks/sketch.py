@@ -49,8 +49,8 @@ class SketchComparison:
     """How far apart two tensors are, by their sketches.
 
     ``distance`` estimates ‖x - y‖, ``relative`` is that over ‖x‖; both have a standard error of
-    about a quarter (``error`` is that of ``relative``). ``limit``: the largest relative distance that
-    reordered rounding explains, None where it is not known. ``verdict``: "same bits",
+    about a quarter (``error`` is that of ``relative``). ``limit``: the largest relative distance
+    that reordered rounding explains, None where it is not known. ``verdict``: "same bits",
     "reordered rounding", "different", or "" where none can be claimed.
     """
 

@@ -31,7 +31,10 @@ class Element:
 
 @dataclass(frozen=True)
 class Floats:
-    """The float bins of one holder's block, seen from this rank; skip and scale as in float_words."""
+    """The float bins of one holder's block, seen from this rank.
+
+    skip and scale are as in float_words.
+    """
 
     blocks: Blocks
     block: int

@@ -116,7 +116,8 @@ def project_both(x, result, bits, first, cuts, key, sums, hashes):
             begin = max(first, cuts[b] + at)
             end = min(last, min(cuts[b + 1], cuts[b] + at + _CHUNK))
             for i in range(begin, end, BLOCK):
-                place, word, n = np.uint64(i - first), np.uint64(i - cuts[b] - at), min(BLOCK, end - i)
+                place, word = np.uint64(i - first), np.uint64(i - cuts[b] - at)
+                n = min(BLOCK, end - i)
                 s, t, norm, result_s, result_t = _block_of_both(x, result, place, words, word, n)
                 sums[0, b] += s
                 sums[1, b] += t * _UNIT
@@ -152,7 +153,8 @@ def project(x, first, cuts, key, sums):
             begin = max(first, cuts[b] + at)
             end = min(last, min(cuts[b + 1], cuts[b] + at + _CHUNK))
             for i in range(begin, end, BLOCK):
-                place, word, n = np.uint64(i - first), np.uint64(i - cuts[b] - at), min(BLOCK, end - i)
+                place, word = np.uint64(i - first), np.uint64(i - cuts[b] - at)
+                n = min(BLOCK, end - i)
                 s, t, norm = _block(x, place, words, word, n)
                 sums[0, b] += s
                 sums[1, b] += t * _UNIT
