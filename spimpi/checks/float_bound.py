@@ -5,6 +5,7 @@ are counted in row-major order, bins are ranges of them.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import expm1, fsum, log1p, prod
 
 import numpy as np
@@ -53,11 +54,18 @@ def most_bins(n_ranks: int) -> int:
     return min(256, max(16, 4096 // n_ranks))
 
 
-def bins_of(shape, most: int) -> np.ndarray:
-    """Cuts int64[B + 1], B <= most, of the rows (last axis) of a tensor into bins.
+@lru_cache(maxsize=1024)
+def bins_of(shape: tuple[int, ...], most: int) -> np.ndarray:
+    """Cuts int64[B + 1], B <= most, of the rows (last axis) of a tensor into bins; read-only.
 
     Many rows are grouped, few are cut into equal pieces. A tensor without elements has none.
     """
+    cuts = _cuts(shape, most)
+    cuts.flags.writeable = False
+    return cuts
+
+
+def _cuts(shape, most: int) -> np.ndarray:
     n = prod(shape)
     if n == 0:
         return np.zeros(1, np.int64)

@@ -106,7 +106,7 @@ def _kind(op: str, dtype, name: str, given) -> str:
             return "extreme"
     if op == "BXOR" and (is_integer or dtype.kind == "b"):
         return "bits"
-    msg = f"no check of a {name} of {given} by MPI.{op} is known"
+    msg = f"no check is known for {name} of {given} by MPI.{op}"
     raise UsageError(msg)
 
 

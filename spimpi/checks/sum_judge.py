@@ -279,14 +279,20 @@ def _extreme(comm, local, everyone) -> Verdict:
     if local.dtype.kind not in "iu":
         x, r = sum_words.widened(x), sum_words.widened(r)
     beyond = x > r if local.op == "MAX" else x < r
-    nan = x != x
-    owned = np.packbits((x == r) | (nan & (r != r)))
-    comm.Allreduce(MPI.IN_PLACE, owned, op=MPI.BOR)
-    n = x.size
-    nobody = np.flatnonzero(~np.unpackbits(owned, count=n).astype(bool))
+    n, is_float = x.size, local.dtype.kind not in "iu"
+    maps = np.packbits(np.concatenate([x == r, x != x]) if is_float else x == r)
+    comm.Allreduce(MPI.IN_PLACE, maps, op=MPI.BOR)
+    owned = np.unpackbits(maps, count=n + n * is_float).astype(bool)
+    n_nan = 0
+    if is_float:
+        # What becomes of an element with a NaN depends on the order: nothing can be asked of it.
+        owned, nan = owned[:n] | owned[n:], owned[n:]
+        beyond &= ~nan
+        n_nan = int(np.count_nonzero(nan))
+    nobody = np.flatnonzero(~owned)
     first = int(np.argmax(beyond)) if beyond.any() else -1
-    own = np.array([np.count_nonzero(beyond), first, np.count_nonzero(nan)], np.int64)
-    counts = np.empty((comm.size, 3), np.int64)
+    own = np.array([np.count_nonzero(beyond), first], np.int64)
+    counts = np.empty((comm.size, 2), np.int64)
     comm.Allgather(own, counts)
     if counts[:, 0].any() or nobody.size:
         rank = int(np.argmax(counts[:, 0] > 0)) if counts[:, 0].any() else None
@@ -297,8 +303,10 @@ def _extreme(comm, local, everyone) -> Verdict:
         )  # fmt: skip
         detail += f"; the first at {list(local.blocks.index_of(0, place))}"
         return sum_report.failure(local, "exact", detail, rank=None)
-    n_nan = int(counts[:, 2].sum())
-    missing = [f"{n_nan} NaN were given, of which MPI does not say what becomes"] * (n_nan > 0)
+    missing = [
+        f"{n_nan} elements to which a rank gave NaN are not covered (MPI does not say what becomes "
+        "of them)"
+    ] * (n_nan > 0)
     return _verdict(local, f"exact ({local.op})", missing)
 
 

@@ -67,4 +67,5 @@ def rows(local, holder, ranges) -> str:
             spans.append([first, last])
     names = [f"{a}" if a == b else f"{a}..{b}" for a, b in spans]
     shard = f" of shard {block}" if local.scattered else ""
-    return f"rows {', '.join(names[:8])}{', …' * (len(names) > 8)}{shard}"
+    word = "row" if len(names) == 1 and ".." not in names[0] else "rows"
+    return f"{word} {', '.join(names[:8])}{', …' * (len(names) > 8)}{shard}"
