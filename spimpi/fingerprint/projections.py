@@ -10,13 +10,11 @@ import numpy as np
 from numba import types
 
 from spimpi.fingerprint.words import GOLDEN, ONE, ZERO, mix
-from spimpi.inference.elementary import bits_of, float_of
 from spimpi.jit import inlined, kernel
 
 BLOCK = 256
 _CHUNK = 1 << 15  # words of coefficients that are kept at a time: a part of the L2 cache
 _UNIT = 2.0**-63
-_SIGN = np.int64(-(1 << 63))
 _TOP_BIT = np.uint64(1 << 63)
 _HALF, _LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
 
@@ -58,7 +56,7 @@ def _block(x, place, words, at, n):
     s = t = norm = 0.0
     for i in range(np.uint64(n)):
         a, c = np.float64(x[place + i]), np.int64(words[at + i])
-        s += float_of(bits_of(a) ^ (c & _SIGN))
+        s += -a if c < 0 else a
         t += a * np.float64(c)
         norm += abs(a)
     return s, t, norm
@@ -69,11 +67,11 @@ def _block_of_both(x, result, place, words, at, n):
     s = t = norm = result_s = result_t = 0.0
     for i in range(np.uint64(n)):
         a, b, c = np.float64(x[place + i]), np.float64(result[place + i]), np.int64(words[at + i])
-        sign, w = c & _SIGN, np.float64(c)
-        s += float_of(bits_of(a) ^ sign)
+        w = np.float64(c)
+        s += -a if c < 0 else a
         t += a * w
         norm += abs(a)
-        result_s += float_of(bits_of(b) ^ sign)
+        result_s += -b if c < 0 else b
         result_t += b * w
     return s, t, norm, result_s, result_t
 
