@@ -38,6 +38,11 @@ _HOMES = {
     "spimpi.checks.replicas": ("verify_replicas",),
     "spimpi.checks.ring": ("verify_ring",),
     "spimpi.checked": ("checked",),
+    "spimpi.checks.sums": ("verify_allreduce", "verify_reduce_scatter"),
+    "spimpi.checks.sketch": (
+        "Sketch", "SketchComparison", "compare_sketches", "reduce_sketch", "sketch",
+    ),
+    "spimpi.exact_sum": ("exact_allreduce",),
     "spimpi.topology.exo": ("ExoPartition", "create_exo_partitions"),
     "spimpi.topology.grid": ("Grid",),
     "spimpi.verification.run": ("verify_distributed_inference",),

@@ -18,6 +18,7 @@ KERNEL_FILES = (
     "fingerprint/cpu.py",
     "fingerprint/words.py",
     "fingerprint/painting_cpu.py",
+    "fingerprint/projections.py",
     "inference/elementary.py",
     "inference/kernels.py",
     "inference/exact.py",
