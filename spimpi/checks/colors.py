@@ -12,12 +12,13 @@ from math import prod
 
 import numpy as np
 
+from spimpi.checks.session import session_of
 from spimpi.checks.verdict import ElementError, Verdict, Where
 from spimpi.errors import CorruptionError, SpimpiError, UsageError
 from spimpi.fingerprint import as_array, combine, painting
 from spimpi.fingerprint.arrays import check_where, slab_of
 from spimpi.fingerprint.tag import COLOUR, Tag
-from spimpi.reduction import RecordReduction, empty_records
+from spimpi.reduction import empty_records
 from spimpi.trace.schema import Established
 
 LISTED = 16  # corrupted elements that a verdict lists
@@ -85,6 +86,8 @@ def verify_colors(
     (``check=False`` returns the falsy verdict), UsageError on every rank where the slabs are no
     partition of one tensor, or one of them cannot be looked at.
     """
+    session = session_of(comm, ctx)
+    comm = session.comm
     held = _look(comm.rank, x, tag, partition, bits, threads)
     records = empty_records(2)
     own, field = records
@@ -93,7 +96,7 @@ def verify_colors(
     own["xor"], own["total"] = held.fingerprint, prod(held.shape) if not held.error else 0
     if not held.error:
         field["xor"] = _share_of_field(held, comm.rank, comm.size, threads)
-    own, field = _merge(comm, records, ctx)
+    own, field = session.records.merge(comm, records)
     expected = int(field["xor"])
     if is_clean(own, expected, prod(held.global_shape)):
         verdict = _verdict(held, expected, expected)
@@ -187,16 +190,6 @@ def _share_of_field(held: Held, rank: int, size: int, threads: int) -> int:
     itemsize = painting.arrays.dtype_of(held.dtype).itemsize
     key = held.tag.key(COLOUR, held.global_shape, itemsize)
     return painting_cpu.colour_range(key, n * rank // size, n * (rank + 1) // size, threads)
-
-
-def _merge(comm, records, ctx):
-    if ctx is not None:
-        return ctx.records.merge(comm, records)
-    reduction = RecordReduction()
-    try:
-        return reduction.merge(comm, records)
-    finally:
-        reduction.free()
 
 
 def _verdict(held: Held, expected: int, actual: int, where: Where | None = None) -> Verdict:
