@@ -7,7 +7,6 @@ failures travel in the world's record, so that every rank of the context raises 
 
 from spimpi.checks.check import Check, Rule
 from spimpi.checks.pending import Group, PendingVerdict
-from spimpi.checks.verdict import Verdict
 from spimpi.errors import CorruptionError, SpimpiError, UsageError
 from spimpi.fingerprint.tag import MASK, Tag
 from spimpi.trace.schema import Established
@@ -89,9 +88,9 @@ class Batch:
         for i, (group, _) in enumerate(groups):
             # The lowest place of all ranks tells whether any of them used another communicator.
             group.start(0 if i == 0 and len(groups) > 1 else MASK)
-        elsewhere = None
         merged = [group.wait() for group, _ in groups]
         errors = [_judged(group, words, some) for (group, some), words in zip(groups, merged)]
+        elsewhere = None
         if merged[0][5] == 0:
             elsewhere = self._first_elsewhere(next((e for e in errors[1:] if e), None))
         first = errors[0] or elsewhere
@@ -100,11 +99,15 @@ class Batch:
 
     def _first_elsewhere(self, own):
         """The error of the lowest rank that met one over another communicator. Collective."""
-        told = own and (own.verdict if isinstance(own, CorruptionError) else (type(own), str(own)))
+        told = None
+        if own is not None:
+            verdict = own.verdict if isinstance(own, CorruptionError) else None
+            told = type(own), str(own), verdict
         said = next((t for t in self.ctx.session.comm.allgather(told) if t), None)
         if said is None:
             return None
-        return CorruptionError(said) if isinstance(said, Verdict) else said[0](said[1])
+        kind, text, verdict = said
+        return CorruptionError(verdict) if verdict is not None else kind(text)
 
 
 def _judged(group: Group, merged, entries):

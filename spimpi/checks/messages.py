@@ -60,7 +60,8 @@ class CheckedMessages:
             self.comm.Irecv(buf, source, tag),
             self._requests.comm.Irecv([record.view(np.uint8), MPI.BYTE], source, tag),
         ]
-        return CheckedReceive(self, buf, record, requests)
+        # Messages match receives in the order of posting, whichever is waited for first.
+        return CheckedReceive(self, buf, record, requests, self._next_received(source, tag))
 
     def _send_record(self, buf, dest, tag) -> None:
         """Start sending the record; small, so that it does not wait for the receiver."""
@@ -81,17 +82,20 @@ class CheckedMessages:
             return
         record = np.zeros(1, MESSAGE)
         self._requests.comm.Recv([record.view(np.uint8), MPI.BYTE], source, tag)
-        self._judge(buf, record[0], status)
+        self._judge(buf, record[0], status, self._next_received(source, tag))
+
+    def _next_received(self, source, tag) -> int:
+        sequence = self._received[source, tag] = self._received.get((source, tag), 0) + 1
+        return sequence
 
     def _message_tag(self, sequence) -> Tag:
         return Tag(self._seed, "Send", -1, sequence)
 
-    def _judge(self, buf, record, status) -> None:
+    def _judge(self, buf, record, status, sequence) -> None:
         """CorruptionError, on this rank, where the message is not what its record says."""
         source, tag = status.Get_source(), status.Get_tag()
         data = message_of(buf).whole()
         n = status.Get_count(MPI.BYTE) // data.itemsize
-        sequence = self._received[source, tag] = self._received.get((source, tag), 0) + 1
         if record["dtype"] != data.dtype.name.encode()[:16]:
             msg = (
                 f"a message from rank {source} (tag {tag}): it sent dtype "
@@ -127,8 +131,9 @@ class CheckedMessages:
 class CheckedReceive:
     """A checked Irecv under way: ``Wait`` and ``Test`` as mpi4py's, with the check."""
 
-    def __init__(self, comm: CheckedMessages, buf, record, requests):
+    def __init__(self, comm: CheckedMessages, buf, record, requests, sequence):
         self._comm, self._buf, self._record, self._requests = comm, buf, record, requests
+        self._sequence = sequence
 
     def Wait(self, status=None) -> bool:
         """Wait for the message and its record, and check."""
@@ -149,5 +154,5 @@ class CheckedReceive:
     def _checked(self, status) -> bool:
         if self._record is not None:
             record, self._record = self._record[0], None
-            self._comm._judge(self._buf, record, status)
+            self._comm._judge(self._buf, record, status, self._sequence)
         return True
