@@ -13,7 +13,7 @@ from spimpi.checks import sum_exact, sum_report, sum_words
 from spimpi.checks.float_bound import format_of
 from spimpi.checks.session import session_of
 from spimpi.errors import CorruptionError, UsageError
-from spimpi.fingerprint import arrays, fingerprint, linear_fingerprint
+from spimpi.fingerprint import arrays, as_array, fingerprint, linear_fingerprint
 from spimpi.fingerprint.tag import MASK, Tag
 from spimpi.reduction import minority, together
 
@@ -75,7 +75,7 @@ def exact_allreduce(comm, sendbuf, recvbuf=None, tag=None, *, ctx=None) -> np.nd
     result = result.view(given.dtype).reshape(given.shape)
     if recvbuf is None:
         return result
-    recvbuf[...] = result
+    as_array(recvbuf, writable=True)[...] = result
     return recvbuf
 
 
@@ -85,8 +85,8 @@ def _addends(sendbuf, recvbuf):
     if not many:
         msg = "every rank must give at least one addend, found an empty list"
         raise UsageError(msg)
-    for x in [*many, *([] if recvbuf is None else [recvbuf])]:
-        arrays.check_array(x)
+    many = [as_array(x) for x in many]
+    for x in [*many, *([] if recvbuf is None else [as_array(recvbuf, writable=True)])]:
         arrays.word_layout(x.dtype)
         if (x.dtype, x.shape) != (many[0].dtype, many[0].shape):
             msg = (

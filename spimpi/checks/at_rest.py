@@ -9,7 +9,7 @@ from spimpi.checks.pending import enforce, settle
 from spimpi.checks.verdict import Verdict, Where
 from spimpi.errors import UsageError
 from spimpi.fingerprint import fingerprint
-from spimpi.fingerprint.arrays import check_array
+from spimpi.fingerprint.protocols import as_array
 from spimpi.fingerprint.tag import Tag
 from spimpi.partition import Slab, balanced_sizes
 from spimpi.trace.schema import Established
@@ -100,11 +100,10 @@ def at_rest(array, tag, where=None, threads=1) -> AtRest:
     where: None (all of the tensor), a TensorPartition or a Slab. The array is kept, not copied;
     after a wanted change make a new watch. UsageError for what has no fingerprint.
     """
-    check_array(array)
+    array = as_array(array)
     if not isinstance(tag, Tag):
         msg = f"expected a spimpi.Tag, found {type(tag).__name__}"
         raise UsageError(msg)
-    array = np.asanyarray(array)
     slab = place_of(array.shape, where)
     axis = int(np.argmax(array.shape)) if array.ndim else 0
     n = min(MOST_BLOCKS, max(1, array.nbytes // BLOCK_BYTES), array.shape[axis] if array.ndim else 1)

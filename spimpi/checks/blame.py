@@ -122,26 +122,18 @@ def _common(check, own, others, words) -> int:
 
 
 def findings(comm, check, reports, history):
-    """What localisation finds (checks/localise.py), None where it is not there. Collective."""
+    """What localisation finds. Collective."""
+    from spimpi.checks.localise import localise  # rarely needed, hence here
+
     contributed, held = check.contributed, check.held
     regions = _regions(reports) if check.n_loose else None
     if regions is not None:
         contributed, held = _flat(contributed, regions), _flat(held, regions)
-    found = _localised(comm, contributed, held, check.tag, history)
-    if found is None or regions is None:
+    found = localise(comm, contributed, held, check.tag, history=history)
+    if regions is None:
         return found
     elements = tuple(replace(e, index=_index_of(e.index[0], regions)) for e in found.elements)
     return replace(found, elements=elements)
-
-
-def _localised(comm, contributed, held, tag, history):
-    try:
-        from spimpi.checks.localise import localise
-    except ModuleNotFoundError as missing:
-        if missing.name != "spimpi.checks.localise":
-            raise
-        return None
-    return localise(comm, contributed, held, tag, history=history)
 
 
 def _regions(reports) -> dict:

@@ -17,7 +17,8 @@ import numpy as np
 
 from spimpi.errors import SpimpiError, UsageError
 from spimpi.fingerprint import fingerprint
-from spimpi.fingerprint.arrays import check_array, slab_of
+from spimpi.fingerprint.arrays import slab_of
+from spimpi.fingerprint.protocols import as_array
 from spimpi.fingerprint.tag import CONTENT, GOLDEN, MASK, Tag, absorb, mix
 from spimpi.partition import Slab, TensorPartition, whole
 from spimpi.trace.schema import Established
@@ -68,7 +69,7 @@ class Check:
 
     def gives(self, array, where) -> Slab:
         """Fingerprint a block that this rank contributed; returns its slab."""
-        slab = self._take(array, where)
+        array, slab = self._take(array, where)
         self.given ^= fingerprint(array, self.tag, slab, self.threads)
         self.n_given += array.size
         self.contributed.append((array, slab))
@@ -76,7 +77,7 @@ class Check:
 
     def gets(self, array, where) -> Slab:
         """Fingerprint a block that this rank holds now; returns its slab."""
-        slab = self._take(array, where)
+        array, slab = self._take(array, where)
         self.got ^= fingerprint(array, self.tag, slab, self.threads)
         self.n_got += array.size
         self.held.append((array, slab))
@@ -93,11 +94,11 @@ class Check:
             msg = f"expected arrays of one dtype, found {self.dtype} and {dtype}"
             raise UsageError(msg)
 
-    def _take(self, array, where) -> Slab:
-        check_array(array)
+    def _take(self, array, where) -> tuple[np.ndarray, Slab]:
+        array = as_array(array)
         slab = place_of(array.shape, where)
         self.of(slab.global_shape, array.dtype)
-        return slab
+        return array, slab
 
     def seal(self) -> None:
         """Bind tag, shape, dtype and cut to the digest that all ranks must have alike."""

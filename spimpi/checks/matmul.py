@@ -14,7 +14,7 @@ from spimpi.checks.check import Check, Rule
 from spimpi.checks.pending import settle
 from spimpi.checks.verdict import ElementError, Verdict
 from spimpi.errors import UsageError
-from spimpi.fingerprint.arrays import check_array
+from spimpi.fingerprint.protocols import as_array
 from spimpi.fingerprint.tag import GOLDEN, LINEAR, Tag
 from spimpi.trace.schema import Established
 
@@ -73,14 +73,13 @@ def verify_matmul(comm, x, w, y, tag, *, check=True, ctx=None) -> Verdict:
         rows_x, rows_y = _rows(x, y, weight)
         bad = _wrong_rows(rows_x, rows_y, weight)
         c.n_bad = len(bad)
-        c.complaint = lambda: _complaint(rows_x, rows_y, weight, bad, y.shape)
+        c.complaint = lambda: _complaint(rows_x, rows_y, weight, bad, np.shape(y))
 
     return settle(comm, Check(NAME, tag, Rule.LOCAL, Established.COMPUTED), build, check, ctx)
 
 
 def _matrix(a, name) -> np.ndarray:
-    check_array(a)
-    a = np.asanyarray(a)
+    a = as_array(a)
     if a.dtype.kind not in "biuf":
         msg = f"{name} of a matmul's check holds integers, found dtype {a.dtype}; {ELSEWHERE}"
         raise UsageError(msg)

@@ -13,7 +13,7 @@ from mpi4py import MPI
 
 from spimpi.checks.boxes import Box
 from spimpi.errors import UsageError
-from spimpi.fingerprint import arrays, fingerprint
+from spimpi.fingerprint import arrays, as_array, fingerprint
 from spimpi.fingerprint.tag import Tag
 from spimpi.partition import Slab
 from spimpi.reduction import together
@@ -171,13 +171,13 @@ class Sources:
 
 
 def _checked(x, slab) -> tuple[np.ndarray, Box]:
-    arrays.check_array(x)
+    x = as_array(x)
     arrays.word_layout(x.dtype)
     if not isinstance(slab, Slab):
         msg = f"expected a Slab with each array, found {type(slab).__name__}"
         raise UsageError(msg)
     slab.check_holds(x.shape)
-    return np.asarray(x), Box(slab.offset, tuple(x.shape))
+    return x, Box(slab.offset, tuple(x.shape))
 
 
 def _numbered(boxes_of_ranks) -> list[tuple[int, int, Box]]:

@@ -3,7 +3,7 @@
 from spimpi.checks.check import Check, Rule
 from spimpi.checks.pending import settle
 from spimpi.checks.verdict import Verdict
-from spimpi.fingerprint.arrays import check_array
+from spimpi.fingerprint.protocols import as_array
 from spimpi.partition import Slab
 from spimpi.trace.schema import Established
 
@@ -30,7 +30,7 @@ def verify_ring(comm, sent, received, tag, *, check=True, ctx=None, threads=1) -
 
 def _block(array, sender: int, size: int):
     """One rank's block as a slab of all blocks: (array with a leading axis, Slab)."""
-    check_array(array)
+    array = as_array(array)
     shape = (size, LONGEST, *array.shape[1:]) if array.ndim else (size,)
     offset = (sender, *[0] * (len(shape) - 1))
     return array[None] if array.ndim else array.reshape(1), Slab(shape, offset)

@@ -12,7 +12,7 @@ import numpy as np
 from spimpi.checks import float_bound, sum_words
 from spimpi.checks.sum_exact import global_runs
 from spimpi.errors import UsageError
-from spimpi.fingerprint import arrays, fingerprint, projections
+from spimpi.fingerprint import arrays, as_array, fingerprint, projections
 from spimpi.fingerprint.tag import SKETCH, Tag
 from spimpi.partition import Slab
 
@@ -72,8 +72,8 @@ def sketch(array, tag: Tag, where=None) -> Sketch:
 
     float64, float32, float16, bfloat16, complex or integer arrays. Local. UsageError for others.
     """
-    word = fingerprint(array, tag, where)
-    given = np.asarray(array)
+    given = as_array(array)
+    word = fingerprint(given, tag, where)
     slab = arrays.slab_of(given.shape, where)
     x = sum_words.items(given)
     if x is not given:

@@ -57,10 +57,10 @@ def prepare(comm, name, contribution, result, partition, tag, op) -> tuple[SumCa
     if not isinstance(tag, Tag):
         msg = f"tag must be a spimpi.Tag, found {type(tag).__name__}"
         raise UsageError(msg)
-    sum_words.same_arrays(contribution, result)
-    x, r = sum_words.items(np.asarray(contribution)), sum_words.items(np.asarray(result))
+    contribution, result = sum_words.same_arrays(contribution, result)
+    x, r = sum_words.items(contribution), sum_words.items(result)
     op_name = _name_of(op)
-    kind = _kind(op_name, x.dtype, name, np.asarray(contribution).dtype)
+    kind = _kind(op_name, x.dtype, name, contribution.dtype)
     if name == "allreduce":
         if x.shape != r.shape:
             msg = (
@@ -76,7 +76,7 @@ def prepare(comm, name, contribution, result, partition, tag, op) -> tuple[SumCa
     most = float_bound.most_bins(comm.size)
     blocks = sum_words.Blocks(parts, slabs, r, own, key, most)
     call = (
-        f"{name} by MPI.{op_name} of {np.asarray(contribution).dtype}{list(contribution.shape)}"
+        f"{name} by MPI.{op_name} of {contribution.dtype}{list(contribution.shape)}"
         f"{cut} under {tag}"
     )
     kind = "one rank" if comm.size == 1 else kind

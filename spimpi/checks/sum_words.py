@@ -12,7 +12,7 @@ import numpy as np
 
 from spimpi.checks.float_bound import bins_of
 from spimpi.errors import UsageError
-from spimpi.fingerprint import arrays, fingerprint, projections
+from spimpi.fingerprint import arrays, as_array, fingerprint, projections
 from spimpi.fingerprint.cpu import _pool
 from spimpi.fingerprint.tag import SKETCH
 from spimpi.partition import Slab
@@ -193,10 +193,10 @@ def sketch_key(tag, shape, itemsize: int) -> int:
     return tag.key(SKETCH, shape, itemsize)
 
 
-def same_arrays(contribution, result) -> None:
-    """Raise UsageError unless both are arrays with a fingerprint, of one dtype."""
+def same_arrays(contribution, result) -> tuple[np.ndarray, np.ndarray]:
+    """Both as numpy's; UsageError unless they are arrays with a fingerprint, of one dtype."""
+    contribution, result = as_array(contribution), as_array(result)
     for x in (contribution, result):
-        arrays.check_array(x)
         arrays.word_layout(x.dtype)
     if contribution.dtype != result.dtype:
         msg = (
@@ -204,3 +204,4 @@ def same_arrays(contribution, result) -> None:
             f"{result.dtype}"
         )
         raise UsageError(msg)
+    return contribution, result

@@ -100,16 +100,6 @@ def check_where(where) -> None:
         raise UsageError(msg)
 
 
-def check_array(x) -> None:
-    """Raise UsageError unless x is a numpy array or scalar; ``as_array`` takes others too."""
-    if not isinstance(x, (np.ndarray, np.generic)):
-        msg = (
-            f"expected a numpy array, found {type(x).__name__}: convert it first "
-            f"(spimpi.as_array(x), np.asarray(x, dtype=...))"
-        )
-        raise UsageError(msg)
-
-
 def walk_of(x, where) -> tuple[np.ndarray, Walk]:
     """The array whose memory is to be read, and its walk.
 
