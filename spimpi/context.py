@@ -97,6 +97,7 @@ class DistributedContext:
 
     def free(self):
         """Give back the communicators and the reduction. Collective."""
+        self.session.free()
         self.records.free()
         for comm in (self.node, self.replica, self.data, self.pipeline, self.tensor, self.world):
             comm.Free()

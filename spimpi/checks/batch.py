@@ -5,6 +5,8 @@ communicator one more. Hand-offs in a batch are exchanged between their two ends
 failures travel in the world's record, so that every rank of the context raises the same error.
 """
 
+from operator import itemgetter
+
 from spimpi.checks.check import Check, Rule
 from spimpi.checks.pending import Group, PendingVerdict
 from spimpi.errors import CorruptionError, SpimpiError, UsageError
@@ -18,7 +20,7 @@ class Batch:
     def __init__(self, ctx):
         self.ctx = ctx
         self._entries: dict = {ctx.session: []}  # session -> (check, pending verdict, raises)
-        self._handoffs: list = []  # (what finishes it, pending verdict, raises)
+        self._handoffs: list = []  # (order, what finishes it, verdict, raises)
         self._tensors: dict = {}  # tag -> (global shape, dtype)
         self._contents: dict = {}  # tag, check, places -> words
 
@@ -45,10 +47,13 @@ class Batch:
         self._entries.setdefault(session, []).append((check, pending, raises))
         return pending
 
-    def add_handoff(self, finish, raises: bool) -> PendingVerdict:
-        """Take a hand-off under way; ``finish()`` gives its verdict or raises. Local."""
+    def add_handoff(self, order, finish, raises: bool) -> PendingVerdict:
+        """Take a hand-off under way; ``finish()`` gives its verdict or raises. Local.
+
+        ``order``: hand-offs are finished by it, so that no ring of ranks waits in a circle.
+        """
         pending = PendingVerdict("pipeline hand-off")
-        self._handoffs.append((finish, pending, raises))
+        self._handoffs.append((order, finish, pending, raises))
         return pending
 
     def _require_one_tensor(self, check: Check) -> None:
@@ -73,7 +78,7 @@ class Batch:
     def _settle(self) -> None:
         """Finish hand-offs, reduce, judge, and raise what is to be raised. Collective."""
         failed, error = [], None
-        for finish, pending, raises in self._handoffs:
+        for _, finish, pending, raises in sorted(self._handoffs, key=itemgetter(0)):
             try:
                 verdict = pending._verdict = finish()
             except SpimpiError as caught:

@@ -39,13 +39,15 @@ def verify_pipeline_handoff(
     moved. Collective over the two ends, which raise the same errors.
     """
     ends = _ends(comm, from_rank, to_rank)
-    pair = pair_of(comm, *ends)
+    pair = pair_of(comm, *ends, ctx)
     name = (tag.seed, tag.name) if isinstance(tag, Tag) else None
     link = pair.links.setdefault((from_rank, name), Link())
     c = _check(activations, tag, where, ends, comm.rank, threads)
     if sequence is not None:
         link.sequence = int(sequence)
-    exchange = _Exchange(pair, link, c, ends, _words(HANDED_ON, link, c, microbatch, layers))
+    exchange = _Exchange(
+        pair, link, c, ends, comm.rank, _words(HANDED_ON, link, c, microbatch, layers)
+    )
     link.sequence += 1
     return _settled(exchange, check, ctx)
 
@@ -62,8 +64,14 @@ class HandoffChain:
     ):
         self.name, self.seed, self.ctx, self.threads = name, seed, ctx, threads
         self.closed = False
+        # The pair's communicator is made at the first hand-off: made here, the chains of a ring
+        # would wait for each other.
         self._comm, self._ends = comm, _ends(comm, from_rank, to_rank)
-        self._pair, self._link = pair_of(comm, *self._ends), Link()
+        self._link = Link()
+
+    @property
+    def _pair(self) -> Pair:
+        return pair_of(self._comm, *self._ends, self.ctx)
 
     @property
     def n_handoffs(self) -> int:
@@ -79,7 +87,9 @@ class HandoffChain:
         tag = Tag(self.seed, self.name, layer, step)
         c = _check(activations, tag, where, self._ends, self._comm.rank, self.threads)
         words = _words(HANDED_ON, self._link, c, microbatch, layers)
-        exchange = _Exchange(self._pair, self._link, c, self._ends, words, self)
+        exchange = _Exchange(
+            self._pair, self._link, c, self._ends, self._comm.rank, words, self
+        )
         self._link.sequence += 1
         return _settled(exchange, check, self.ctx)
 
@@ -88,9 +98,10 @@ class HandoffChain:
         self._require_open()
         c = Check(NAME, Tag(self.seed, self.name), Rule.LOCAL, Established.MOVED)
         words = _words(CLOSED, self._link, c, None, None)
-        return _settled(
-            _Exchange(self._pair, self._link, c, self._ends, words, self), check, self.ctx
+        exchange = _Exchange(
+            self._pair, self._link, c, self._ends, self._comm.rank, words, self
         )
+        return _settled(exchange, check, self.ctx)
 
     def _require_open(self):
         if self.closed:
@@ -159,27 +170,31 @@ def _digest(text: str) -> int:
 
 def _settled(exchange, check, ctx):
     if ctx is not None and ctx.open_batch is not None:
-        return ctx.open_batch.add_handoff(exchange.finish, check)
+        return ctx.open_batch.add_handoff(exchange.order, exchange.finish, check)
     return enforce(exchange.finish(), check)
 
 
 class _Exchange:
     """The records of one hand-off under way between its two ends."""
 
-    def __init__(self, pair: Pair, link: Link, c: Check, ends, words, chain=None):
+    def __init__(self, pair: Pair, link: Link, c: Check, ends, rank, words, chain=None):
         self.pair, self.link, self.check, self.ends, self.chain = pair, link, c, ends, chain
         self.own, self.other = np.zeros((2, 1), LINK_RECORD)
         for name, value in words.items():
             self.own[name] = value
         self.own["from_rank"] = ends[0]
-        self.peer = 1 - pair.comm.rank
+        self.peer, self.rank = pair.peer, rank
         # The two directions between two ranks do not wait for each other.
-        self.rank = min(ends) if pair.comm.rank == 0 else max(ends)
         direction = int(ends[0] > ends[1])
         self.requests = [
             pair.comm.Irecv([self.other.view(np.uint8), MPI.BYTE], self.peer, direction),
             pair.comm.Isend([self.own.view(np.uint8), MPI.BYTE], self.peer, direction),
         ]
+
+    @property
+    def order(self) -> tuple:
+        """Where this hand-off comes when many are finished: all ranks must have one order."""
+        return min(self.ends), max(self.ends), self.ends[0]
 
     def finish(self) -> Verdict:
         """Wait for the other end's record, and judge. The same on both ends."""
@@ -233,8 +248,9 @@ class _Exchange:
     def _other_content(self, sent, waited) -> Verdict:
         """What the receiver holds instead. Collective over the two ends."""
         c, comm = self.check, self.pair.comm
+        alone = self.pair.alone
         history = {(tag, slab): word for _, tag, slab, word in self.link.history}
-        found = findings(comm, c, None, history)
+        found = findings(alone, c, None, history)
         stale = self._earlier() if c.held else None
         theirs = comm.sendrecv(
             (stale, MPI.Get_processor_name()), dest=self.peer, source=self.peer

@@ -32,10 +32,11 @@ class Session:
     """A private communicator with the ranks of the user's, and what checks remember of it."""
 
     def __init__(self, comm, records, owned=()):
-        self.comm, self.records, self.batch = comm, records, None
+        self.comm, self.records = comm, records
         self.rank, self.size = comm.rank, comm.size
         self.history: dict = {}
         self.calls = 0
+        self.pairs: dict = {}
         self._owned = owned
         own, merged = empty_records(1), empty_records(1)
         self._own, self._merged = own.view(np.uint64), merged.view(np.uint64)
@@ -63,23 +64,43 @@ class Session:
 
     def free(self) -> None:
         """Collective over the session's ranks."""
+        for pair in self.pairs.values():
+            pair.free()
         for one in self._owned:
             (one.free if isinstance(one, RecordReduction) else one.Free)()
 
 
 class Pair:
-    """The two ends of a hand-off: their communicator (the lower rank first) and its links."""
+    """The two ends of a hand-off, the lower rank first: where they exchange records, and links.
 
-    def __init__(self, comm, low: int, high: int):
-        group = comm.Get_group()
-        pair = group.Incl([low, high] if low != high else [low])
-        self.comm = comm.Create_group(pair, PAIR_TAG)
-        pair.Free()
-        group.Free()
+    With a session that is there already (a context's) making it does not communicate, so that
+    hand-offs of a batch wait for nobody.
+    """
+
+    def __init__(self, comm, low: int, high: int, session=None):
+        self._user, self._ends, self._session = comm, (low, high), session
         self.links: dict = {}
+        self._own = None
+        self.peer = high if comm.rank == low else low
+        self.comm = session.comm if session is not None else self.alone
+        if session is None:
+            self.peer = 1 - self.comm.rank
+
+    @property
+    def alone(self):
+        """A communicator of these two ranks. Collective over them at first."""
+        if self._own is None:
+            comm = self._user if self._session is None else self._session.comm
+            group = comm.Get_group()
+            pair = group.Incl(self._ends)
+            self._own = comm.Create_group(pair, PAIR_TAG)
+            pair.Free()
+            group.Free()
+        return self._own
 
     def free(self) -> None:
-        self.comm.Free()
+        if self._own is not None:
+            self._own.Free()
 
 
 def _discard(comm, keyval, kept) -> None:
@@ -125,10 +146,11 @@ def request_session_of(comm) -> Session:
     return session
 
 
-def pair_of(comm, one: int, other: int) -> Pair:
-    """The pair of two ranks of ``comm``. Collective over these two at first, local afterwards."""
+def pair_of(comm, one: int, other: int, ctx=None) -> Pair:
+    """The pair of two ranks of ``comm``. Without a context collective over these two at first."""
     ends = (min(one, other), max(one, other))
-    kept = _kept(comm)
+    session = ctx.session if ctx is not None and ctx.is_over(comm) else None
+    kept = session.pairs if session is not None else _kept(comm)
     if ends not in kept:
-        kept[ends] = Pair(comm, *ends)
+        kept[ends] = Pair(comm, *ends, session)
     return kept[ends]

@@ -253,6 +253,7 @@ def test_a_failed_request_raises_when_it_is_waited_for_and_not_before(comm):
         first.Wait()
 
 
+@two
 def test_calls_name_their_tensors_by_kind_and_number_or_by_tag(comm):
     checked = spimpi.checked(comm, check=False)
     start = checked._session.calls

@@ -261,6 +261,24 @@ def test_handoffs_in_a_batch_are_told_to_all_ranks_at_its_end(comm, wrong):
                     spimpi.verify_pipeline_handoff(comm, x[comm.rank :], 0, 1, _tag(5), ctx=ctx)
 
 
+@two
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_ring_of_handoffs_in_a_batch_does_not_wait_in_a_circle(comm, wrong):
+    """Every rank asks for its predecessor's first, and all hops fail at once."""
+    after, before = (comm.rank + 1) % comm.size, (comm.rank - 1) % comm.size
+    tag = Tag(name=f"circle{wrong}")
+    with spimpi.DistributedContext(comm) as ctx:
+        verdicts = []
+        with ctx.batch():
+            for sender, receiver in ((before, comm.rank), (comm.rank, after)):
+                x = data((2, 2)) + (1 if wrong and sender == before else 0)
+                verdicts.append(spimpi.verify_pipeline_handoff(
+                    comm, x, sender, receiver, tag, ctx=ctx, check=False))
+        assert [bool(v) for v in verdicts] == [not wrong] * 2
+        if wrong and comm.size > 2:
+            assert [v.where.rank for v in verdicts] == [comm.rank, after]
+
+
 def test_a_context_without_a_grid_is_one_tensor_group(comm):
     with spimpi.DistributedContext(comm) as ctx:
         assert ctx.grid == Grid(comm.size, 1, 1, (1,))
