@@ -133,11 +133,11 @@ def attend(
     qkv, sequences, positions, cosines, sines, kv_of_head, settings,
     keys, key_exponents, key_sums, values, value_exponents, value_sums,
     r, fault, out, words, step_keys, layer, first_row, segments, segments_found, made,
-    kv_rows, first_own, first_key,
+    kv_rows, first_own, key_column,
 ):  # fmt: skip
     """Append keys and values to the cache and attend, row after row.
 
-    Keys and values are those of ``kv_rows``, at columns first_key and on, which are the rows of
+    Keys and values are those of ``kv_rows``, from column key_column on, which are the rows of
     ``sequences`` and ``positions``; those from first_own on are the rows of qkv, and attend. Under
     sequence parallelism the others are other ranks'; else kv_rows is qkv.
 
@@ -163,7 +163,7 @@ def attend(
         n_keys = position + 1
         finite = True
         for kv in range(n_kv):
-            at = first_key + kv * head_dim
+            at = key_column + kv * head_dim
             _rotate(kv_rows[row_of_all, at : at + head_dim], position, cosines, sines, row_buffer)
             exponent, good = _quantize(row_buffer, key_bits)
             finite &= good
@@ -171,7 +171,7 @@ def attend(
             for i in range(head_dim):
                 keys[sequence, kv, position, i] = row_buffer[i]
                 key_sums[sequence, kv, i] += np.int64(row_buffer[i]) * r[position]
-            at = first_key + (n_kv + kv) * head_dim
+            at = key_column + (n_kv + kv) * head_dim
             for i in range(head_dim):
                 row_buffer[i] = kv_rows[row_of_all, at + i]
             exponent, good = _quantize(row_buffer, value_bits)

@@ -262,7 +262,7 @@ class ExactLayers(Layers):
 
     def _attend(self, i, b):
         cache, results, words = self.caches[i], b.results, self.words
-        rows, kv, first_own, first_key = self._keys_and_values(i, b)
+        rows, kv, first_own, key_column = self._keys_and_values(i, b)
         fault = NO_FAULT
         if self.faults is not None:
             fault = self.faults.in_attention(self.ctx.layers[i], b.first_row, b.n_rows)
@@ -271,7 +271,7 @@ class ExactLayers(Layers):
             self.settings, cache.keys, cache.key_exponents, cache.key_sums, cache.values,
             cache.value_exponents, cache.value_sums, self.r, fault, b.space.attn, words, b.keys, i,
             b.first_row, self.segments, results.segments_found, results.rest_expected,
-            kv, first_own, first_key,
+            kv, first_own, key_column,
         )  # fmt: skip
         if self.sequence:
             self.sequence.used(i, kv, self.widths.qkv, b)
