@@ -25,6 +25,7 @@ KERNEL_FILES = (
     "inference/product.py",
     "inference/attention.py",
     "inference/sequence_kernels.py",
+    "inference/qk_norm.py",
     "inference/checkpoint_seeded.py",
     "inference/tensors.py",
 )

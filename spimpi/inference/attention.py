@@ -16,7 +16,7 @@ from numba import njit
 from spimpi.inference.elementary import bits_of, exp, power_of_two, rounded
 from spimpi.inference.exact import bits, is_sum
 from spimpi.inference.kernels import block_words, segment_words
-from spimpi.inference.tensors import ATTN, QKV, REST
+from spimpi.inference.tensors import ATTN, REST
 from spimpi.jit import inlined, kernel
 
 REST_ATTN = REST.index("attn")
@@ -142,14 +142,16 @@ def attend(
     sequence parallelism the others are other ranks'; else kv_rows is qkv.
 
     settings = (head_dim, kv heads here, bits of q·k, bits of p·v, checked, columns of qkv, first
-    column of attn here, columns of attn). fault = (row, product,
-    index): adds one to one integer of a product (0: scores with the first key, index = head; 1:
-    output, index = head·head_dim + column); row -1 means none. words receives: 0, 1 the two
+    column of attn here, columns of attn, the key of qkv (tensors.QKV, or QK_NORMED after a QK
+    norm), window: how many positions a row sees, its own included). fault = (row, product,
+    index): adds one to one integer of a product (0: scores with the first key that it sees, index
+    = head; 1: output, index = head·head_dim + column); row -1 means none. words receives: 0, 1 the two
     sides of the scores' check; 2, 3 those of the output's; 4, 5 the wrong rows of each; 6 rows
     with NaN or Inf. This is the last use of the layer's qkv and makes attn: segments_found[layer]
     gets the words of qkv's column segments, made[layer] that of attn (step_keys: Keys.of_step).
     """
     head_dim, n_kv, key_bits, value_bits, checked = settings[:5]
+    qkv_key, window = settings[8], settings[9]
     n_heads = kv_of_head.shape[0]
     for i in range(7):
         words[i] = np.uint64(0)
@@ -161,6 +163,7 @@ def attend(
         row = row_of_all - first_own
         sequence, position = sequences[row_of_all], positions[row_of_all]
         n_keys = position + 1
+        first_key = max(0, n_keys - window)
         finite = True
         for kv in range(n_kv):
             at = key_column + kv * head_dim
@@ -171,6 +174,10 @@ def attend(
             for i in range(head_dim):
                 keys[sequence, kv, position, i] = row_buffer[i]
                 key_sums[sequence, kv, i] += np.int64(row_buffer[i]) * r[position]
+            if first_key > 0:  # one key more has left the window
+                gone = first_key - 1
+                for i in range(head_dim):
+                    key_sums[sequence, kv, i] -= np.int64(keys[sequence, kv, gone, i]) * r[gone]
             at = key_column + (n_kv + kv) * head_dim
             for i in range(head_dim):
                 row_buffer[i] = kv_rows[row_of_all, at + i]
@@ -193,14 +200,14 @@ def attend(
             _rotate(qkv[row, at : at + head_dim], position, cosines, sines, row_buffer)
             query_exponent, good = _quantize(row_buffer, key_bits)
             finite &= good
-            for j in range(n_keys):
+            for j in range(first_key, n_keys):
                 probabilities[j] = _dot(row_buffer, keys[sequence, kv, j])
             if fault[0] == row and fault[1] == 0 and fault[2] == head:
-                probabilities[0] += 1.0
+                probabilities[first_key] += 1.0
             if checked:
                 found = np.int64(0)
                 wanted = np.int64(0)
-                for j in range(n_keys):
+                for j in range(first_key, n_keys):
                     bad_scores |= not is_sum(probabilities[j])
                     found += np.int64(probabilities[j]) * r[j]
                 for i in range(head_dim):
@@ -210,24 +217,24 @@ def attend(
                 bad_scores |= found != wanted
 
             largest = -np.inf
-            for j in range(n_keys):
+            for j in range(first_key, n_keys):
                 shift = query_exponent + key_exponents[sequence, kv, j] - 2 * key_bits
                 score = np.float64(np.float32(probabilities[j] * _power_of_two(shift)))
                 probabilities[j] = score * softmax_scale
                 largest = max(largest, probabilities[j])
             total = 0.0
-            for j in range(n_keys):
+            for j in range(first_key, n_keys):
                 probabilities[j] = exp(probabilities[j] - largest)
                 total += probabilities[j]
-            for j in range(n_keys):
+            for j in range(first_key, n_keys):
                 fold = _power_of_two(np.int64(value_exponents[sequence, kv, j]))
                 probabilities[j] = probabilities[j] / total * fold
-            weight_exponent, good = _quantize(probabilities[:n_keys], value_bits)
+            weight_exponent, good = _quantize(probabilities[first_key:n_keys], value_bits)
             finite &= good
 
             for i in range(head_dim):
                 result[i] = 0.0
-            for j in range(n_keys):
+            for j in range(first_key, n_keys):
                 _accumulate(result, probabilities[j], values[sequence, kv, j])
             if fault[0] == row and fault[1] == 1 and fault[2] // head_dim == head:
                 result[fault[2] % head_dim] += 1.0
@@ -237,7 +244,7 @@ def attend(
                 for i in range(head_dim):
                     bad_output |= not is_sum(result[i])
                     found += np.int64(result[i]) * r[i]
-                for j in range(n_keys):
+                for j in range(first_key, n_keys):
                     wanted += np.int64(probabilities[j]) * value_sums[sequence, kv, j]
                 words[2] += np.uint64(found)
                 words[3] += np.uint64(wanted)
@@ -252,7 +259,7 @@ def attend(
         bits = qkv.view(np.uint32)
         for s in range(segments.shape[0]):
             segments_found[layer, s] = segment_words(
-                bits, step_keys[layer + 1, QKV], first_row, segments[s], settings[5]
+                bits, step_keys[layer + 1, qkv_key], first_row, segments[s], settings[5]
             )
         made[layer, REST_ATTN] = block_words(
             out.view(np.uint32), step_keys[layer + 1, ATTN], first_row, settings[6], settings[7]

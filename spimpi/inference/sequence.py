@@ -16,7 +16,7 @@ from time import perf_counter
 import numpy as np
 
 from spimpi.inference.sequence_kernels import fingerprint_rows, gathered_words
-from spimpi.inference.tensors import HIDDEN, QKV
+from spimpi.inference.tensors import HIDDEN, QK_NORMED, QKV
 from spimpi.reduction import blocks, empty_records
 from spimpi.topology.sequence import last_row_holders
 from spimpi.trace.schema import Established, Op, Stage, Status, blank_events
@@ -61,6 +61,7 @@ class SequenceGroup:
         self.facts, self.splits = facts, splits
         comm, n_layers = facts.ctx.sequence, len(facts.ctx.layers)
         self.rank, self.size = comm.rank, comm.size
+        self.key = QK_NORMED if facts.config.qk_norm else QKV
         self.segments = segments[1:].copy()
         self.segments[:, 0] -= segments[0, 2]
         width = int(self.segments[:, 2].sum())
@@ -108,7 +109,7 @@ class SequenceGroup:
         start = perf_counter()
         slot = self.facts.ledger.slot_of(batch.microbatch)
         gathered_words(
-            kv.view(np.uint32), batch.keys[i + 1], QKV, batch.gathered.pieces, self.rank,
+            kv.view(np.uint32), batch.keys[i + 1], self.key, batch.gathered.pieces, self.rank,
             self.segments, n_cols, self.words[slot, i],
         )  # fmt: skip
         self.seconds += perf_counter() - start
@@ -176,7 +177,11 @@ class SequenceGroup:
         Collective over ctx.sequence, after the tensor ranks have agreed on theirs.
         """
         start, n = perf_counter(), ledger.n_slots
-        shares = np.bitwise_xor.reduce(ledger.results.segments[:, 1:], axis=1)
+        # After a QK norm each segment's word is that of its last use; all together are compared
+        # with those made (at rest).
+        results = ledger.results
+        made = results.normed_found if self.facts.config.qk_norm else results.segments
+        shares = np.bitwise_xor.reduce(made[:, 1:], axis=1)
         words = self.words[:n].reshape(-1, 2)
         self._with_last = self.facts.ctx.is_last_stage and ledger.places[0, 0] == 0
         if self._with_last:

@@ -12,8 +12,8 @@ from spimpi.inference.config import (
     checkpoint_tensors,
     load_config,
     published,
-    rope_inverse_frequencies,
 )
+from spimpi.inference.rope import rope_factor, rope_inverse_frequencies, yarn_attention_factor
 
 LLAMA3 = {
     "factor": 32.0,
