@@ -368,6 +368,22 @@ def test_a_gather_in_the_wrong_order_is_caught(comm, monkeypatch):
     assert (outcome.exit_status, where.tensor, where.layer) == (1, "kv", 1)
 
 
+def test_a_result_that_all_share_must_be_what_the_pieces_were(comm, monkeypatch):
+    """Agreement is not enough, nor that every rank finds its own piece as it was."""
+    quick_fabric(monkeypatch)
+    monkeypatch.setattr(run, "GOLDEN_BYTES", 0)
+    fingerprint = sequence.gathered_words
+
+    def as_if_all_had_the_same_wrong_rows(*args):
+        fingerprint(*args)
+        args[-1][sequence.WHOLE] ^= np.uint64(1)
+
+    monkeypatch.setattr(sequence, "gathered_words", as_if_all_had_the_same_wrong_rows)
+    outcome = verify(comm, topology=f"sp={comm.size}", tokens=1)
+    where = outcome.verdict.where
+    assert (outcome.exit_status, where.tensor, where.rank) == (1, "kv", None)
+
+
 def test_ranks_that_are_not_equally_fast_agree_on_the_group(comm, monkeypatch):
     from spimpi.inference import ledger
 
