@@ -101,9 +101,18 @@ CASES = {
     "more stages than layers": (
         "verify --model twolayers --topology pp=3", "more pipeline stages model's 2 layers tp=3"
     ),
-    "not a topology": ("verify --topology ep=3", "axes tp, pp and dp found 'ep=3'"),
+    "not a topology": ("verify --topology ep=3", "axes tp, sp, pp and dp found 'ep=3'"),
     "no ranks": ("verify --topology tp=0", "tp whole number of 1 or more found '0'"),
     "fewer prompts than dp": ("verify --topology dp=3 --prompt a", "3 data ranks only 1 tp=3 pp=3"),
+    "fewer tokens than sp": (
+        "verify --topology sp=3 --prompt ab --prompt c", "3 sequence ranks longest 2 tokens idle tp=3"
+    ),
+    "not the world's size over sequence ranks": (
+        "verify --topology sp=2,dp=2", "1·2·1·2 = 4 ranks the world has 3 sp=3"
+    ),
+    "a gather without sequence ranks": (
+        "verify --inject bitflip:rank=0,tensor=kv,layer=1", "kv only where sp > 1 sp=1"
+    ),
     "memory sizes for another count": ("verify --topology exo --memory 18,8", "3 ranks 2 sizes"),
     "memory is not numbers": ("verify --topology exo --memory 1,2,x", "positive number GB 1,2,x"),
     "memory without exo": ("verify --memory 1,2,3", "--memory goes with --topology exo"),

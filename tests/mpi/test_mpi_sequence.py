@@ -182,22 +182,53 @@ def test_prefill_and_decoding_give_the_bits_of_one_rank_alone(comm, model, facts
 # The number of checks
 
 
-def test_the_number_of_checks_is_what_counting_by_hand_gives(comm, model):
-    """Three layers, two tokens, eight prompts, on two sequence ranks."""
-    fabric = 5 * (1 + 2 + 1) + 3 * (1 + 1)  # allgather; bxor, broadcast; bxor of a replica? no: tp=1
-    fabric -= 5  # a replica of one rank has no bxor of its own
-    layer = 5 + 6 + 1  # tensors at rest, products, keys and values gathered
+# Counted by hand for three layers, six heads, two tokens, eight prompts.
+GOLDEN = 2 * (1 + 3 * 5 + 1 + 1)
+WEIGHTS = 3 * 9 + 3
+LAYER = 5 + 6 + 1  # tensors at rest, products, keys and values gathered
+
+
+def _two_sequence_ranks():
+    fabric = 5 * (1 + 2) + 3 * (1 + 1)  # allgather; bxor, broadcast; records of group and world
     # Prefill: eight microbatches, one a prompt, of three layers and the output at rest; the later
     # step: one. Each step: the head's product, logits and tokens at rest. Once: the last rows and
     # the tokens, gathered.
-    one = (8 + 1) * (3 * layer + 1) + 2 * 3 + 1 + 1
-    golden = 2 * (1 + 3 * 5 + 1 + 1)
-    by_hand = 2 * (fabric + 3 * 9 + 3 + one) + golden
-    with first_ranks(comm, 2) as part:
+    one = (8 + 1) * (3 * LAYER + 1) + 2 * 3 + 1 + 1
+    return 2 * (fabric + WEIGHTS + one) + GOLDEN
+
+
+def _two_tensor_by_two_sequence_ranks():
+    # Over tensor ranks sum, max, bor, allgather; bxor of a replica, which is not the world here.
+    fabric = 5 * (4 + 1 + 1 + 2) + 3 * (1 + 1 + 1)
+    copies, maxima = 3 * 2 + 1, 3 * 2
+    shared = LAYER + 2 + 2 + 2 + 2  # partial sums at rest, sums, maxima, agreement of two
+    # A microbatch also puts its embedding together; a step gathers logits and agrees on tokens.
+    one = (8 + 1) * (3 * shared + 1 + 1) + 2 * (3 + 2) + 1 + 1
+    return 4 * (fabric + WEIGHTS + copies + maxima + one) + GOLDEN
+
+
+def _two_stages_of_two_sequence_ranks():
+    fabric = 5 * (1 + 1 + 1 + 2) + 3 * (1 + 1)  # also the ring of hand-offs, bxor of a replica
+    # The later step has two microbatches. First stage, two layers: the output at rest after its
+    # send; the closing hop of each step; the tokens, gathered. Second stage: hand-offs; the head.
+    first = (8 + 2) * (2 * LAYER + 1) + 2 + 1
+    second = (8 + 2) * (1 + LAYER + 1) + 2 * 3 + 1
+    return 4 * fabric + 2 * WEIGHTS + 2 * (first + second) + GOLDEN
+
+
+@pytest.mark.parametrize(
+    ("n", "topology", "by_hand"),
+    [(2, "sp=2", _two_sequence_ranks()), (4, "tp=2,sp=2", _two_tensor_by_two_sequence_ranks()),
+     (4, "sp=2,pp=2", _two_stages_of_two_sequence_ranks())],
+)  # fmt: skip
+def test_the_number_of_checks_is_what_counting_by_hand_gives(comm, model, n, topology, by_hand):
+    if comm.size < n:
+        pytest.skip(f"needs {n} ranks")
+    with first_ranks(comm, n) as part:
         if part:
             outcome = verify(
                 part, model=str(model("grouped", **GROUPED)), prompt_ids=IDS, tokens=2,
-                topology="sp=2",
+                topology=topology,
             )  # fmt: skip
             assert outcome.verdict, str(outcome.verdict)
             assert outcome.n_events == by_hand
@@ -379,6 +410,22 @@ def test_a_gather_in_the_wrong_order_is_caught(comm, monkeypatch):
     outcome = verify(comm, topology=f"sp={comm.size}", tokens=1)
     where = outcome.verdict.where
     assert (outcome.exit_status, where.tensor, where.layer) == (1, "kv", 1)
+
+
+def test_a_result_that_all_share_must_be_what_the_pieces_were(comm, monkeypatch):
+    """Agreement is not enough, nor that every rank finds its own piece as it was."""
+    quick_fabric(monkeypatch)
+    monkeypatch.setattr(run, "GOLDEN_BYTES", 0)
+    fingerprint = sequence.gathered_words
+
+    def as_if_all_had_the_same_wrong_rows(*args):
+        fingerprint(*args)
+        args[-1][sequence.WHOLE] ^= np.uint64(1)
+
+    monkeypatch.setattr(sequence, "gathered_words", as_if_all_had_the_same_wrong_rows)
+    outcome = verify(comm, topology=f"sp={comm.size}", tokens=1)
+    where = outcome.verdict.where
+    assert (outcome.exit_status, where.tensor, where.rank) == (1, "kv", None)
 
 
 def test_ranks_that_are_not_equally_fast_agree_on_the_group(comm, monkeypatch):
