@@ -26,8 +26,8 @@ class ElementError:
     def __str__(self):
         bits = ", ".join(map(str, self.bits))
         return (
-            f"element {list(self.index)} on rank {self.rank}: expected 0x{self.expected[::-1].hex()}, "
-            f"found 0x{self.found[::-1].hex()} (bits {bits})"
+            f"element {list(self.index)} on rank {self.rank}: expected "
+            f"0x{self.expected[::-1].hex()}, found 0x{self.found[::-1].hex()} (bits {bits})"
         )
 
 
