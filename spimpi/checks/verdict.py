@@ -4,9 +4,6 @@ from dataclasses import dataclass, field
 
 from spimpi.trace.schema import Established
 
-SHOWN_ELEMENTS = 3
-
-
 @dataclass(frozen=True)
 class ElementError:
     """One wrong element: its GLOBAL index, its bytes (little-endian) as they should be and as they
@@ -26,9 +23,12 @@ class ElementError:
     def __str__(self):
         bits = ", ".join(map(str, self.bits))
         return (
-            f"element {list(self.index)} on rank {self.rank}: expected "
-            f"0x{self.expected[::-1].hex()}, found 0x{self.found[::-1].hex()} (bits {bits})"
+            f"element {list(self.index)} on rank {self.rank}: expected 0x{self.expected[::-1].hex()}, "
+            f"found 0x{self.found[::-1].hex()} (bits {bits})"
         )
+
+
+SHOWN_ELEMENTS = 3
 
 
 @dataclass(frozen=True)
