@@ -28,9 +28,6 @@ class ElementError:
         )
 
 
-SHOWN_ELEMENTS = 3
-
-
 @dataclass(frozen=True)
 class Where:
     """The place of a failure.
@@ -65,6 +62,9 @@ class Where:
         more = len(self.elements) - SHOWN_ELEMENTS
         shown = [*map(str, self.elements[:SHOWN_ELEMENTS]), *[f"{more} more"] * (more > 0)]
         return "; ".join([text, *shown])
+
+
+SHOWN_ELEMENTS = 3  # of a failure, in words
 
 
 @dataclass(frozen=True)
