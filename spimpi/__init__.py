@@ -21,6 +21,7 @@ _HOMES = {
     ),
     "spimpi.context": ("DistributedContext",),
     "spimpi.checks.verdict": ("Verdict", "Where"),
+    "spimpi.checks.weights": ("verify_weights",),
     "spimpi.topology.exo": ("ExoPartition", "create_exo_partitions"),
     "spimpi.topology.grid": ("Grid",),
     "spimpi.verification.run": ("verify_distributed_inference",),

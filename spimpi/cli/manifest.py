@@ -185,7 +185,7 @@ def _import_kernels():
 def _on_rank_0(world, work):
     if world is None:
         return work()
-    from spimpi.manifest.over_ranks import from_rank_0
+    from spimpi.manifest.agreed import from_rank_0
 
     return from_rank_0(world, work)
 

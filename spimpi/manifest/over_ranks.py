@@ -1,30 +1,16 @@
 """Manifests made and checked by all ranks of a communicator, which share the reading.
 
 Rank 0 reads the headers. Each rank then reads an equal range of all bytes; 8 bytes a tensor are
-reduced. An error on one rank is raised on all of them, after the others have read their part:
-they may need minutes for it, so no rank may give up on them.
+reduced. An error on one rank is raised on all of them, after the others have read their part.
 """
 
-from spimpi.errors import SpimpiError
-from spimpi.launch import wait_asleep
+from spimpi.manifest.agreed import from_rank_0, patiently
 from spimpi.manifest.check import Findings, findings, in_common
 from spimpi.manifest.format import Manifest
 from spimpi.manifest.make import manifest_of
 from spimpi.manifest.read import default_threads, fingerprint_shares
 from spimpi.manifest.source import Source, survey
 from spimpi.reduction import reduce_fingerprints, together
-
-
-def from_rank_0(comm, work):
-    """What ``work()`` gives on rank 0, on every rank; its error too. Collective."""
-    made, error = None, None
-    if comm.rank == 0:
-        made, error = _tried(work)
-    wait_asleep(comm.Ibarrier())
-    with together(comm):
-        if error is not None:
-            raise error
-    return comm.bcast(made)
 
 
 def make_over(comm, model, *, seed: int, threads: int | None = None, progress=None) -> Manifest:
@@ -66,18 +52,6 @@ def _words(comm, source: Source, seed, threads, progress) -> dict[str, int]:
             threads=threads or default_threads(), progress=progress,
         )  # fmt: skip
 
-    shares, error = _tried(work)
-    wait_asleep(comm.Ibarrier())
-    with together(comm):
-        if error is not None:
-            raise error
+    shares = patiently(comm, work)
     words = reduce_fingerprints(comm, [shares[name] for name in source.tensors])
     return dict(zip(source.tensors, words))
-
-
-def _tried(work):
-    """(result, None), or (None, the error that all ranks are to raise)."""
-    try:
-        return work(), None
-    except (SpimpiError, OSError) as error:
-        return None, error

@@ -159,7 +159,7 @@ def _tensors(headers) -> dict[str, Place]:
         raise UsageError(msg)
     tensors = {}
     for header, entries in headers:
-        for name, (facts, start) in sorted(entries.items(), key=lambda e: (e[1][1], e[0])):
+        for name, (facts, start) in sorted(entries.items(), key=lambda entry: entry[1][1]):
             tensors[name] = Place(facts, header.path, header.data_start + start, header.n_bytes)
             try:
                 facts.stored  # noqa: B018  it raises for a dtype without fingerprints
