@@ -32,7 +32,8 @@ def add_arguments(parser) -> None:
         "found; 2 not a manifest, or of another model; 3 tensors are missing, or unknown ones "
         "are there.",
     )
-    check.add_argument("manifest", metavar="MANIFEST", help="file that `spimpi manifest make` wrote")
+    text = "file that `spimpi manifest make` wrote"
+    check.add_argument("manifest", metavar="MANIFEST", help=text)
     text = "directory, .safetensors file or its index (default: the manifest's directory)"
     check.add_argument("model", nargs="?", metavar="MODEL", help=text)
     check.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -77,6 +78,7 @@ def run_make(args) -> int:
             )
     _on_rank_0(world, lambda: write_manifest(args.output, made, args.overwrite))
     if _speaks(world):
+        _say_left_out(args.model)
         print(f"wrote {args.output}: {len(made.tensors):,} tensors, {in_bytes(made.n_bytes)}")
         sys.stdout.flush()
     return 0
@@ -99,6 +101,8 @@ def run_check(args) -> int:
 
             found = check_over(world, manifest, model, threads=args.threads, progress=progress)
     if _speaks(world):
+        if not args.json:
+            _say_left_out(model)
         print(as_json(args, model, found) if args.json else "\n".join(report(found)))
         sys.stdout.flush()
     return found.exit_status
@@ -148,6 +152,14 @@ def report(found) -> list[str]:
     if found.corrupted and len(found.corrupted) == found.checked > 1:
         lines.append("note       every tensor differs: these may be the weights of another model")
     return [*lines, f"verdict    {verdicts[found.exit_status]}"]
+
+
+def _say_left_out(model) -> None:
+    from spimpi.manifest.source import left_out
+
+    names = left_out(model)
+    if names:
+        print(f"note       not part of this checkpoint, left out: {', '.join(names)}")
 
 
 def _listed(word: str, problems) -> list[str]:

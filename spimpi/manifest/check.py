@@ -47,8 +47,10 @@ class Findings:
         return 3 if self.absent or self.missing or self.extra else 0
 
 
-def check_files(manifest: Manifest, model, *, threads: int | None = None, progress=None):
-    """Findings of a checkpoint's files, each tensor of the manifest compared. Not collective.
+def check_files(
+    manifest: Manifest, model, *, threads: int | None = None, progress=None
+) -> Findings:
+    """A checkpoint's files against a manifest, every tensor compared. Not collective.
 
     Reads every byte in constant memory on ``threads`` threads. Raises UsageError where MODEL
     holds no safetensors or is another model: tensors of other shapes or dtypes, or none in common.

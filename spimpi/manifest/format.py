@@ -168,6 +168,7 @@ def _manifest(values: dict, path) -> Manifest:
 
 
 def _tensor(name, value, path) -> TensorFacts:
+    require_text(name, path)
     fits = isinstance(value, list) and len(value) == 3
     dtype, shape, word = value if fits else (None, None, None)
     fits = fits and isinstance(dtype, str) and is_shape(shape)
@@ -184,6 +185,15 @@ def _tensor(name, value, path) -> TensorFacts:
         msg = f"{path}: tensor {name}: {error}"
         raise UsageError(msg) from None
     return facts
+
+
+def require_text(name: str, path) -> None:
+    """UsageError for a tensor's name that is no text (JSON can hold half a character)."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        msg = f"{path}: the tensor name {ascii(name)} is not valid Unicode"
+        raise UsageError(msg) from None
 
 
 def is_shape(value) -> bool:

@@ -9,12 +9,14 @@ from spimpi.manifest.read import default_threads, fingerprint_shares
 from spimpi.manifest.source import Source, survey
 
 
-def make_manifest(model, *, seed: int = DEFAULT_SEED, threads: int | None = None, progress=None):
-    """The Manifest of a directory of safetensors (docs/manifest.md: what MODEL may be).
+def make_manifest(
+    model, *, seed: int = DEFAULT_SEED, threads: int | None = None, progress=None
+) -> Manifest:
+    """The manifest of a directory of safetensors (docs/manifest.md: what MODEL may be).
 
-    Reads every byte, in constant memory, on ``threads`` threads (default: this process's cores);
-    ``progress(done, total)``, in bytes, is called after each block. Raises UsageError where a file is missing,
-    broken or of a dtype without fingerprints. Not collective.
+    Reads every byte, in constant memory, on ``threads`` threads (default: this process's share of
+    the cores); ``progress(done, total)``, in bytes, is called after each block. Raises UsageError
+    where a file is missing, broken or of a dtype without fingerprints. Not collective.
     """
     source = survey(model)
     source.require_whole()

@@ -40,7 +40,7 @@ class _Block:
 def default_threads() -> int:
     """This process's share of the cores: those it may use, over the ranks on its node."""
     found = launch()
-    ranks = (found.local_size or 1) if found else 1
+    ranks = (found.local_size or found.size or 1) if found else 1
     return max(1, usable_cores() // ranks)
 
 

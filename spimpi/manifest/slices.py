@@ -109,7 +109,7 @@ def _told(s: HeldSlice) -> str:
 
 
 def _odd_copies(rest: int, disputed, expected) -> tuple[int | None, tuple[int, ...], str]:
-    """(XOR with the wrong copies, ranks that hold one, what is known), as far as the manifest tells.
+    """(XOR with the wrong copies, ranks that hold one, what is known), where the manifest tells.
 
     ``rest``: XOR of what is not disputed; ``disputed``: groups of copies that differ.
     """

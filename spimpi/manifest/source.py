@@ -12,7 +12,7 @@ from spimpi.errors import UsageError
 from spimpi.inference.config import read_json_object
 from spimpi.inference.safetensors_header import SINGLE_FILE, Header, TensorRecord, read_header
 from spimpi.manifest.dtypes import stored_type
-from spimpi.manifest.format import TensorFacts, is_shape
+from spimpi.manifest.format import TensorFacts, is_shape, require_text
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -37,15 +37,13 @@ class Place:
 @dataclass(frozen=True)
 class Source:
     """What a MODEL holds. ``absent`` and ``broken``: file names and what is wrong with them;
-    ``lost``: tensors that are not where the index places them, and why; ``ignored``: safetensors
-    files besides."""
+    ``lost``: tensors that are not where the index places them, and why."""
 
     tensors: dict[str, Place]
     files: tuple[str, ...]
     absent: dict[str, str] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
-    ignored: tuple[str, ...] = ()
 
     @property
     def n_bytes(self) -> int:
@@ -66,7 +64,7 @@ def survey(model) -> Source:
     hold a tensor of one name. Files that are absent or broken are problems of the Source.
     """
     model = Path(model)
-    folder, names, index, ignored = _files(model)
+    folder, names, index, _ = _files(model)
     absent, broken, headers = {}, {}, []
     for name in names:
         path = folder / name
@@ -82,7 +80,12 @@ def survey(model) -> Source:
             continue
         headers.append((header, entries))
     lost = _lost(index, headers, absent, broken) if index else {}
-    return Source(_tensors(headers), tuple(names), absent, broken, lost, tuple(ignored))
+    return Source(_tensors(headers), tuple(names), absent, broken, lost)
+
+
+def left_out(model) -> list[str]:
+    """Safetensors files beside those that are read."""
+    return _files(Path(model))[3]
 
 
 def _files(model: Path):
@@ -171,6 +174,7 @@ def _tensors(headers) -> dict[str, Place]:
 
 def _entry(header: Header, name: str) -> tuple[TensorFacts, int]:
     """A tensor's facts and the offset of its bytes in the file's data, strictly read."""
+    require_text(name, header.path)
     entry = header.entries[name]
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
     if not is_shape(shape) or not is_shape(offsets) or len(offsets) != 2:

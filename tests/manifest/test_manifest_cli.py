@@ -89,6 +89,14 @@ def test_incomplete_models_end_with_3_and_corruption_goes_first(made, spimpi):
     assert spimpi("check", made, "model")[0] == 1
 
 
+def test_files_beside_the_checkpoint_are_left_out_and_named(made, spimpi):
+    write_file("model/consolidated.safetensors", tensors({"lora": ("F32", (2,))}))
+    for command in (("check", made, "model"), ("make", "model", "-o", "again.json")):
+        status, out, _ = spimpi(*command)
+        assert status == 0 and "left out: consolidated.safetensors" in out
+    assert spimpi("check", made, "model", "--json")[1].startswith("{")
+
+
 def test_extra_tensors_are_incomplete(made, spimpi):
     write_file("all.safetensors", CONTENT | tensors({"lora": ("F32", (2,))}))
     status, out, _ = spimpi("check", made, "all.safetensors")
@@ -114,6 +122,8 @@ def test_an_existing_output_is_kept_unless_it_is_to_be_replaced(made, spimpi):
     status, _, err = spimpi("make", "model", "-o", made, "--seed", 3)
     assert status == 2 and "exists" in err and "--overwrite" in err
     assert made.read_text() == before
+    # asked before anything is read
+    assert "exists" in spimpi("make", "nosuch", "-o", made)[2]
     assert spimpi("make", "model", "-o", made, "--seed", 3, "--overwrite")[0] == 0
     assert json.loads(made.read_text())["seed"] == 3
 

@@ -132,6 +132,7 @@ def _rewritten(**changes):
         (_rewritten(tensors={"w": ["F32", [True], "0" * 16]}), "tensor w"),
         (_rewritten(tensors={"w": ["F4", [2], "0" * 16]}), "tensor w.*F4"),
         (_rewritten(tensors={"w": {"dtype": "F32"}}), "tensor w"),
+        (_rewritten(tensors={"\ud800": ["F32", [2], "0" * 16]}), "not valid Unicode"),
         (SAMPLE.dumps().replace('"checksum"', '"checksums"'), "damaged"),
     ],
 )  # fmt: skip
