@@ -11,7 +11,6 @@ from pathlib import Path
 from spimpi.errors import UsageError
 from spimpi.inference.config import read_json_object
 from spimpi.inference.safetensors_header import SINGLE_FILE, Header, TensorRecord, read_header
-from spimpi.manifest.dtypes import stored_type
 from spimpi.manifest.format import TensorFacts, is_shape, require_text
 
 SUFFIX = ".safetensors"
