@@ -43,6 +43,7 @@ _HOMES = {
         "Sketch", "SketchComparison", "compare_sketches", "reduce_sketch", "sketch",
     ),
     "spimpi.exact_sum": ("exact_allreduce",),
+    "spimpi.checks.weights": ("verify_weights",),
     "spimpi.topology.exo": ("ExoPartition", "create_exo_partitions"),
     "spimpi.topology.grid": ("Grid",),
     "spimpi.verification.run": ("verify_distributed_inference",),
