@@ -54,7 +54,8 @@ def make(
     """Write a random model with save_pretrained; the same for the same arguments.
 
     model_type: as in config.json; facts: more of its fields. rope: a rope_parameters dict
-    (LLAMA3_ROPE, for one); max_shard_size: "50KB" gives several shards and an index. Needs torch and transformers.
+    (LLAMA3_ROPE, for one); max_shard_size: "50KB" gives several shards and an index. Needs
+    torch and transformers.
     """
     import torch
 
