@@ -24,6 +24,7 @@ KERNEL_FILES = (
     "inference/exact.py",
     "inference/product.py",
     "inference/attention.py",
+    "inference/qk_norm.py",
     "inference/checkpoint_seeded.py",
     "inference/tensors.py",
 )

@@ -11,7 +11,7 @@ from spimpi.errors import UsageError
 def add_model_arguments(parser) -> None:
     """What to run: shared by verify and golden."""
     parser.add_argument("--model", metavar="DIR", help="Hugging Face directory (default: the embedded model)")
-    parser.add_argument("--config", metavar="NAME", help="published shapes with seeded weights: llama-3.2-1b, llama-3.2-3b")
+    parser.add_argument("--config", metavar="NAME", help="published shapes with seeded weights: llama-3.2-1b, llama-3.2-3b, olmo-2-1b, olmo-2-7b, olmo-3-7b")
     parser.add_argument("--layers", type=int, metavar="N", help="with --config: only the first N layers")
     parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="repeatable (default: built-in prompts)")
     parser.add_argument("--prompt-ids", action="append", default=[], metavar="IDS", help="token ids, comma-separated; repeatable")

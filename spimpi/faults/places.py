@@ -21,7 +21,8 @@ class TensorPlace:
 
     scope: "layer", or where a tensor that belongs to no layer is: "first" or "last" stage.
     itemsize: bytes in memory, 0 for weights (those of the checkpoint). kinds: what can happen
-    to it; those in ``shared`` only where several tensor ranks share the work (tp > 1).
+    to it; those in ``shared`` only where several tensor ranks share the work (tp > 1). models: ""
+    for all, "llama" or "olmo" for what only those have.
     """
 
     name: str
@@ -32,6 +33,11 @@ class TensorPlace:
     shared: tuple[str, ...] = ()
     itemsize: int = 4
     scope: str = "layer"
+    models: str = ""
+
+    def exists_in(self, config) -> bool:
+        """Whether a model (ModelConfig) has such a tensor."""
+        return self.models in ("", "olmo" if config.qk_norm else "llama")
 
     @property
     def is_weight(self) -> bool:
@@ -42,9 +48,9 @@ class TensorPlace:
         return self.scope == "layer"
 
 
-def _weight(name, what, shape, held="split over tp", scope="layer"):
+def _weight(name, what, shape, held="split over tp", scope="layer", models=""):
     kinds = WEIGHT_KINDS if held != "on every rank" else WEIGHT_KINDS[:2]
-    return TensorPlace(name, what, shape, held, kinds, ("misplace",), 0, scope)
+    return TensorPlace(name, what, shape, held, kinds, ("misplace",), 0, scope, models)
 
 
 _REPLICA, _DROP = ("replica",), ("drop",)
@@ -60,7 +66,14 @@ PLACES: dict[str, TensorPlace] = {
                     _COPIED, (*PAYLOAD, "drop", "replica"), ("drop", "replica"), scope="first"),
         TensorPlace("qkv", "queries, then keys, then values", "(R, (heads + 2 kv heads)·D)",
                     "split over tp by heads", (*PAYLOAD, "miscompute")),
-        TensorPlace("scores", "query times first key of the row's prompt", "(R, heads)",
+        TensorPlace("qk_max", "row maxima of queries and of keys, to be reduced over tp",
+                    "(R, 2)", _SHARE, ("bitflip",), ("bitflip",), models="olmo"),
+        TensorPlace("qk_sum", "sums of their squares, to be added up over tp", "(R, 2)", _SHARE,
+                    _SUMMED, _SUMMED, itemsize=8, models="olmo"),
+        TensorPlace("qk_normed", "queries and keys after their norm, then values",
+                    "(R, (heads + 2 kv heads)·D)", "split over tp by heads", PAYLOAD,
+                    models="olmo"),
+        TensorPlace("scores", "query times first key that the row sees", "(R, heads)",
                     "split over tp by heads", ("miscompute",), itemsize=8),
         TensorPlace("attn", "attention's output", "(R, heads·D)", "split over tp by heads",
                     (*PAYLOAD, "miscompute")),
@@ -84,15 +97,18 @@ PLACES: dict[str, TensorPlace] = {
         TensorPlace("tokens", "chosen tokens; the ring's closing hop", "(prompts,)", _COPIED,
                     (*PAYLOAD, "replica"), _REPLICA, itemsize=8, scope="last"),
         _weight("embed_tokens", "embedding", "(V, H)", scope="first"),
-        _weight("input_norm", "norm before attention", "(H,)", _COPIED),
+        _weight("input_norm", "norm before attention", "(H,)", _COPIED, models="llama"),
         _weight("q_proj", "query projection", "(heads·D, H)"),
         _weight("k_proj", "key projection", "(kv heads·D, H)"),
         _weight("v_proj", "value projection", "(kv heads·D, H)"),
+        _weight("q_norm", "norm of the queries", "(heads·D,)", models="olmo"),
+        _weight("k_norm", "norm of the keys", "(kv heads·D,)", models="olmo"),
         _weight("o_proj", "output projection", "(H, heads·D)"),
-        _weight("post_norm", "norm before the FFN", "(H,)", _COPIED),
+        _weight("post_norm", "norm before the FFN; OLMo: after attention", "(H,)", _COPIED),
         _weight("gate_proj", "gate projection", "(F, H)"),
         _weight("up_proj", "up projection", "(F, H)"),
         _weight("down_proj", "down projection", "(H, F)"),
+        _weight("ffn_norm", "norm after the FFN", "(H,)", _COPIED, models="olmo"),
         _weight("norm", "last norm", "(H,)", _COPIED, scope="last"),
         _weight("lm_head", "head", "(V, H)", scope="last"),
     )
@@ -169,8 +185,12 @@ def part_of(tensor: str, rank: int, grid, config, lengths, step: int = 0) -> Par
     if tensor in ("logits", "tokens"):
         own = rows_of(lengths, grid.dp, d, 1)
         rows, n_rows = range(own.start, own.stop), own.total
+    qkv = (n_q + 2 * n_kv, q, _shift(kv, n_q), _shift(kv, n_q + n_kv))
     activations = {
-        "qkv": (n_q + 2 * n_kv, q, _shift(kv, n_q), _shift(kv, n_q + n_kv)),
+        "qkv": qkv,
+        "qk_max": (2, range(2)),
+        "qk_sum": (2, range(2)),
+        "qk_normed": qkv,
         "scores": (config.n_heads, _range(shard.heads)),
         "attn": (n_q, q),
         "gate_up": (2 * n_ffn, ffn, _shift(ffn, n_ffn)),
@@ -185,6 +205,8 @@ def part_of(tensor: str, rank: int, grid, config, lengths, step: int = 0) -> Par
     if not PLACES[tensor].is_weight:
         return Part((n_rows, hidden), rows, (full,))
     weights = {
+        "q_norm": Part((n_q,), q, (single,)),
+        "k_norm": Part((n_kv,), kv, (single,)),
         "q_proj": Part((n_q, hidden), q, (full,)),
         "o_proj": Part((hidden, n_q), full, (q,)),
         "down_proj": Part((hidden, n_ffn), full, (ffn,)),

@@ -122,6 +122,9 @@ def validate(
     ``weight_itemsize``: bytes of a stored weight, where it is not what the config says.
     """
     place = PLACES[fault.tensor]
+    if not place.exists_in(config):
+        family = place.models.replace("llama", "Llama").replace("olmo", "OLMo")
+        _refuse(fault, f"this model has no {fault.tensor}: only {family} models have one")
     _require_rank_and_layer(fault, place, grid)
     if not exact and (fault.kind == "miscompute" or fault.tensor.endswith("_max")):
         _refuse(fault, f"{fault.kind} of {fault.tensor} needs exact arithmetic, not --arith blas")
@@ -149,7 +152,7 @@ def item_bytes(tensor: str, config, exact=True, weight_itemsize=None) -> int:
     place = PLACES[tensor]
     if place.is_weight:
         return weight_itemsize or WEIGHT_BYTES[config.dtype]
-    if not exact and tensor in ("attn_out", "ffn_out"):
+    if not exact and tensor in ("attn_out", "ffn_out", "qk_sum"):
         return 4
     return place.itemsize
 
@@ -172,7 +175,8 @@ def help_text() -> str:
         where = "" if place.in_layer else f" [{place.scope} stage, no layer]"
         lines.append(f"  {place.name:<13} {place.shape:<29} {place.held}{where}")
         kinds = [k + "*" * (k in place.shared) for k in place.kinds]
-        lines.append(f"  {'':<13} {place.what}: {', '.join(kinds)}")
+        only = f" [{place.models} models]" if place.models else ""
+        lines.append(f"  {'':<13} {place.what}{only}: {', '.join(kinds)}")
     lines += ["", "* where tp > 1", "", f"example: --inject {_example('bitflip')}"]
     return "\n".join(lines)
 

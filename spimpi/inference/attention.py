@@ -16,7 +16,7 @@ from numba import njit
 from spimpi.inference.elementary import bits_of, exp, power_of_two, rounded
 from spimpi.inference.exact import bits, is_sum
 from spimpi.inference.kernels import block_words, segment_words
-from spimpi.inference.tensors import ATTN, QKV, REST
+from spimpi.inference.tensors import ATTN, REST
 from spimpi.jit import inlined, kernel
 
 REST_ATTN = REST.index("attn")
@@ -136,14 +136,16 @@ def attend(
     """Append the rows' keys and values to the cache and attend, row after row.
 
     settings = (head_dim, kv heads here, bits of q·k, bits of p·v, checked, columns of qkv, first
-    column of attn here, columns of attn). fault = (row, product,
-    index): adds one to one integer of a product (0: scores with the first key, index = head; 1:
-    output, index = head·head_dim + column); row -1 means none. words receives: 0, 1 the two
+    column of attn here, columns of attn, qkv's key (tensors.QKV; QK_NORMED after a QK norm),
+    window: how many positions a row sees, its own included). fault = (row, product, index): adds
+    one to one integer of a product (0: scores with the first key that the row sees, index = head;
+    1: output, index = head·head_dim + column); row -1 means none. words receives: 0, 1 the two
     sides of the scores' check; 2, 3 those of the output's; 4, 5 the wrong rows of each; 6 rows
     with NaN or Inf. This is the last use of the layer's qkv and makes attn: segments_found[layer]
     gets the words of qkv's column segments, made[layer] that of attn (step_keys: Keys.of_step).
     """
     head_dim, n_kv, key_bits, value_bits, checked = settings[:5]
+    qkv_key, window = settings[8], settings[9]
     n_heads = kv_of_head.shape[0]
     for i in range(7):
         words[i] = np.uint64(0)
@@ -154,6 +156,7 @@ def attend(
     for row in range(qkv.shape[0]):
         sequence, position = sequences[row], positions[row]
         n_keys = position + 1
+        first_key = max(0, n_keys - window)
         finite = True
         for kv in range(n_kv):
             at = (n_heads + kv) * head_dim
@@ -164,6 +167,10 @@ def attend(
             for i in range(head_dim):
                 keys[sequence, kv, position, i] = row_buffer[i]
                 key_sums[sequence, kv, i] += np.int64(row_buffer[i]) * r[position]
+            if first_key > 0:  # one key more has left the window
+                gone = first_key - 1
+                for i in range(head_dim):
+                    key_sums[sequence, kv, i] -= np.int64(keys[sequence, kv, gone, i]) * r[gone]
             at = (n_heads + n_kv + kv) * head_dim
             for i in range(head_dim):
                 row_buffer[i] = qkv[row, at + i]
@@ -184,14 +191,14 @@ def attend(
             _rotate(qkv[row, at : at + head_dim], position, cosines, sines, row_buffer)
             query_exponent, good = _quantize(row_buffer, key_bits)
             finite &= good
-            for j in range(n_keys):
+            for j in range(first_key, n_keys):
                 probabilities[j] = _dot(row_buffer, keys[sequence, kv, j])
             if fault[0] == row and fault[1] == 0 and fault[2] == head:
-                probabilities[0] += 1.0
+                probabilities[first_key] += 1.0
             if checked:
                 found = np.int64(0)
                 wanted = np.int64(0)
-                for j in range(n_keys):
+                for j in range(first_key, n_keys):
                     bad_scores |= not is_sum(probabilities[j])
                     found += np.int64(probabilities[j]) * r[j]
                 for i in range(head_dim):
@@ -201,24 +208,24 @@ def attend(
                 bad_scores |= found != wanted
 
             largest = -np.inf
-            for j in range(n_keys):
+            for j in range(first_key, n_keys):
                 shift = query_exponent + key_exponents[sequence, kv, j] - 2 * key_bits
                 score = np.float64(np.float32(probabilities[j] * _power_of_two(shift)))
                 probabilities[j] = score * softmax_scale
                 largest = max(largest, probabilities[j])
             total = 0.0
-            for j in range(n_keys):
+            for j in range(first_key, n_keys):
                 probabilities[j] = exp(probabilities[j] - largest)
                 total += probabilities[j]
-            for j in range(n_keys):
+            for j in range(first_key, n_keys):
                 fold = _power_of_two(np.int64(value_exponents[sequence, kv, j]))
                 probabilities[j] = probabilities[j] / total * fold
-            weight_exponent, good = _quantize(probabilities[:n_keys], value_bits)
+            weight_exponent, good = _quantize(probabilities[first_key:n_keys], value_bits)
             finite &= good
 
             for i in range(head_dim):
                 result[i] = 0.0
-            for j in range(n_keys):
+            for j in range(first_key, n_keys):
                 _accumulate(result, probabilities[j], values[sequence, kv, j])
             if fault[0] == row and fault[1] == 1 and fault[2] // head_dim == head:
                 result[fault[2] % head_dim] += 1.0
@@ -228,7 +235,7 @@ def attend(
                 for i in range(head_dim):
                     bad_output |= not is_sum(result[i])
                     found += np.int64(result[i]) * r[i]
-                for j in range(n_keys):
+                for j in range(first_key, n_keys):
                     wanted += np.int64(probabilities[j]) * value_sums[sequence, kv, j]
                 words[2] += np.uint64(found)
                 words[3] += np.uint64(wanted)
@@ -243,7 +250,7 @@ def attend(
         bits = qkv.view(np.uint32)
         for s in range(segments.shape[0]):
             segments_found[layer, s] = segment_words(
-                bits, step_keys[layer + 1, QKV], first_row, segments[s], settings[5]
+                bits, step_keys[layer + 1, qkv_key], first_row, segments[s], settings[5]
             )
         made[layer, REST_ATTN] = block_words(
             out.view(np.uint32), step_keys[layer + 1, ATTN], first_row, settings[6], settings[7]

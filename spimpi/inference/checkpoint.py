@@ -236,4 +236,7 @@ def config_digest(config: ModelConfig):
     """A SHA-256 object that has taken in the facts of a configuration."""
     facts = asdict(config)
     del facts["name"]  # a copy of the directory under another name is the same model
+    if config.model_type == "llama":  # what no Llama has names none: golden files stay valid
+        for field in ("model_type", "layer_types", "sliding_window"):
+            del facts[field]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode())

@@ -38,7 +38,7 @@ def bits(k: int) -> int:
 
 # float32 rows with any distance between them, writable or not; each row itself contiguous.
 _ROWS = types.Array(types.float32, 2, "A", readonly=True)
-_NOT_FINITE = 0x7F800000  # the bits of +inf: those of a NaN without its sign lie above
+NOT_FINITE = 0x7F800000  # the bits of +inf: those of a NaN without its sign lie above
 
 
 @intrinsic
@@ -75,7 +75,7 @@ def row_absmax(x, out):
 
 
 @inlined
-def _exponent(word):
+def exponent_of(word):
     """The least e with |x| < 2**e, for the bits of a finite float32 |x| > 0."""
     if word >= 0x00800000:
         return np.int64(word >> 23) - 126
@@ -96,11 +96,11 @@ def quantize_rows(x, absmax, b, out, exps):
     for row in range(x.shape[0]):
         exps[row] = 0
         result = out[row]
-        if absmax[row] == 0 or absmax[row] >= _NOT_FINITE:
+        if absmax[row] == 0 or absmax[row] >= NOT_FINITE:
             n_not_finite += absmax[row] != 0
             result[:] = 0.0
             continue
-        e = _exponent(absmax[row])
+        e = exponent_of(absmax[row])
         exps[row] = e
         scale = power_of_two(b - e)
         values = _contiguous(x[row])
@@ -133,7 +133,7 @@ def quantize_weights(w: np.ndarray, absmax: np.ndarray, b: int):
         j = i + len(part)
         n_not_finite += quantize_rows(w[i:j], absmax[i:j], b, part, exps[i:j])
         wq[i:j] = part
-    first = int(np.argmax(absmax >= _NOT_FINITE)) if n_not_finite else -1
+    first = int(np.argmax(absmax >= NOT_FINITE)) if n_not_finite else -1
     return wq, exps, n_not_finite, first
 
 

@@ -27,6 +27,7 @@ def rank_bytes(ctx, config, itemsize: int, n_prompts: int, n_positions: int, n_r
     hidden, d = config.hidden_size, config.head_dim
     attn, kv, ffn = shard.heads.size * d, len(shard.kv_heads) * d, shard.ffn().size
     layer = (attn + 2 * kv) * hidden + attn * hidden + 3 * ffn * hidden
+    layer += (attn + kv) * config.qk_norm
     vectors = 16 * (2 * hidden + attn + ffn) + 12 * (attn + 2 * kv + 2 * ffn + 2 * hidden)
     # While a matrix is scaled, the raw slice and its float32 copies exist beside the integers.
     loading = 3 * 4 * max(2 * ffn * hidden, (attn + 2 * kv) * hidden)
@@ -38,7 +39,7 @@ def rank_bytes(ctx, config, itemsize: int, n_prompts: int, n_positions: int, n_r
     if ctx.is_last_stage:
         total += vocabulary * hidden * 4 + 12 * n_prompts * config.vocab_size
     activations = 4 * (8 * hidden + 3 * attn + 4 * kv + 6 * ffn) + 32 * hidden
-    return total + n_rows * activations
+    return total + n_rows * (activations + 72)  # 72: maxima and sums of a QK norm
 
 
 def available_bytes() -> int | None:

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spimpi.inference.ledger import ATTN_OUT, FFN_OUT, HEADS, PRODUCTS, RESID, SUMS, LayerResults
+from spimpi.inference.ledger import PRODUCTS, QK, Columns, LayerResults
 from spimpi.inference.tensors import LAYER_TENSORS, REST
 from spimpi.reduction import minority
 from spimpi.trace.schema import EVENT, Established, Op, Stage, Status
 
-NONFINITE = ("input", "attn", "resid", "ffn")  # what is scaled to integers, in that order
-OFFSETS = {"sum": 0, "max": 2, "resid": 4, "hidden": 5, "head": 6}
+# What is scaled to integers, in the order of the counts; queries and keys only with a QK norm.
+NONFINITE = ("input", "attn", "resid", "ffn", "qkv")
+ACROSS = ("sums", "maxima", "resid", "hidden", "heads")  # compared over the tensor ranks
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,11 @@ class LayerCheck:
     source: tuple[str, int]
 
 
-def layer_plan(exact: bool, n_tensor_ranks: int, held):
+def layer_plan(exact: bool, n_tensor_ranks: int, held, qk_norm: bool = False):
     """The checks of one layer in program order, for exact or BLAS arithmetic.
 
-    ``held``: which of the key/value heads that several tensor ranks hold this rank holds.
+    ``held``: which of the key/value heads that several tensor ranks hold this rank holds;
+    ``qk_norm``: whether the model normalises queries and keys.
     """
     moved, agreed, computed = Established.MOVED, Established.AGREED, Established.COMPUTED
     many = n_tensor_ranks > 1
@@ -49,15 +51,19 @@ def layer_plan(exact: bool, n_tensor_ranks: int, held):
         if many:
             checks.append(LayerCheck(tensor, op, Stage.TENSOR, established, (source, index)))
 
+    def maxima(tensor, index):
+        if exact:
+            established = moved | agreed | computed
+            across(tensor, Op.ALLREDUCE_MAX, established, "maxima", index)
+
     def summed(tensor, index):
-        product(tensor)
         if not many:
             return
         at_rest(tensor)
         if exact:
-            across(tensor, Op.ALLREDUCE_SUM, moved | agreed | computed, "sum", index)
+            across(tensor, Op.ALLREDUCE_SUM, moved | agreed | computed, "sums", index)
         else:
-            across(tensor, Op.AGREEMENT, agreed, "sum", index)
+            across(tensor, Op.AGREEMENT, agreed, "sums", index)
 
     at_rest("input")
     product("qkv")
@@ -65,19 +71,23 @@ def layer_plan(exact: bool, n_tensor_ranks: int, held):
     # BLAS may give a shared head other bits on each rank that computes it, so only exact copies
     # can be compared.
     for i in held if exact else ():
-        across("qkv", Op.AGREEMENT, agreed, "head", i)
+        across("qkv", Op.AGREEMENT, agreed, "heads", i)
+    if qk_norm:
+        maxima("qk_max", QK)
+        summed("qk_sum", QK)
+        at_rest("qk_normed")
     product("scores")
     product("attn")
     at_rest("attn")
-    if exact:
-        across("attn_max", Op.ALLREDUCE_MAX, moved | agreed | computed, "max", 0)
+    maxima("attn_max", 0)
+    product("attn_out")
     summed("attn_out", 0)
     across("resid", Op.AGREEMENT, agreed, "resid", 0)
     at_rest("resid")
     product("gate_up")
     at_rest("ffn")
-    if exact:
-        across("ffn_max", Op.ALLREDUCE_MAX, moved | agreed | computed, "max", 1)
+    maxima("ffn_max", 1)
+    product("ffn_out")
     summed("ffn_out", 1)
     across("hidden", Op.AGREEMENT, agreed, "hidden", 0)
     return tuple(checks)
@@ -104,14 +114,21 @@ class EventWriter:
                 column["layer"] -= 1
                 if layers.start == 0:
                     column["tensor"][0] = tensor_index["embed"]
-        self.groups = {
-            kind: [(i, c.source[1]) for i, c in enumerate(plan) if c.source[0] == kind]
-            for kind in OFFSETS
-        }
-        first = {"rest": 0, "product": len(REST)}
-        first |= {kind: len(REST) + len(PRODUCTS) + at for kind, at in OFFSETS.items()}
-        self.order = np.array([first[kind] + at for kind, at in (c.source for c in plan)])
+        self.columns = Columns.of(any(check.tensor == "qk_normed" for check in plan))
+        # (place in the plan, kind, column of the records) of what is compared over the ranks
+        self.across = [
+            (i, kind, self.columns.at(kind, index))
+            for i, (kind, index) in enumerate(check.source for check in plan)
+            if kind in ACROSS
+        ]
+        self.order = np.array([self._position(*check.source) for check in plan])
         self.exact = any(c.op == Op.MATMUL for c in plan)
+
+    def _position(self, kind, index) -> int:
+        """Where ``_compare`` puts a result, before it brings them into the plan's order."""
+        if kind in ACROSS:
+            return len(REST) + len(PRODUCTS) + self.columns.at(kind, index)
+        return index + (len(REST) if kind == "product" else 0)
 
     def write(self, ledger, repeat) -> np.ndarray:
         """The events of a group, [layers × checks]. Collective where a check failed."""
@@ -138,11 +155,10 @@ class EventWriter:
         found, expected = [r.rest_found, r.product_found], [r.rest_expected, r.product_expected]
         bad = [r.rest_found != r.rest_expected, r.product_bad > 0]
         if merged is not None:
-            resid = r.rest_expected[:, RESID : RESID + 1]
-            found += [r.sums, r.maxima, resid, r.hidden[:, None], r.heads]
+            found.append(self.columns.words(r))
             agreed = merged["every"].copy()
             if self.exact:
-                agreed[:, SUMS] = merged["total"][:, SUMS]
+                agreed[:, self.columns.sums] = merged["total"][:, self.columns.sums]
             expected.append(agreed)
             bad.append(self._wrong_records(merged))
         return [np.concatenate(parts, axis=1)[:, self.order] for parts in (found, expected, bad)]
@@ -152,9 +168,10 @@ class EventWriter:
         wrong = merged["every"] != ~merged["none"]
         wrong |= merged["count"] > 0
         if self.exact:
-            wrong[:, SUMS] |= merged["total"][:, SUMS] != merged["every"][:, SUMS]
+            sums = self.columns.sums
+            wrong[:, sums] |= merged["total"][:, sums] != merged["every"][:, sums]
         else:
-            wrong[:, HEADS:] = False  # compared in exact arithmetic alone
+            wrong[:, self.columns.heads :] = False  # compared in exact arithmetic alone
         return wrong
 
     def _count_nonfinite(self, events, results):
@@ -162,6 +179,8 @@ class EventWriter:
         if not results.nonfinite.any():
             return
         for column, tensor in enumerate(NONFINITE):
+            if not results.nonfinite[:, column].any():
+                continue
             i = next(k for k, c in enumerate(self.plan) if (c.tensor, c.op) == (tensor, Op.AT_REST))
             counts = results.nonfinite[:, column]
             events["nonfinite"][:, i] = np.minimum(counts, 0xFFFF)
@@ -175,16 +194,14 @@ class EventWriter:
         gathered = np.empty(n_ranks * own.nbytes, np.uint8)
         ctx.tensor.Allgather(own.reshape(-1).view(np.uint8), gathered)
         records = gathered.view(own.dtype).reshape(n_ranks, *own.shape)
-        for kind, offset in OFFSETS.items():
-            for column, j in self.groups[kind]:
-                for layer in np.flatnonzero(bad[:, column]):
-                    everyone = records[:, layer, offset + j]
-                    rank = culprit(everyone, ledger.merged[layer, offset + j], kind, self.exact)
-                    if rank >= 0:
-                        world = ctx.grid.rank_of(ctx.place.d, ctx.place.p, rank)
-                        events["peer"][layer, column] = world
-                    else:
-                        events["peer"][layer, column] = -1
+        for column, kind, at in self.across:
+            for layer in np.flatnonzero(bad[:, column]):
+                rank = culprit(records[:, layer, at], ledger.merged[layer, at], kind, self.exact)
+                if rank >= 0:
+                    world = ctx.grid.rank_of(ctx.place.d, ctx.place.p, rank)
+                    events["peer"][layer, column] = world
+                else:
+                    events["peer"][layer, column] = -1
 
 
 def culprit(everyone: np.ndarray, merged, kind: str, exact: bool) -> int:
@@ -200,7 +217,7 @@ def culprit(everyone: np.ndarray, merged, kind: str, exact: bool) -> int:
     odd = minority(everyone["every"][holders])
     if len(odd) == 1:
         return int(holders[odd[0]])
-    if odd or kind != "sum" or not exact:
+    if odd or kind != "sums" or not exact:
         return -1
     missing = merged["total"] - everyone["every"][:1]
     suspects = np.flatnonzero((everyone["total"] == missing) | (everyone["total"] == -missing))

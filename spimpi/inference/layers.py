@@ -13,12 +13,16 @@ from mpi4py import MPI
 
 from spimpi.inference import exact, kernels, product
 from spimpi.inference.attention import NO_FAULT, Cache, attend, attention_bits
-from spimpi.inference.config import rope_inverse_frequencies
 from spimpi.inference.exact import odd_vector
-from spimpi.inference.ledger import ATTN, ATTN_OUT, FFN, FFN_OUT, PRODUCTS, LayerResults
+from spimpi.inference.ledger import (
+    ATTN, ATTN_OUT, FFN, FFN_OUT, PRODUCTS, QK_SUM, LayerResults,
+)  # fmt: skip
 from spimpi.inference.product import NO_SEGMENTS
+from spimpi.inference.rope import rope_factor, rope_inverse_frequencies
 from spimpi.inference.tensors import ATTN as KEY_ATTN
 from spimpi.inference.tensors import ATTN_MAX, QKV, Widths
+from spimpi.inference.tensors import QK_NORMED as KEY_QK_NORMED
+from spimpi.inference.tensors import QK_SUM as KEY_QK_SUM
 from spimpi.inference.tensors import ATTN_OUT as KEY_ATTN_OUT
 from spimpi.inference.tensors import FFN as KEY_FFN
 from spimpi.inference.tensors import FFN_OUT as KEY_FFN_OUT
@@ -43,12 +47,14 @@ class Workspace:
         self.ffn = np.empty((n, n_ffn), np.float32)
         self.delta = np.empty((n, hidden), np.float32)
         self.maxima = np.empty(n, np.uint32)
-        self.packed = np.empty(n, np.uint64)
-        self.reduced = np.empty(n, np.uint64)
+        self.words = [np.empty(n, np.uint64) for _ in range(2)]  # maxima packed, reduced
         self.exponents = np.empty(n, np.int32)
         partial = np.int64 if exact_arithmetic else np.float32
         self.sent = [np.empty((n, hidden), partial) for _ in range(2)]
         self.summed = [np.empty((n, hidden), partial) for _ in range(2)]
+        self.qk_maxima = np.empty((n, 2), np.uint32)
+        self.qk_words = [np.empty((n, 2), np.uint64) for _ in range(2)]
+        self.qk_sums = [np.empty((n, 2), partial) for _ in range(2)]
         widest_in = max(hidden, n_attn, n_ffn)
         widest_out = max(n_qkv, 2 * n_ffn, hidden)
         if exact_arithmetic:
@@ -115,13 +121,25 @@ class Layers:
             FFN: (KEY_FFN, shard.ffn().start, self.widths.ffn),
             ATTN_OUT: (KEY_ATTN_OUT, *hidden),
             FFN_OUT: (KEY_FFN_OUT, *hidden),
+            QK_SUM: (KEY_QK_SUM, 0, 2),
         }
-        frequencies = rope_inverse_frequencies(config)
-        self.cosines = np.empty((n_positions, d // 2), np.float32)
-        self.sines = np.empty((n_positions, d // 2), np.float32)
-        kernels.rope_table(frequencies, self.cosines, self.sines)
         self.n_sequences, self.n_positions = n_sequences, n_positions
+        self.sliding = [config.is_sliding(layer) for layer in ctx.layers]
+        self.rotary = {sliding: self._rotary(sliding) for sliding in set(self.sliding)}
         self.caches = [self._cache() for _ in part.layers]
+        self.qk_norm = self._qk_norm() if config.qk_norm else None
+
+    def _rotary(self, sliding: bool):
+        """Cosines and sines of the rotary embedding, float32 [positions, head_dim / 2]."""
+        shape = (self.n_positions, self.config.head_dim // 2)
+        cosines, sines = np.empty(shape, np.float32), np.empty(shape, np.float32)
+        kernels.rope_table(rope_inverse_frequencies(self.config, sliding), cosines, sines)
+        factor = rope_factor(self.config, sliding)
+        return cosines * factor, sines * factor
+
+    def _window(self, sliding: bool) -> int:
+        """How many positions a row of such a layer sees, its own included."""
+        return self.config.sliding_window if sliding else self.n_positions
 
     def _cache(self):
         return Cache.empty(
@@ -144,18 +162,23 @@ class Layers:
         name = self.ctx.layers[i]
         results.times[i, 0] = perf_counter()
         self.watch.enter("matmuls and checks", "qkv", b.step, name)
-        self._project("qkv", i, x, layer.attn_norm, layer.qkv, space.qkv, b)
+        first_norm, second_norm = self._norms_before(layer)
+        self._project("qkv", i, x, first_norm, layer.qkv, space.qkv, b)
         self._fault("qkv", name, space.qkv, b)
+        if self.qk_norm is not None:
+            self.qk_norm.apply(i, b)
+            self._fault("qk_normed", name, space.qkv, b)
         self._attend(i, b)
         self._fault("attn", name, space.attn, b)
         self._reduce("attn_out", 0, i, space.attn, layer.o, b)
         self._fault("resid", name, space.delta, b, replica=True)
+        delta = self._added(layer.attn_norm, b)
         kernels.add_residual(
-            x, space.delta, space.resid, b.keys, i, b.first_row, 0, self.checked,
+            x, delta, space.resid, b.keys, i, b.first_row, 0, self.checked,
             results.rest_found, results.rest_expected, results.hidden,
         )  # fmt: skip
         self._fault("resid", name, space.resid, b)
-        self._project("gate_up", i, space.resid, layer.ffn_norm, layer.gate_up, space.gate_up, b)
+        self._project("gate_up", i, space.resid, second_norm, layer.gate_up, space.gate_up, b)
         first_col, n_cols = self.columns[FFN][1:]
         kernels.swiglu(
             space.gate_up, space.ffn, b.keys, i, b.first_row, first_col, n_cols, self.checked,
@@ -164,19 +187,38 @@ class Layers:
         self._fault("ffn", name, space.ffn, b)
         self._reduce("ffn_out", 1, i, space.ffn, layer.down, b)
         self._fault("hidden", name, space.delta, b, replica=True)
+        delta = self._added(layer.ffn_norm, b)
         kernels.add_residual(
-            space.resid, space.delta, out, b.keys, i, b.first_row, 1, self.checked,
+            space.resid, delta, out, b.keys, i, b.first_row, 1, self.checked,
             results.rest_found, results.rest_expected, results.hidden,
         )  # fmt: skip
         self._fault("hidden", name, out, b)
         results.times[i, 1] = perf_counter()
+
+    def _norms_before(self, layer):
+        """The norms of the inputs of attention and of the FFN; None where they come after."""
+        return (None, None) if self.config.qk_norm else (layer.attn_norm, layer.ffn_norm)
+
+    def _added(self, norm, b):
+        """What a block adds to the residual stream: its output, in OLMo after a norm."""
+        if not self.config.qk_norm:
+            return b.space.delta
+        kernels.rmsnorm(b.space.delta, norm, self.config.rms_norm_eps, b.space.normed)
+        return b.space.normed
+
+    def _normed(self, x, norm, b):
+        """norm(x), or x where a block's input has no norm."""
+        if norm is None:
+            return x
+        kernels.rmsnorm(x, norm, self.config.rms_norm_eps, b.space.normed)
+        return b.space.normed
 
     def _fault(self, tensor, layer, array, b, replica=False):
         if self.faults is not None:
             apply = self.faults.replica if replica else self.faults.payload
             apply(tensor, layer, array, b.first_row)
 
-    def _sum(self, tensor, i, sent, summed, b):
+    def sum_over_ranks(self, tensor, i, sent, summed, b):
         """summed = the partial sums of all tensor ranks, by MPI_SUM. Collective over ctx.tensor."""
         name, outgoing = self.ctx.layers[i], sent
         self._fault(tensor, name, sent, b)
@@ -185,7 +227,7 @@ class Layers:
         self.watch.enter("allreduce sum", tensor, b.step, name)
         self.ctx.tensor.Allreduce(outgoing, summed, op=MPI.SUM)
 
-    def _fingerprint(self, words, tensor, i, array, b):
+    def fingerprint(self, words, tensor, i, array, b):
         """words[tensor] = fingerprint of a tensor of layer i, as it was made or after its last use."""
         if not self.checked:
             return
@@ -207,17 +249,27 @@ class ExactLayers(Layers):
         super().__init__(*args, **options)
         config = self.config
         key_bits, value_bits = attention_bits(config.head_dim, config.max_position_embeddings)
-        self.settings = np.array(
-            [config.head_dim, len(self.part.shard.kv_heads), key_bits, value_bits, self.checked,
-             self.widths.qkv, *self.columns[ATTN][1:]],
-            np.int64,
-        )  # fmt: skip
+        key = KEY_QK_NORMED if config.qk_norm else QKV
+        self.settings = {
+            sliding: np.array(
+                [config.head_dim, len(self.part.shard.kv_heads), key_bits, value_bits,
+                 self.checked, self.widths.qkv, *self.columns[ATTN][1:], key,
+                 self._window(sliding)],
+                np.int64,
+            )
+            for sliding in self.rotary
+        }  # fmt: skip
         n_random = max(self.n_positions, config.head_dim)
         self.r = odd_vector(np.uint64(self.ctx.seed), n_random)
         self.words = np.zeros(7, np.uint64)
         matrices = [m for a in self.part.layers for m in (a.qkv, a.o, a.gate_up, a.down)]
         matrices += [self.part.head] if self.part.head else []
         self.scratch = exact.Scratch.for_matrices([m.values.shape for m in matrices])
+
+    def _qk_norm(self):
+        from spimpi.inference.qk_norm import ExactQKNorm
+
+        return ExactQKNorm(self)
 
     def _product(self, tensor, i, x, maxima, matrix, b):
         """(scaled integers of x, their product with the matrix, rows that are not finite)."""
@@ -230,11 +282,10 @@ class ExactLayers(Layers):
         return scaled, y, bad_rows
 
     def _project(self, tensor, i, x, norm, matrix, out, b):
-        """out = norm(x) times a matrix whose outputs this rank holds."""
-        space = b.space
-        kernels.rmsnorm(x, norm, self.config.rms_norm_eps, space.normed)
-        exact.row_absmax(space.normed, space.maxima)
-        scaled, y, bad = self._product(tensor, i, space.normed, space.maxima, matrix, b)
+        """out = norm(x), or x without a norm, times a matrix whose outputs this rank holds."""
+        space, x = b.space, self._normed(x, norm, b)
+        exact.row_absmax(x, space.maxima)
+        scaled, y, bad = self._product(tensor, i, x, space.maxima, matrix, b)
         segments = self.segments if tensor == "qkv" else NO_SEGMENTS
         self._finish(tensor, i, scaled, y, matrix, out, segments, b)
         if bad:
@@ -251,14 +302,16 @@ class ExactLayers(Layers):
 
     def _attend(self, i, b):
         cache, results, words = self.caches[i], b.results, self.words
+        sliding = self.sliding[i]
+        found = results.normed_found if self.qk_norm else results.segments_found
         fault = NO_FAULT
         if self.faults is not None:
             fault = self.faults.in_attention(self.ctx.layers[i], b.first_row, b.n_rows)
         attend(
-            b.space.qkv, b.sequences, b.positions, self.cosines, self.sines, self.kv_of_head,
-            self.settings, cache.keys, cache.key_exponents, cache.key_sums, cache.values,
+            b.space.qkv, b.sequences, b.positions, *self.rotary[sliding], self.kv_of_head,
+            self.settings[sliding], cache.keys, cache.key_exponents, cache.key_sums, cache.values,
             cache.value_exponents, cache.value_sums, self.r, fault, b.space.attn, words, b.keys, i,
-            b.first_row, self.segments, results.segments_found, results.rest_expected,
+            b.first_row, self.segments, found, results.rest_expected,
         )  # fmt: skip
         if self.checked:
             results.product_found[i, 1:3] = words[0:4:2]
@@ -272,14 +325,16 @@ class ExactLayers(Layers):
         space, results = b.space, b.results
         exact.row_absmax(x, space.maxima)
         if self.many:
-            self._global_maxima(which, i, b)
+            self.global_maxima(
+                MAXIMA[which], which, ATTN_MAX + which, space.maxima, space.words, i, b
+            )
         scaled, y, bad = self._product(tensor, i, x, space.maxima, matrix, b)
         if bad:
             results.nonfinite[i, 1 + 2 * which] += bad
         rest = ATTN if which == 0 else FFN
         if not self.many:
             self._finish(tensor, i, scaled, y, matrix, space.delta, NO_SEGMENTS, b)
-            self._fingerprint(results.rest_found[i], rest, i, x, b)
+            self.fingerprint(results.rest_found[i], rest, i, x, b)
             return
         sent, summed = space.sent[which], space.summed[which]
         product.finish_partial(
@@ -287,7 +342,7 @@ class ExactLayers(Layers):
             results.product_found, results.product_expected, results.product_bad, b.keys,
             b.first_row, which, results.rest_expected,
         )  # fmt: skip
-        self._sum(tensor, i, sent, summed, b)
+        self.sum_over_ranks(tensor, i, sent, summed, b)
         first_col, n_cols = self.columns[rest][1:]
         product.finish_sum(
             x.view(np.uint32), sent, summed, space.exponents, matrix.exponents, matrix.bits,
@@ -295,19 +350,21 @@ class ExactLayers(Layers):
             results.rest_found, results.sums_by_tensor,
         )  # fmt: skip
 
-    def _global_maxima(self, which, i, b):
-        """Row maxima over the tensor ranks, with their owners, checked."""
-        space, results, tensor = b.space, b.results, self.ctx.tensor
-        kernels.pack_maxima(space.maxima, tensor.rank, space.packed)
+    def global_maxima(self, name, slot, key, maxima, words, i, b):
+        """maxima (uint32 [rows], or [rows, some]) = those over the tensor ranks, with their owners,
+        checked; ``words``: two uint64 arrays of that shape. Collective over ctx.tensor."""
+        results, tensor, (packed, reduced) = b.results, self.ctx.tensor, words
+        flat, packed, reduced = (a.reshape(-1) for a in (maxima, packed, reduced))
+        kernels.pack_maxima(flat, tensor.rank, packed)
         if self.faults is not None:
-            values = space.packed.view(np.uint32)[1::2]  # the high halves, little-endian
-            self._fault(MAXIMA[which], self.ctx.layers[i], values, b)
-        self.watch.enter("allreduce max", MAXIMA[which], b.step, self.ctx.layers[i])
-        tensor.Allreduce(space.packed, space.reduced, op=MPI.MAX)
-        key = b.keys[i + 1, ATTN_MAX + which]
-        results.max_bad[i, which] = kernels.unpack_maxima(
-            space.packed, space.reduced, space.maxima, tensor.rank, tensor.size, key,
-            b.first_row, results.maxima[i], which,
+            values = packed.view(np.uint32)[1::2]  # the high halves, little-endian
+            self._fault(name, self.ctx.layers[i], values.reshape(b.n_rows, -1), b)
+        self.watch.enter("allreduce max", name, b.step, self.ctx.layers[i])
+        tensor.Allreduce(packed, reduced, op=MPI.MAX)
+        first = b.first_row * (flat.size // b.n_rows)
+        results.max_bad[i, slot] = kernels.unpack_maxima(
+            packed, reduced, flat, tensor.rank, tensor.size, b.keys[i + 1, key], first,
+            results.maxima[i], slot,
         )  # fmt: skip
 
 
@@ -317,16 +374,21 @@ class BlasLayers(Layers):
     exact = False
 
     def _project(self, tensor, i, x, norm, matrix, out, b):
-        kernels.rmsnorm(x, norm, self.config.rms_norm_eps, b.space.normed)
-        np.matmul(b.space.normed, matrix.values.T, out=out)
+        np.matmul(self._normed(x, norm, b), matrix.values.T, out=out)
         if tensor == "qkv":
-            self._fingerprint_qkv(b.results.segments[i], i, b)
+            self.fingerprint_qkv(b.results.segments[i], QKV, i, b)
 
-    def _fingerprint_qkv(self, words, i, b):
+    def _qk_norm(self):
+        from spimpi.inference.qk_norm import FloatQKNorm
+
+        return FloatQKNorm(self)
+
+    def fingerprint_qkv(self, words, key, i, b):
+        """words = those of qkv's column segments, under the key of QKV or of QK_NORMED."""
         if self.checked:
             start = perf_counter()
             kernels.fingerprint_segments(
-                b.space.qkv.view(np.uint32), b.keys[i + 1], QKV, b.first_row, self.segments,
+                b.space.qkv.view(np.uint32), b.keys[i + 1], key, b.first_row, self.segments,
                 self.widths.qkv, words, 0,
             )  # fmt: skip
             b.results.seconds += perf_counter() - start
@@ -341,8 +403,8 @@ class BlasLayers(Layers):
         d, n_heads, cache = self.config.head_dim, self.kv_of_head.size, self.caches[i]
         n_kv = len(self.part.shard.kv_heads)
         heads = b.space.qkv.reshape(b.n_rows, n_heads + 2 * n_kv, d)
-        cosines = self.cosines[b.positions][:, None]
-        sines = self.sines[b.positions][:, None]
+        cosines, sines = (table[b.positions][:, None] for table in self.rotary[self.sliding[i]])
+        window = self._window(self.sliding[i])
         low, high = heads[:, : n_heads + n_kv, : d // 2], heads[:, : n_heads + n_kv, d // 2 :]
         rotated = np.concatenate(
             [low * cosines - high * sines, high * cosines + low * sines], axis=2
@@ -355,7 +417,8 @@ class BlasLayers(Layers):
             rows = np.flatnonzero(b.sequences == sequence)
             positions = b.positions[rows]
             n_keys = int(positions.max()) + 1
-            masked = np.arange(n_keys)[None, :] > positions[:, None]
+            ages = positions[:, None] - np.arange(n_keys)[None, :]
+            masked = (ages < 0) | (ages >= window)
             for head in range(n_heads):
                 kv = self.kv_of_head[head]
                 scores = rotated[rows, head] @ cache.keys[sequence, kv, :n_keys].T * scale
@@ -363,24 +426,27 @@ class BlasLayers(Layers):
                 weights = np.exp(scores - scores.max(axis=1, keepdims=True))
                 weights /= weights.sum(axis=1, keepdims=True)
                 out[rows, head] = weights @ cache.values[sequence, kv, :n_keys]
-        self._fingerprint_qkv(b.results.segments_found[i], i, b)
-        self._fingerprint(b.results.rest_expected[i], ATTN, i, b.space.attn, b)
+        if self.qk_norm:
+            self.fingerprint_qkv(b.results.normed_found[i], KEY_QK_NORMED, i, b)
+        else:
+            self.fingerprint_qkv(b.results.segments_found[i], QKV, i, b)
+        self.fingerprint(b.results.rest_expected[i], ATTN, i, b.space.attn, b)
 
     def _reduce(self, tensor, which, i, x, matrix, b):
         space, results = b.space, b.results
         rest = ATTN if which == 0 else FFN
         if not self.many:
             np.matmul(x, matrix.values.T, out=space.delta)
-            self._fingerprint(results.rest_found[i], rest, i, x, b)
+            self.fingerprint(results.rest_found[i], rest, i, x, b)
             return
         sent, summed = space.sent[which], space.summed[which]
         np.matmul(x, matrix.values.T, out=sent)
-        self._fingerprint(results.rest_expected[i], ATTN_OUT + which, i, sent, b)
-        self._sum(tensor, i, sent, summed, b)
+        self.fingerprint(results.rest_expected[i], ATTN_OUT + which, i, sent, b)
+        self.sum_over_ranks(tensor, i, sent, summed, b)
         space.delta[:] = summed
-        self._fingerprint(results.rest_found[i], ATTN_OUT + which, i, sent, b)
-        self._fingerprint(results.sums_by_tensor[i], ATTN_OUT + which, i, summed, b)
-        self._fingerprint(results.rest_found[i], rest, i, x, b)
+        self.fingerprint(results.rest_found[i], ATTN_OUT + which, i, sent, b)
+        self.fingerprint(results.sums_by_tensor[i], ATTN_OUT + which, i, summed, b)
+        self.fingerprint(results.rest_found[i], rest, i, x, b)
 
 
 @dataclass

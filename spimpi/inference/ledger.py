@@ -7,6 +7,7 @@ two matmuls of decoding the caches are full of weights, so that each Python call
 times what a loop around it measures; that is why nothing here happens once a step.
 """
 
+from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
@@ -15,16 +16,47 @@ from spimpi.inference.tensors import REST
 from spimpi.reduction import ALL_ONES, empty_records
 
 # Positions in ``rest_*``: tensors that are fingerprinted when made and again when used up.
-INPUT, QKV, ATTN, RESID, FFN, ATTN_OUT, FFN_OUT = range(len(REST))
+INPUT, QKV, ATTN, RESID, FFN, ATTN_OUT, FFN_OUT, QK_SUM, QK_NORMED = range(len(REST))
 # Products of a layer, as ``product_*`` hold them.
 PRODUCTS = ("qkv", "scores", "attn", "attn_out", "gate_up", "ffn_out")
-# Columns of a layer's records: two sums, two maxima, resid, hidden, then the shared heads.
-SUMS, MAXIMA, RESID_RECORD, HIDDEN_RECORD, HEADS = slice(0, 2), slice(2, 4), 4, 5, 6
+SUMS = slice(ATTN_OUT, QK_SUM + 1)  # where rest_* and sums_by_tensor hold what is summed
+QK = 2  # place of a QK norm among the sums and the maxima
 # Columns of ``logits`` and ``tokens``: when made, as gathered or handed on, after the last use.
 MADE, GATHERED, AGAIN = range(3)
 
 MOST_STEPS = 16
 SECONDS = 0.25  # of steps in a group; what a killed process loses at most, or one step
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Columns of a layer's records: two sums, two maxima, resid, hidden; with a QK norm its sum
+    and its maximum; then the shared heads."""
+
+    sums: tuple[int, ...]
+    maxima: tuple[int, ...]
+    resid: int
+    hidden: int
+    heads: int
+
+    @classmethod
+    def of(cls, qk_norm: bool) -> "Columns":
+        return cls((0, 1, 6), (2, 3, 7), 4, 5, 8) if qk_norm else cls((0, 1), (2, 3), 4, 5, 6)
+
+    def at(self, kind: str, index: int) -> int:
+        """The column of a layer check's source (layer_checks.LayerCheck)."""
+        start = getattr(self, kind)
+        return start + index if isinstance(start, int) else start[index]
+
+    def words(self, results) -> np.ndarray:
+        """This rank's results in that order, uint64 [layers, columns]."""
+        words = np.empty((results.hidden.size, self.heads + results.heads.shape[1]), np.uint64)
+        words[:, self.sums] = results.sums[:, : len(self.sums)]
+        words[:, self.maxima] = results.maxima[:, : len(self.maxima)]
+        words[:, self.resid] = results.rest_expected[:, RESID]
+        words[:, self.hidden] = results.hidden
+        words[:, self.heads :] = results.heads
+        return words
 
 
 class LayerResults:
@@ -35,17 +67,17 @@ class LayerResults:
 
     def __init__(self, arrays: dict[str, np.ndarray]):
         self.__dict__.update(arrays)
-        self.sums = self.sums_by_tensor[:, ATTN_OUT : FFN_OUT + 1]
+        self.sums = self.sums_by_tensor[:, SUMS]
         self.seconds = 0.0
 
 
 def _arrays(n_slots: int, n_layers: int, n_segments: int, n_heads: int) -> dict[str, np.ndarray]:
     words = {
-        "rest_expected": 7, "rest_found": 7, "sums_by_tensor": 7, "product_found": 6,
-        "product_expected": 6, "maxima": 2, "segments": n_segments, "segments_found": n_segments,
-        "heads": n_heads,
+        "rest_expected": len(REST), "rest_found": len(REST), "sums_by_tensor": len(REST),
+        "product_found": 6, "product_expected": 6, "maxima": 3, "segments": n_segments,
+        "segments_found": n_segments, "normed_found": n_segments, "heads": n_heads,
     }  # fmt: skip
-    counts = {"max_bad": 2, "product_bad": 6, "nonfinite": 4}
+    counts = {"max_bad": 3, "product_bad": 6, "nonfinite": 5}
     arrays = {k: np.zeros((n_slots, n_layers, n), np.uint64) for k, n in words.items()}
     arrays |= {k: np.zeros((n_slots, n_layers, n), np.int64) for k, n in counts.items()}
     arrays["hidden"] = np.zeros((n_slots, n_layers), np.uint64)
@@ -62,6 +94,7 @@ class Ledger:
     """
 
     def __init__(self, facts, cuts, n_layers, n_segments, held, shared_at, exact):
+        self.columns = Columns.of(facts.config.qk_norm)
         self.facts, self.held, self.shared_at, self.exact = facts, held, shared_at, exact
         n_slots = max(len(cuts[0]), MOST_STEPS * len(cuts[1]))
         self._layers = _arrays(n_slots, n_layers, n_segments, held.size)
@@ -124,6 +157,9 @@ class Ledger:
         n, a = self.n_slots, self._layers
         np.bitwise_xor.reduce(a["segments"][:n], axis=2, out=a["rest_expected"][:n, :, QKV])
         np.bitwise_xor.reduce(a["segments_found"][:n], axis=2, out=a["rest_found"][:n, :, QKV])
+        if self.facts.config.qk_norm:
+            found = a["rest_found"][:n, :, QK_NORMED]
+            np.bitwise_xor.reduce(a["normed_found"][:n], axis=2, out=found)
         a["rest_expected"][:n, 1:, INPUT] = a["hidden"][:n, :-1]
         a["heads"][:n] = 0
         for head, segment in self.shared_at:
@@ -151,7 +187,7 @@ class Ledger:
         self._request.Wait()
         self._request = None
         n = self.results.hidden.size
-        width = HEADS + self.held.size
+        width = self.columns.heads + self.held.size
         self.records, self.merged = (
             words[: n * width].reshape(n, width) for words in (self._own, self._merged)
         )
@@ -175,21 +211,19 @@ class Ledger:
         return pairs
 
     def _layer_records(self) -> np.ndarray:
-        results, held = self.results, self.held
-        resid = results.rest_expected[:, RESID : RESID + 1]
-        words = np.concatenate(
-            [results.sums, results.maxima, resid, results.hidden[:, None], results.heads], axis=1
-        )
+        results, held, columns = self.results, self.held, self.columns
+        words = columns.words(results)
         records = empty_records(*words.shape)
         records["every"], records["none"] = words, ~words
         if not self.exact:
             held = np.zeros_like(held)
         if not held.all():  # what a rank does not hold must change nothing
-            apart = HEADS + np.flatnonzero(~held)
+            apart = columns.heads + np.flatnonzero(~held)
             records["every"][:, apart] = records["none"][:, apart] = ALL_ONES
         if self.exact:
-            records["total"][:, SUMS] = results.rest_expected[:, ATTN_OUT : FFN_OUT + 1]
-            records["count"][:, MAXIMA] = results.max_bad
+            n_sums, n_maxima = len(columns.sums), len(columns.maxima)
+            records["total"][:, columns.sums] = results.rest_expected[:, SUMS][:, :n_sums]
+            records["count"][:, columns.maxima] = results.max_bad[:, :n_maxima]
         return records
 
     def _other_records(self) -> np.ndarray:

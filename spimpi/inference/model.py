@@ -81,7 +81,7 @@ class Stage:
             scratch = self.layers.scratch if exact_arithmetic else None
             self.head = Head(self.facts, exact_arithmetic, scratch)
         if checked:
-            plan = layer_plan(exact_arithmetic, grid.tp, np.flatnonzero(held))
+            plan = layer_plan(exact_arithmetic, grid.tp, np.flatnonzero(held), config.qk_norm)
             index = recorder.tensor_index
             self._layer_events = EventWriter(ctx, plan, ctx.layers, index, self._row_bytes())
             self._step_events = StepEvents(self.facts, index, exact_arithmetic)
@@ -102,7 +102,8 @@ class Stage:
             "attn": 4 * space.attn.shape[1], "attn_max": 4, "attn_out": partial * width,
             "resid": 4 * width, "gate_up": 4 * space.gate_up.shape[1],
             "ffn": 4 * space.ffn.shape[1], "ffn_max": 4, "ffn_out": partial * width,
-            "hidden": 4 * width,
+            "hidden": 4 * width, "qk_max": 8, "qk_sum": 2 * partial,
+            "qk_normed": 4 * space.qkv.shape[1],
         }  # fmt: skip
 
     def run(self, prompts, repeat=0, progress=None) -> np.ndarray | None:

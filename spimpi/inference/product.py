@@ -79,7 +79,7 @@ def finish_partial(
 
 
 @inlined
-def _linear_words(sent, summed, key, first_row):
+def linear_words(sent, summed, key, first_row):
     """Linear fingerprints of two integer tensors of one stream, whole rows."""
     own = total = np.uint64(0)
     for row in range(sent.shape[0]):
@@ -110,6 +110,6 @@ def finish_sum(
         return
     rest, key = (REST_ATTN, ATTN) if which == 0 else (REST_FFN, FFN)
     found[i, rest] = block_words(x, keys[i + 1, key], first_row, first_col, n_cols)
-    own, total = _linear_words(sent, summed, keys[i + 1, ATTN_OUT + which], first_row)
+    own, total = linear_words(sent, summed, keys[i + 1, ATTN_OUT + which], first_row)
     found[i, REST_ATTN_OUT + which] = own
     sums[i, REST_ATTN_OUT + which] = total

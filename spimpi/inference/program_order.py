@@ -12,7 +12,7 @@ _PHASES = {Stage.FABRIC: 0, Stage.WEIGHTS: 1}
 AFTER_LAYERS = ("logits", "tokens")
 # NaN and Inf are met when a tensor is scaled, by row maxima that were reduced before: a corrupted
 # maximum is what comes first.
-SCALED_BY = {"attn": "attn_max", "ffn": "ffn_max"}
+SCALED_BY = {"attn": "attn_max", "ffn": "ffn_max", "qkv": "qk_max"}
 
 
 def order_codes(events: np.ndarray, tensor_names: list[str]) -> np.ndarray:

@@ -9,7 +9,8 @@ from spimpi.topology.data import rows_of
 from spimpi.topology.pipeline import n_microbatches
 from spimpi.topology.tensor import TensorShard
 
-TENSORS_OF_A_LAYER = 9
+TENSORS_OF_A_LAYER, NORMS_OF_A_LAYER = 9, 2
+QK_NORMS = 2  # tensors more, of which the keys' has shared heads
 
 
 def expected_events(ctx, job, n_runs: int, has_golden: bool) -> int:
@@ -40,13 +41,14 @@ def _fabric(grid) -> int:
 
 def _weights(ctx, job, shard, shared) -> int:
     layers, tied = len(ctx.layers), job.config.tie_word_embeddings
-    tensors = layers * TENSORS_OF_A_LAYER + ctx.is_first_stage + ctx.is_last_stage
+    qk = job.config.qk_norm
+    tensors = layers * (TENSORS_OF_A_LAYER + QK_NORMS * qk) + ctx.is_first_stage + ctx.is_last_stage
     if ctx.is_last_stage and not (tied and ctx.is_first_stage):
         tensors += 1  # the head: a tensor of its own, or the copy of a tied embedding
     if ctx.grid.tp == 1:
         return tensors
     held = sum(head in shard.kv_heads for head in shared)
-    copies = layers * (2 + 2 * held) + ctx.is_last_stage
+    copies = layers * (NORMS_OF_A_LAYER + (2 + qk) * held) + ctx.is_last_stage
     maxima = 2 * layers if job.exact else 0
     return tensors + copies + maxima
 
@@ -59,6 +61,9 @@ def _step(ctx, job, n_shared, step) -> int:
     # rest, two sums, agreement after attention and of the output; exact: the shared heads that
     # this rank holds, two maxima.
     layer = 5 + 6 * job.exact + many * (6 + (n_shared + 2) * job.exact)
+    # A QK norm: what it makes, at rest; over tensor ranks its sum at rest and summed; exact: its
+    # maximum.
+    layer += job.config.qk_norm * (1 + many * (2 + job.exact))
     # Each microbatch: layers, the stage's output at rest, and the embedding's reduction or the
     # hand-off that came in.
     count = n * (len(ctx.layers) * layer + 1 + (many if ctx.is_first_stage else 1))

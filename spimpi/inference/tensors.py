@@ -12,18 +12,25 @@ from spimpi.fingerprint.tag import CONTENT, GOLDEN, LINEAR, MASK, VERSION, absor
 
 # Positions in a row of keys.
 HIDDEN, QKV, ATTN, RESID, FFN, ATTN_OUT, FFN_OUT, ATTN_MAX, FFN_MAX = range(9)
+QK_NORMED, QK_SUM, QK_MAX = range(9, 12)  # of models with a QK norm
 LAYER_TENSORS = ("hidden", "qkv", "attn", "resid", "ffn", "attn_out", "ffn_out", "attn_max",
-                 "ffn_max")  # fmt: skip
+                 "ffn_max", "qk_normed", "qk_sum", "qk_max")  # fmt: skip
 # Tensors that are fingerprinted when made and again after their last use, as results hold them.
-REST = ("input", "qkv", "attn", "resid", "ffn", "attn_out", "ffn_out")
+REST = ("input", "qkv", "attn", "resid", "ffn", "attn_out", "ffn_out", "qk_sum", "qk_normed")
 
 # Fingerprints that a golden run writes down for each layer, in program order.
 GOLDEN_LAYER = ("qkv", "attn", "resid", "ffn", "hidden")
 GOLDEN_ENDS = ("embed", "logits", "tokens")
 
 # All tensors of the inference in program order, as `--inject` and the trace name them.
-PROGRAM = ("embed", "qkv", "scores", "attn", "attn_max", "attn_out", "resid", "gate_up", "ffn",
-           "ffn_max", "ffn_out", "hidden", "logits", "tokens")  # fmt: skip
+PROGRAM = ("embed", "qkv", "qk_max", "qk_sum", "qk_normed", "scores", "attn", "attn_max",
+           "attn_out", "resid", "gate_up", "ffn", "ffn_max", "ffn_out", "hidden", "logits",
+           "tokens")  # fmt: skip
+
+
+def program_tensors(qk_norm: bool) -> list[str]:
+    """Those of PROGRAM that a model has."""
+    return [name for name in PROGRAM if qk_norm or not name.startswith("qk_")]
 
 
 def golden_columns(n_layers: int) -> list[tuple[str, int]]:
@@ -74,7 +81,7 @@ class Keys:
     def __init__(self, seed: int, config, layers: range):
         self.seed, self.widths = seed, Widths.of(config)
         self.layers = np.arange(layers.start - 1, layers.stop, dtype=np.int64)
-        domains = [CONTENT] * 5 + [LINEAR] * 2 + [CONTENT] * 2
+        domains = [CONTENT] * 5 + [LINEAR] * 2 + [CONTENT] * 3 + [LINEAR, CONTENT]
         self.prefixes = np.array(
             [_prefix(seed, d, n) for d, n in zip(domains, LAYER_TENSORS)], np.uint64
         )
@@ -101,4 +108,5 @@ class Keys:
         shapes = [(4, 2, n_rows, c) for c in columns[:5]]
         shapes += [(8, 2, n_rows, c) for c in columns[5:]]
         shapes += [(4, 1, n_rows, 0)] * 2
+        shapes += [(4, 2, n_rows, w.qkv), (8, 2, n_rows, 2), (4, 2, n_rows, 2)]
         return np.array(shapes, np.int64)

@@ -11,7 +11,7 @@ from mpi4py import MPI
 
 from spimpi.fingerprint import xor_flat
 from spimpi.fingerprint.tag import CONTENT, Tag
-from spimpi.inference.weights import TIED_COPY
+from spimpi.inference.weights import TIED_COPY, layer_norms
 from spimpi.reduction import empty_records, reduce_fingerprints
 from spimpi.trace.schema import Established, Op, Stage
 
@@ -99,9 +99,9 @@ def copy_universe(config, stage_layers, is_last_stage, shard) -> list[tuple[str,
     shared = [h for h in range(config.n_kv_heads) if len(shard.holders(h)) > 1]
     for layer in stage_layers:
         prefix = f"model.layers.{layer}."
-        for name in ("input_layernorm", "post_attention_layernorm"):
+        for name in layer_norms(config):
             copies.append((f"{prefix}{name}.weight", -1))
-        for name in ("k_proj", "v_proj"):
+        for name in ("k_proj", "v_proj", "k_norm")[: 3 if config.qk_norm else 2]:
             copies += [(f"{prefix}self_attn.{name}.weight", head) for head in shared]
     if is_last_stage:
         copies.append(("model.norm.weight", -1))

@@ -5,6 +5,7 @@ weights check (weight_check.py); what the run computes with is derived from them
 """
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from mpi4py import MPI
@@ -19,6 +20,18 @@ from spimpi.reduction import together
 from spimpi.topology.tensor import TensorShard
 
 TIED_COPY = "lm_head.weight (tied copy)"
+# Norms over the hidden width, and how --inject names them.
+NORM_PLACES = {
+    "input_layernorm": "input_norm",
+    "post_attention_layernorm": "post_norm",
+    "post_feedforward_layernorm": "ffn_norm",
+}
+
+
+def layer_norms(config) -> tuple[str, str]:
+    """A layer's two norms over the hidden width: before (Llama) or after (OLMo) its blocks."""
+    names = tuple(NORM_PLACES)
+    return names[1:] if config.qk_norm else names[:2]
 
 
 @dataclass
@@ -44,12 +57,18 @@ class Matrix:
 
 @dataclass
 class Layer:
+    """A layer's weights here. The norms stand before their blocks (Llama) or after them (OLMo).
+
+    qk_norm: OLMo's norm of the queries, then of the keys, that this rank holds; else None.
+    """
+
     attn_norm: np.ndarray
     qkv: Matrix
     o: Matrix
     ffn_norm: np.ndarray
     gate_up: Matrix
     down: Matrix
+    qk_norm: np.ndarray | None = None
 
 
 @dataclass
@@ -72,7 +91,7 @@ class Part:
         """Bytes that stay resident for the weights."""
         matrices = [m for a in self.layers for m in (a.qkv, a.o, a.gate_up, a.down)]
         matrices += [self.head] if self.head else []
-        norms = [n for a in self.layers for n in (a.attn_norm, a.ffn_norm)]
+        norms = [n for a in self.layers for n in (a.attn_norm, a.ffn_norm, a.qk_norm)]
         plain = [a for a in (*norms, self.embed, self.norm) if a is not None]
         return sum(m.n_bytes for m in matrices) + sum(a.nbytes for a in plain)
 
@@ -127,7 +146,7 @@ class Loader:
     def _layer(self, layer) -> Layer:
         config = self.config
         with together(self.ctx.tensor):
-            norms, qkv, o, gate_up, down = self._read_layer(layer)
+            norms, qkv, o, gate_up, down, qk_norms = self._read_layer(layer)
         hidden, attn = config.hidden_size, config.n_heads * config.head_dim
         return Layer(
             norms[0],
@@ -136,6 +155,7 @@ class Loader:
             norms[1],
             self._matrix("gate_up", layer, gate_up, hidden),
             self._matrix("down_proj", layer, down, config.intermediate_size, split=True),
+            np.concatenate(qk_norms) if qk_norms else None,
         )
 
     def _read_layer(self, layer):
@@ -149,29 +169,36 @@ class Loader:
         kv = (held.start * config.head_dim, held.stop * config.head_dim)
         ffn = (shard.ffn().start, shard.ffn().stop)
         norms = [
-            read(prefix + "input_layernorm.weight", "input_norm", layer),
-            read(prefix + "post_attention_layernorm.weight", "post_norm", layer),
+            read(f"{prefix}{name}.weight", NORM_PLACES[name], layer)
+            for name in layer_norms(config)
         ]
         qkv = [
             read(attention + "q_proj.weight", "q_proj", layer, queries),
             read(attention + "k_proj.weight", "k_proj", layer, kv, kv_heads=held),
             read(attention + "v_proj.weight", "v_proj", layer, kv, kv_heads=held),
         ]
+        qk_norms = []
+        if config.qk_norm:
+            qk_norms = [
+                read(attention + "q_norm.weight", "q_norm", layer, queries),
+                read(attention + "k_norm.weight", "k_norm", layer, kv, kv_heads=held),
+            ]
         gate_up = [
             read(mlp + "gate_proj.weight", "gate_proj", layer, ffn),
             read(mlp + "up_proj.weight", "up_proj", layer, ffn),
         ]
         o = read(attention + "o_proj.weight", "o_proj", layer, None, queries)
         down = read(mlp + "down_proj.weight", "down_proj", layer, None, ffn)
-        widened = [[float32(raw) for raw in raws] for raws in (norms, qkv, [o], gate_up, [down])]
-        return widened
+        read_so_far = (norms, qkv, [o], gate_up, [down], qk_norms)
+        return [[float32(raw) for raw in raws] for raws in read_so_far]
 
     def _read(self, name, short, layer, rows=None, cols=None, kv_heads=None, share_as=None):
         """A slice of a stored tensor, after taking down its share of the tensor's fingerprint."""
         record = self.checkpoint.tensors[name]
         ranges = (rows, cols)
         if self.faults:
-            ranges = self.faults.misread(short, layer, record.shape, ranges)
+            read = partial(self.checkpoint.read, name)
+            ranges = self.faults.misread(short, layer, record.shape, ranges, read)
         raw = self.checkpoint.read(name, *ranges)
         if self.faults:
             raw = self.faults.weights(short, layer, raw)
@@ -188,18 +215,18 @@ class Loader:
         """The slice's share of the tensor's fingerprint; replicas count for the lowest rank.
 
         Second, fingerprints by (name, key/value head or -1) of what several tensor ranks hold
-        (norms, shared heads), to be compared by agreement.
+        (whole norms, shared heads), to be compared by agreement.
         """
         tag = Tag(self.ctx.seed, name)
         if kv_heads is None:
             share = fingerprint(raw, tag, slab)
-            if len(slab.global_shape) > 1:
+            if len(slab.global_shape) > 1 or raw.shape != slab.global_shape:
                 return share, {}
             return share if self.ctx.place.t == 0 else 0, {(name, -1): share}
         width = self.config.head_dim
         share, copies = 0, {}
         for i, head in enumerate(kv_heads):
-            place = Slab(slab.global_shape, (head * width, 0))
+            place = Slab(slab.global_shape, (head * width, 0)[: len(slab.global_shape)])
             own = fingerprint(raw[i * width : (i + 1) * width], tag, place)
             if head in self.shard.owned_kv_heads:
                 share ^= own

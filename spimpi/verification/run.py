@@ -18,7 +18,7 @@ from spimpi.inference import golden as golden_runs
 from spimpi.inference.footprint import rank_bytes, require_memory
 from spimpi.inference.model import Stage
 from spimpi.inference.schedule import expected_events
-from spimpi.inference.tensors import PROGRAM
+from spimpi.inference.tensors import program_tensors
 from spimpi.inference.weight_check import check_weights, second_read, weight_names
 from spimpi.inference.weights import Loader
 from spimpi.partition import Slab
@@ -43,7 +43,8 @@ class Quiet:
 
 def trace_tensor_names(job: Job) -> list[str]:
     """Names in the trace's table of tensors, in program order."""
-    return tensor_names() + weight_names(job.checkpoint, job.config, job.grid) + list(PROGRAM)
+    weights = weight_names(job.checkpoint, job.config, job.grid)
+    return tensor_names() + weights + program_tensors(job.config.qk_norm)
 
 
 def verify_distributed_inference(comm, job: Job, reporter=None, watchdog=None, tracer=None):

@@ -89,6 +89,9 @@ def _tensors(job, names) -> list[TensorInfo]:
     activations = {
         "embed": ((-1, hidden), "float32"),
         "qkv": ((-1, attn + 2 * config.n_kv_heads * d), "float32"),
+        "qk_max": ((-1, 2), "uint32"),
+        "qk_sum": ((-1, 2), "int64"),
+        "qk_normed": ((-1, attn + 2 * config.n_kv_heads * d), "float32"),
         "scores": ((-1, config.n_heads, -1), "float64"),
         "attn": ((-1, attn), "float32"),
         "attn_max": ((-1,), "uint32"),

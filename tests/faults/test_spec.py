@@ -12,8 +12,9 @@ from spimpi.topology.grid import parse as grid_of
 
 TINY = SimpleNamespace(
     n_heads=8, n_kv_heads=4, head_dim=16, hidden_size=128, intermediate_size=352, vocab_size=256,
-    tie_word_embeddings=False, dtype="bfloat16",
+    tie_word_embeddings=False, dtype="bfloat16", qk_norm=False,
 )  # fmt: skip
+OLMO = SimpleNamespace(**{**vars(TINY), "qk_norm": True})
 TIED = SimpleNamespace(**{**vars(TINY), "tie_word_embeddings": True})
 LENGTHS = [5, 3, 4, 2]
 
@@ -50,8 +51,26 @@ def whole_spec(kind, place):
     ("kind", "tensor"), [(kind, place.name) for place in PLACES.values() for kind in place.kinds]
 )
 def test_every_kind_and_place_of_the_table_exists_in_a_run_and_prints_as_it_is_read(kind, tensor):
-    fault = check(whole_spec(kind, PLACES[tensor]), "tp=4,pp=1")
+    config = OLMO if PLACES[tensor].models == "olmo" else TINY
+    fault = check(whole_spec(kind, PLACES[tensor]), "tp=4,pp=1", config)
     assert parse(str(fault)) == fault
+
+
+def test_a_tensor_that_only_the_other_family_has_is_refused():
+    for tensor, config, says in (
+        ("qk_max", TINY, "no qk_max: only OLMo"),
+        ("k_norm", TINY, "no k_norm: only OLMo"),
+        ("input_norm", OLMO, "no input_norm: only Llama"),
+    ):
+        with pytest.raises(UsageError, match=says):
+            check(whole_spec("bitflip", PLACES[tensor]), "tp=4,pp=1", config)
+
+
+def test_each_family_has_the_tensors_of_its_own():
+    own = {tensor: place.models for tensor, place in PLACES.items() if place.models}
+    assert own == dict.fromkeys(
+        ("qk_max", "qk_sum", "qk_normed", "q_norm", "k_norm", "ffn_norm"), "olmo"
+    ) | {"input_norm": "llama"}
 
 
 @pytest.mark.parametrize(("kind", "tensor"), list(product(KINDS, PLACES)))

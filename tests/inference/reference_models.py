@@ -1,4 +1,4 @@
-"""Seeded random Llama checkpoints, and Hugging Face transformers' own logits for them."""
+"""Seeded random Llama and OLMo checkpoints, and Hugging Face transformers' own logits for them."""
 
 import json
 from dataclasses import asdict
@@ -7,7 +7,9 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from spimpi.inference.config import ModelConfig, checkpoint_tensors
+from spimpi.inference.config import (
+    ARCHITECTURES, FULL, SLIDING, Llama3Scaling, ModelConfig, YarnScaling, checkpoint_tensors,
+)  # fmt: skip
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -17,11 +19,23 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+YARN_ROPE = {
+    SLIDING: {"rope_type": "default", "rope_theta": 10000.0},
+    FULL: {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "beta_fast": 8.0,
+        "beta_slow": 1.0,
+        "original_max_position_embeddings": 64,
+    },
+}
 
 
 def make(
     directory,
     *,
+    model_type="llama",
     seed=1,
     dtype="float32",
     hidden=96,
@@ -35,32 +49,40 @@ def make(
     rope=None,
     max_positions=256,
     max_shard_size="1GB",
+    **facts,
 ) -> Path:
-    """Write a random LlamaForCausalLM with save_pretrained; the same for the same arguments.
+    """Write a random model with save_pretrained; the same for the same arguments.
 
-    rope: a rope_parameters dict (LLAMA3_ROPE, for one); max_shard_size: "50KB" gives several
-    shards and an index. Needs torch and transformers.
+    model_type: as in config.json; facts: more of its fields. rope: a rope_parameters dict
+    (LLAMA3_ROPE, for one); max_shard_size: "50KB" gives several shards and an index. Needs
+    torch and transformers.
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
+    make_config, make_model = classes(model_type)
+    # OLMo's head size is that of its width and heads, unless the configuration has one.
+    facts |= {"head_dim": head_dim} if head_dim or model_type == "llama" else {}
+    if rope is None:
+        rope = {"rope_type": "default", "rope_theta": 10000.0}
+        rope = {SLIDING: dict(rope), FULL: dict(rope)} if model_type == "olmo3" else rope
+    config = make_config(
         vocab_size=vocab,
         hidden_size=hidden,
         intermediate_size=ffn,
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
-        head_dim=head_dim,
         tie_word_embeddings=tied,
         max_position_embeddings=max_positions,
         rms_norm_eps=1e-5,
-        rope_parameters=rope or {"rope_type": "default", "rope_theta": 10000.0},
+        rope_parameters=rope,
         attn_implementation="eager",
+        pad_token_id=None,
+        **facts,
     )
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
+        model = make_model(config)
         for weight in model.parameters():
             if weight.ndim == 1:
                 weight.uniform_(0.5, 1.5)
@@ -94,12 +116,21 @@ def greedy(directory, ids, n: int) -> list[int]:
     return sequence[len(ids) :]
 
 
+def classes(model_type):
+    """transformers' configuration and model."""
+    import transformers
+
+    architecture = ARCHITECTURES[model_type]
+    config = architecture.replace("ForCausalLM", "Config")
+    return getattr(transformers, config), getattr(transformers, architecture)
+
+
 def _model(directory):
     import torch
-    from transformers import LlamaForCausalLM
 
     torch.set_num_threads(1)
-    return LlamaForCausalLM.from_pretrained(
+    model_type = json.loads((Path(directory) / "config.json").read_text())["model_type"]
+    return classes(model_type)[1].from_pretrained(
         directory, dtype=torch.float32, attn_implementation="eager"
     ).eval()
 
@@ -125,14 +156,24 @@ def tiny_config(**changes) -> ModelConfig:
     return ModelConfig(**(facts | changes))
 
 
+ROPE_TYPE = {Llama3Scaling: "llama3", YarnScaling: "yarn"}
+
+
 def config_json(config: ModelConfig) -> dict:
     """What transformers 5 would write as config.json for these facts."""
-    rope = {"rope_type": "default", "rope_theta": config.rope_theta}
+    plain = {"rope_type": "default", "rope_theta": config.rope_theta}
+    rope = dict(plain)
     if config.rope_scaling is not None:
-        rope |= {"rope_type": "llama3", **asdict(config.rope_scaling)}
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
+        scaling = config.rope_scaling
+        rope |= {"rope_type": ROPE_TYPE[type(scaling)], **asdict(scaling)}
+    more = {}
+    if config.model_type == "olmo3":
+        rope = {SLIDING: plain, FULL: rope}
+        types = list(config.layer_types) or [FULL] * config.n_layers
+        more = {"layer_types": types, "sliding_window": config.sliding_window}
+    return more | {
+        "architectures": [ARCHITECTURES[config.model_type]],
+        "model_type": config.model_type,
         "hidden_act": "silu",
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,

@@ -6,13 +6,14 @@ import pytest
 from spimpi.inference.attention import NO_FAULT, Cache, attend, attention_bits
 from spimpi.inference.exact import odd_vector
 from spimpi.inference.kernels import rope_table
+from spimpi.inference.tensors import LAYER_TENSORS, QKV, REST
 
 RNG = np.random.default_rng(1069)
 HEADS, KV, D, POSITIONS = 4, 2, 16, 24
 BITS = attention_bits(D, 64)
 
 
-def run(qkv, sequences, positions, cache, fault=NO_FAULT):
+def run(qkv, sequences, positions, cache, fault=NO_FAULT, window=POSITIONS):
     cosines, sines = (np.empty((POSITIONS, D // 2), np.float32) for _ in range(2))
     frequencies = (10000.0 ** (-np.arange(D // 2) / (D // 2))).astype(np.float32)
     rope_table(frequencies, cosines, sines)
@@ -20,14 +21,14 @@ def run(qkv, sequences, positions, cache, fault=NO_FAULT):
     words = np.zeros(7, np.uint64)
     kv_of_head = np.arange(HEADS) // (HEADS // KV)
     width = (HEADS + 2 * KV) * D
-    settings = np.array([D, KV, *BITS, True, width, 0, HEADS * D], np.int64)
-    keys = np.zeros((2, 9), np.uint64)
+    settings = np.array([D, KV, *BITS, True, width, 0, HEADS * D, QKV, window], np.int64)
+    keys = np.zeros((2, len(LAYER_TENSORS)), np.uint64)
     segments, found = np.array([(0, 0, width)]), np.zeros((1, 1), np.uint64)
     attend(
         qkv, np.asarray(sequences), np.asarray(positions), cosines, sines, kv_of_head, settings,
         cache.keys, cache.key_exponents, cache.key_sums, cache.values, cache.value_exponents,
         cache.value_sums, odd_vector(np.uint64(3), POSITIONS), np.asarray(fault), out, words,
-        keys, 0, 0, segments, found, np.zeros((1, 7), np.uint64),
+        keys, 0, 0, segments, found, np.zeros((1, len(REST)), np.uint64),
     )  # fmt: skip
     return out, words
 
@@ -36,7 +37,7 @@ def random_rows(n):
     return RNG.standard_normal((n, (HEADS + 2 * KV) * D)).astype(np.float32)
 
 
-def plain(qkv):
+def plain(qkv, window=POSITIONS):
     """Softmax attention of one causal sequence in float64."""
     heads = qkv.reshape(len(qkv), HEADS + 2 * KV, D).astype(np.float64)
     angle = np.arange(len(qkv))[:, None] * 10000.0 ** (-np.arange(D // 2) / (D // 2))
@@ -47,7 +48,8 @@ def plain(qkv):
     for h in range(HEADS):
         k, v = rotated[:, HEADS + h // 2], heads[:, HEADS + KV + h // 2]
         scores = rotated[:, h] @ k.T / np.sqrt(D)
-        scores[np.triu_indices(len(qkv), 1)] = -np.inf
+        ages = np.arange(len(qkv))[:, None] - np.arange(len(qkv))
+        scores[(ages < 0) | (ages >= window)] = -np.inf
         weights = np.exp(scores - scores.max(axis=1, keepdims=True))
         out[:, h] = weights / weights.sum(axis=1, keepdims=True) @ v
     return out.reshape(len(qkv), -1)
@@ -60,16 +62,29 @@ def test_attention_is_softmax_attention():
     assert words[0] == words[1] and words[2] == words[3] and not words[4:].any()
 
 
-@pytest.mark.parametrize("cuts", [(0, 20), (0, 7, 8, 20), tuple(range(21))])
-def test_prefill_chunks_and_decoding_give_the_same_bits(cuts):
-    qkv = np.random.default_rng(5).standard_normal((20, (HEADS + 2 * KV) * D)).astype(np.float32)
+@pytest.mark.parametrize("window", [1, 2, 7, 19, 20])
+def test_a_sliding_window_sees_the_last_positions_alone(window):
+    qkv = random_rows(20)
+    out, words = run(qkv, [0] * 20, range(20), Cache.empty(1, KV, POSITIONS, D), window=window)
+    np.testing.assert_allclose(out, plain(qkv, window), atol=3e-5)
+    assert words[0] == words[1] and words[2] == words[3] and not words[4:].any()
     whole, _ = run(qkv, [0] * 20, range(20), Cache.empty(1, KV, POSITIONS, D))
+    assert out[:window].tobytes() == whole[:window].tobytes()
+    assert window == 20 or (out[window:] != whole[window:]).any(axis=1).all()
+
+
+@pytest.mark.parametrize("window", [POSITIONS, 5])
+@pytest.mark.parametrize("cuts", [(0, 20), (0, 7, 8, 20), tuple(range(21))])
+def test_prefill_chunks_and_decoding_give_the_same_bits(cuts, window):
+    qkv = np.random.default_rng(5).standard_normal((20, (HEADS + 2 * KV) * D)).astype(np.float32)
+    whole, _ = run(qkv, [0] * 20, range(20), Cache.empty(1, KV, POSITIONS, D), window=window)
     cache = Cache.empty(1, KV, POSITIONS, D)
     parts = [
-        run(np.ascontiguousarray(qkv[a:b]), [0] * (b - a), range(a, b), cache)[0]
+        run(np.ascontiguousarray(qkv[a:b]), [0] * (b - a), range(a, b), cache, window=window)
         for a, b in zip(cuts, cuts[1:])
     ]
-    assert np.concatenate(parts).tobytes() == whole.tobytes()
+    assert np.concatenate([out for out, _ in parts]).tobytes() == whole.tobytes()
+    assert not any(words[4:].any() for _, words in parts)
 
 
 def test_a_batch_gives_every_sequence_the_bits_that_it_has_alone():
@@ -89,13 +104,22 @@ def test_one_wrong_integer_of_either_product_is_caught(product, index):
     assert words[4 + product] == 1 and words[4 + 1 - product] == 0
 
 
-def test_a_key_that_changes_in_the_cache_is_caught():
+@pytest.mark.parametrize("window", [POSITIONS, 6])
+def test_a_key_that_changes_in_the_cache_is_caught(window):
     qkv = random_rows(8)
     cache = Cache.empty(1, KV, POSITIONS, D)
-    run(np.ascontiguousarray(qkv[:7]), [0] * 7, range(7), cache)
+    run(np.ascontiguousarray(qkv[:7]), [0] * 7, range(7), cache, window=window)
     cache.keys[0, 1, 2, 3] += 1
-    _, words = run(np.ascontiguousarray(qkv[7:]), [0], [7], cache)
+    _, words = run(np.ascontiguousarray(qkv[7:]), [0], [7], cache, window=window)
     assert words[4] == 1
+
+
+@pytest.mark.parametrize(("product", "index"), [(0, 3), (1, 2 * D + 5)])
+def test_one_wrong_integer_within_a_window_is_caught(product, index):
+    fault = (6, product, index)
+    cache = Cache.empty(1, KV, POSITIONS, D)
+    _, words = run(random_rows(8), [0] * 8, range(8), cache, fault, window=3)
+    assert words[4 + product] == 1 and words[4 + 1 - product] == 0
 
 
 def test_rows_with_nan_are_counted_and_do_not_spread():

@@ -77,11 +77,12 @@ def test_keys_of_a_step_are_those_of_the_tags(first_layer):
     w = Widths.of(config)
     keys = Keys(7, config, layers).of_step(5, 33)
     widths = dict(hidden=w.hidden, qkv=w.qkv, attn=w.attn, resid=w.hidden, ffn=w.ffn,
-                  attn_out=w.hidden, ffn_out=w.hidden)  # fmt: skip
+                  attn_out=w.hidden, ffn_out=w.hidden, qk_normed=w.qkv, qk_sum=2,
+                  qk_max=2)  # fmt: skip
     for row, layer in enumerate(range(first_layer, first_layer + 2), start=1):
         for column, name in enumerate(LAYER_TENSORS):
-            summed = name.endswith("_out")
-            shape = (33,) if name.endswith("_max") else (33, widths[name])
+            summed = name.endswith(("_out", "_sum"))
+            shape = (33, widths[name]) if name in widths else (33,)
             key = Tag(7, name, layer, 5).key(LINEAR if summed else CONTENT, shape, 4 + 4 * summed)
             assert int(keys[row, column]) == key, name
     before = ("embed", -1) if first_layer == 0 else ("hidden", first_layer - 1)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from spimpi.checks.fabric import SIZES, check_fabric
+from spimpi.inference.config import FULL, SLIDING, YarnScaling
 from spimpi.verification import run
 from spimpi.verification.job import Request, prepare
 from spimpi.verification.run import make_golden, verify_distributed_inference
@@ -18,6 +19,13 @@ from spimpi.verification.run import make_golden, verify_distributed_inference
 GROUPED = dict(
     vocab_size=37, hidden_size=24, intermediate_size=22, n_layers=3, n_heads=6, n_kv_heads=2,
     head_dim=4,
+)  # fmt: skip
+# OLMo 3: a norm of queries and keys that tensor ranks cut unevenly (3 ranks: 3, 3 and 2 of 8 heads;
+# two key/value heads, so that some ranks own none), windows shorter than the prompts.
+OLMO = dict(
+    vocab_size=37, hidden_size=24, intermediate_size=22, n_layers=3, n_heads=8, n_kv_heads=2,
+    head_dim=4, model_type="olmo3", layer_types=(SLIDING, FULL, SLIDING), sliding_window=3,
+    rope_scaling=YarnScaling(4.0, 8.0, 1.0, 1.25, 8),
 )  # fmt: skip
 IDS = ("3,1,4,1,5,9,2", "6,5", "35,8,9,7,9,3,2,3,8,4,6", "2,6,4,3", "3,8,32", "7,9,5,0", "2", "8,8")
 

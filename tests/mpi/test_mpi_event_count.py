@@ -1,7 +1,7 @@
 """Nothing is sampled: the number of checks is known beforehand, and a missing one is noticed."""
 
 import pytest
-from mpi_helpers import GROUPED, IDS, first_ranks, quick_fabric, topologies, verify
+from mpi_helpers import GROUPED, IDS, OLMO, first_ranks, quick_fabric, topologies, verify
 
 from spimpi.checks.recorder import Recorder
 from spimpi.inference.schedule import expected_events
@@ -46,25 +46,57 @@ def _two_stages():
     return 2 * fabric + WEIGHTS + 2 * (first + second) + GOLDEN
 
 
-def _wishes(model):
-    return dict(model=str(model("grouped", **GROUPED)), prompt_ids=IDS, tokens=2)
+def _olmo_alone():
+    # A norm of queries and one of keys more a layer to load, and what it made, at rest.
+    return _one_rank() + 3 * 2 + 2 * 3 * 1
+
+
+def _olmo_over_two_tensor_ranks():
+    # Each rank: two more tensors a layer to load; what the norm made, at rest; its sum at rest and
+    # summed; its maximum. No head is shared by two of two ranks.
+    return _two_tensor_ranks() + 2 * (3 * 2 + 2 * 3 * (1 + 2 + 1))
+
+
+def _olmo_over_three_tensor_ranks():
+    # Three query heads, three and two; rank 1 holds both key/value heads: head 0 is shared by ranks
+    # 0 and 1, head 1 by ranks 1 and 2.
+    held = 1 + 2 + 1
+    fabric = 5 * (4 + 2) + 3 * (1 + 1)
+    copies, maxima = 3 * 2 + 1, 3 * 2
+    step = 1 + 3 * (SHARED + 1 + 2 + 1) + 1 + 1 + 2 + 2
+    ranks = 3 * (fabric + WEIGHTS + 3 * 2 + copies + maxima + 2 * step)
+    # A shared head, for each that holds it: k_proj, v_proj and k_norm; in each step its qkv.
+    return ranks + held * (3 * 3 + 2 * 3) + GOLDEN
+
+
+def _wishes(model, facts=GROUPED):
+    name = facts.get("model_type", "grouped")
+    return dict(model=str(model(name, **facts)), prompt_ids=IDS, tokens=2)
 
 
 @pytest.mark.parametrize(
-    ("topology", "n", "by_hand"),
-    [("tp=1", 1, _one_rank()), ("tp=2", 2, _two_tensor_ranks()), ("pp=2", 2, _two_stages())],
-)
-def test_the_number_of_checks_is_what_counting_by_hand_gives(comm, model, topology, n, by_hand):
+    ("topology", "n", "by_hand", "facts"),
+    [("tp=1", 1, _one_rank(), GROUPED), ("tp=2", 2, _two_tensor_ranks(), GROUPED),
+     ("pp=2", 2, _two_stages(), GROUPED), ("tp=1", 1, _olmo_alone(), OLMO),
+     ("tp=2", 2, _olmo_over_two_tensor_ranks(), OLMO),
+     ("tp=3", 3, _olmo_over_three_tensor_ranks(), OLMO)],
+)  # fmt: skip
+def test_the_number_of_checks_is_what_counting_by_hand_gives(
+    comm, model, topology, n, by_hand, facts
+):
     if comm.size < n:
         pytest.skip(f"needs {n} ranks")
+    wishes = _wishes(model, facts)  # on all ranks: the model is written by one for all
     with first_ranks(comm, n) as part:
         if part:
-            outcome = verify(part, topology=topology, **_wishes(model))
+            outcome = verify(part, topology=topology, **wishes)
             assert outcome.verdict, str(outcome.verdict)
             assert outcome.n_events == by_hand
 
 
-def test_every_rank_records_what_the_closed_form_says(comm, model, monkeypatch):
+@pytest.mark.parametrize("facts", [GROUPED, OLMO], ids=["llama", "olmo"])
+@pytest.mark.parametrize("arith", ["exact", "blas"])
+def test_every_rank_records_what_the_closed_form_says(comm, model, monkeypatch, facts, arith):
     quick_fabric(monkeypatch)
     recorded = []
     conclude = run._Run._conclude
@@ -75,10 +107,11 @@ def test_every_rank_records_what_the_closed_form_says(comm, model, monkeypatch):
         return conclude(self, tokens, runs)
 
     monkeypatch.setattr(run._Run, "_conclude", also_note)
+    wishes = _wishes(model, facts)
     for n in range(1, comm.size + 1):
         with first_ranks(comm, n) as part:
             for split in topologies(n, 6, 3, 8) if part else ():
-                verify(part, repeat=2, **_wishes(model), **split)
+                verify(part, repeat=2, arith=arith, **wishes, **split)
                 found, due = recorded.pop()
                 assert found == due, (split, part.rank)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from mpi_helpers import (
-    GROUPED, IDS, first_ranks, golden_of, quick_fabric, topologies, verify,
+    GROUPED, IDS, OLMO, first_ranks, golden_of, quick_fabric, topologies, verify,
 )  # fmt: skip
 
 from spimpi.inference.tensors import golden_columns
@@ -51,6 +51,20 @@ def test_every_split_of_uneven_heads_gives_the_same_bits(comm, model, monkeypatc
     wishes = dict(model=str(model("grouped", **GROUPED)), prompt_ids=IDS, tokens=4)
     golden = golden_of(comm, **wishes)
     _every_topology_gives(comm, golden, 6, 3, 8, **wishes)
+
+
+@pytest.mark.wheels
+@pytest.mark.parametrize("model_type", ["olmo2", "olmo3"])
+def test_every_split_of_a_sharded_qk_norm_gives_the_same_bits(comm, model, monkeypatch, model_type):
+    quick_fabric(monkeypatch)
+    facts = OLMO
+    if model_type == "olmo2":
+        none = dict(layer_types=(), sliding_window=None, rope_scaling=None)
+        facts = OLMO | none | dict(model_type="olmo2", n_kv_heads=8, n_layers=2)
+    n_layers = facts["n_layers"]
+    wishes = dict(model=str(model(model_type, **facts)), prompt_ids=IDS[:6], tokens=4)
+    golden = golden_of(comm, **wishes)
+    _every_topology_gives(comm, golden, 8, n_layers, 6, **wishes)
 
 
 @pytest.mark.wheels

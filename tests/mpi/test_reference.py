@@ -13,7 +13,7 @@ from mpi_helpers import quick_fabric
 
 from spimpi.context import DistributedContext
 from spimpi.inference.checkpoint_seeded import SeededCheckpoint
-from spimpi.inference.config import EMBEDDED_MODEL, published
+from spimpi.inference.config import EMBEDDED_MODEL, FULL, SLIDING, published
 from spimpi.inference.model import Stage
 from spimpi.inference.weights import Loader
 from spimpi.verification.job import Request, prepare
@@ -41,7 +41,14 @@ MODELS = {
     "bfloat16": dict(dtype="bfloat16"),
     "float16": dict(dtype="float16", tied=True),
     "sharded": dict(max_shard_size="50KB", dtype="bfloat16"),
-}
+    "olmo 2": dict(model_type="olmo2", heads=6, kv_heads=6),
+    "olmo 2 grouped": dict(model_type="olmo2", hidden=64, heads=8, kv_heads=2, layers=4, tied=True),
+    "olmo 3": dict(model_type="olmo3", layers=4, sliding_window=9),
+    "olmo 3 yarn": dict(
+        model_type="olmo3", hidden=128, heads=4, kv_heads=4, layers=4, sliding_window=33,
+        layer_types=[SLIDING, FULL, SLIDING, FULL], rope=reference_models.YARN_ROPE,
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -159,15 +166,22 @@ def test_logits_are_those_of_transformers(comm, on_root, checkpoint, name):
     assert found <= LIMIT
 
 
-def test_logits_are_those_of_transformers_in_every_topology(comm, on_root, checkpoint):
-    directory = checkpoint("multi-head" if comm.size == 4 else "grouped-query")
+@pytest.mark.parametrize("family", ["llama", "olmo 2", "olmo 3"])
+def test_logits_are_those_of_transformers_in_every_topology(comm, on_root, checkpoint, family):
+    llama = "multi-head" if comm.size == 4 else "grouped-query"
+    olmo = "olmo 2 grouped" if comm.size == 4 else "olmo 2"
+    directory = checkpoint({"llama": llama, "olmo 2": olmo}.get(family, family))
     sizes = {t: difference_from_transformers(comm, on_root, directory, topology=t)
              for t in topologies(comm.size)}  # fmt: skip
     assert all(found <= LIMIT for found in sizes.values()), sizes
     assert len(set(sizes.values())) == 1, f"not the same bits: {sizes}"
 
 
-@pytest.mark.parametrize("name", ["grouped-query", "tied", "llama3 rope", "odd sizes", "bfloat16"])
+BLAS_TOO = ["grouped-query", "tied", "llama3 rope", "odd sizes", "bfloat16", "olmo 2 grouped",
+            "olmo 3 yarn"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BLAS_TOO)
 def test_plain_float32_blas_has_transformers_logits_too(comm, on_root, checkpoint, name):
     found = difference_from_transformers(comm, on_root, checkpoint(name), arith="blas")
     assert found <= LIMIT
@@ -218,15 +232,15 @@ def test_the_embedded_model_continues_as_transformers_does(comm, arith, monkeypa
     assert not comm.bcast(wrong)
 
 
-def test_seeded_published_shapes_have_transformers_logits(comm, on_root):
-    """One layer of llama-3.2-1b at its real width and vocabulary: about 310 M weights."""
-    config = published("llama-3.2-1b", 1)
+@pytest.mark.parametrize("name", ["llama-3.2-1b", "olmo-2-1b"])
+def test_seeded_published_shapes_have_transformers_logits(comm, on_root, name):
+    """One layer at its real width and vocabulary: about 310 and 480 M weights."""
+    config = published(name, 1)
     if comm.size != 2:
         pytest.skip("takes seconds and 4 GB: once is enough, at 2 ranks")
-    prompts, forced = [np.array([1, 128255, 77, 4096, 9])], np.array([[60000, 3]])
-    request = Request(
-        config="llama-3.2-1b", layers=1, tokens=2, prompt_ids=("1,128255,77,4096,9",)
-    )
+    prompts, forced = [np.array([1, config.vocab_size - 1, 77, 4096, 9])], np.array([[60000, 3]])
+    ids = ",".join(map(str, prompts[0]))
+    request = Request(config=name, layers=1, tokens=2, prompt_ids=(ids,))
     found = logits_of(comm, prepare(request, comm.size), forced)
 
     def compare():
@@ -242,17 +256,16 @@ def test_seeded_published_shapes_have_transformers_logits(comm, on_root):
 def transformers_of(checkpoint):
     """transformers' model with the weights of a checkpoint; a function of ids to logits."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     c = checkpoint.config
     facts = reference_models.config_json(c)
     facts.pop("dtype")
-    config = LlamaConfig(**facts, attn_implementation="eager")
+    make_config, make_model = reference_models.classes(c.model_type)
+    config = make_config(**facts, attn_implementation="eager")
     torch.set_num_threads(1)
     with torch.device("meta"):  # no weights of its own
-        model = LlamaForCausalLM(config)
-    model.model.rotary_emb = LlamaRotaryEmbedding(config)
+        model = make_model(config)
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
     weights = {name: torch.from_numpy(checkpoint.read(name)) for name in checkpoint.tensors}
     if c.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
