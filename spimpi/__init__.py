@@ -28,6 +28,10 @@ _HOMES = {
     "spimpi.checks.localisation.findings": ("Findings",),
     "spimpi.checks.localisation.localise": ("localise",),
     "spimpi.checks.verdict": ("ElementError", "Verdict", "Where"),
+    "spimpi.trace.schema": ("Established",),
+    "spimpi.manifest.format": ("Manifest", "read_manifest", "write_manifest"),
+    "spimpi.manifest.make": ("make_manifest",),
+    "spimpi.manifest.check": ("check_files",),
     "spimpi.checks.at_rest": ("AtRest", "at_rest"),
     "spimpi.checks.collectives": (
         "verify_allgather", "verify_alltoall", "verify_broadcast", "verify_gather",
@@ -37,7 +41,7 @@ _HOMES = {
     "spimpi.checks.point_to_point": ("HandoffChain", "verify_pipeline_handoff"),
     "spimpi.checks.replicas": ("verify_replicas",),
     "spimpi.checks.ring": ("verify_ring",),
-    "spimpi.checked": ("checked",),
+    "spimpi.checked_communicator": ("checked",),
     "spimpi.checks.sums.verify": ("verify_allreduce", "verify_reduce_scatter"),
     "spimpi.checks.sums.sketch": (
         "Sketch", "SketchComparison", "compare_sketches", "reduce_sketch", "sketch",

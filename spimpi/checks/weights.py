@@ -10,10 +10,11 @@ from collections.abc import Mapping
 import numpy as np
 from mpi4py import MPI
 
-from spimpi.checks.pending import enforce, session_for
+from spimpi.checks.pending import enforce
+from spimpi.checks.session import session_of
 from spimpi.checks.verdict import Verdict, Where
 from spimpi.errors import IncompleteError, UsageError
-from spimpi.fingerprint import arrays, fingerprint
+from spimpi.fingerprint import arrays, as_array, fingerprint
 from spimpi.manifest.agreed import from_rank_0, patiently
 from spimpi.manifest.dtypes import carries
 from spimpi.manifest.format import Manifest, TensorFacts, read_manifest
@@ -40,7 +41,7 @@ def verify_weights(comm, tensors, manifest, *, check=True, ctx=None, threads=1) 
     are not the manifest's, and for slices that overlap without being the same; with ``check``
     CorruptionError where the check fails, IncompleteError where tensors are not covered.
     """
-    comm = session_for(comm, ctx).comm
+    comm = session_of(comm, ctx).comm
     manifest = _common_manifest(comm, manifest)
     own = patiently(comm, lambda: _own_slices(tensors, manifest, threads))
     judged = [judge(name, manifest.tensors[name], s) for name, s in _exchanged(comm, manifest, own)]
@@ -106,7 +107,7 @@ def _own_slices(tensors, manifest: Manifest, threads: int) -> list[tuple[str, He
 
 
 def _fingerprinted(manifest, name, facts: TensorFacts, array, where, threads) -> HeldSlice:
-    arrays.check_array(array)
+    array = as_array(array)
     arrays.check_where(where)
     if not carries(array.dtype, facts.stored):
         msg = (
