@@ -2,7 +2,7 @@
 
 Ownership: the caller's communicator is duplicated and never used for messages. All communicators
 below are this object's; ``with`` frees them on a clean exit. On an exception nothing collective is
-called, because the other ranks may not come.
+called, because the other ranks may not come. The caller's handle is kept to recognise it again.
 """
 
 from functools import cached_property
@@ -10,6 +10,8 @@ from functools import cached_property
 import numpy as np
 from mpi4py import MPI
 
+from spimpi.checks.session import Session
+from spimpi.errors import UsageError
 from spimpi.fingerprint.tag import DEFAULT_SEED
 from spimpi.reduction import RecordReduction
 from spimpi.topology.grid import Grid
@@ -19,11 +21,14 @@ class DistributedContext:
     """World, tensor, pipeline, data and replica communicators of a grid, seed and tracer.
 
     ``replica`` joins the ranks that together hold one copy of the model (all with the same data
-    index). Collective over ``comm``: every rank makes it with the same grid.
+    index). Without a grid all ranks are one tensor group. Collective over ``comm``: every rank
+    makes it with the same grid.
     """
 
-    def __init__(self, comm, grid: Grid, seed: int = DEFAULT_SEED, tracer=None):
-        self.grid, self.seed, self.tracer = grid, seed, tracer
+    def __init__(self, comm, grid: Grid | None = None, seed: int = DEFAULT_SEED, tracer=None):
+        self.grid = grid = grid or Grid(comm.size, 1, 1, (1,))
+        self.seed, self.tracer = seed, tracer
+        self._given = comm
         self.world = comm.Dup()
         self.place = grid.coordinates(self.world.rank)
         d, p, t = self.place.d, self.place.p, self.place.t
@@ -33,6 +38,25 @@ class DistributedContext:
         self.replica = self.world.Split(d, p * grid.tp + t)
         self.node = self.world.Split_type(MPI.COMM_TYPE_SHARED)
         self.records = RecordReduction()
+        self.session = Session(self.world, self.records)
+        self.open_batch = None
+
+    def is_over(self, comm) -> bool:
+        """Whether a communicator is this context's: its world, or the one that it was made of."""
+        return comm == self._given or comm == self.world
+
+    def batch(self):
+        """``with ctx.batch():`` many checks, one collective (docs/checks.md). Collective at exit.
+
+        Raises at exit, on every rank: CorruptionError for the first check that fails, UsageError
+        where ranks made different checks or one tag stands for two tensors.
+        """
+        if self.open_batch is not None:
+            msg = "a batch of this context is open already: batches do not nest"
+            raise UsageError(msg)
+        from spimpi.checks.batch import Batch
+
+        return Batch(self)
 
     @property
     def rank(self) -> int:
@@ -73,6 +97,7 @@ class DistributedContext:
 
     def free(self):
         """Give back the communicators and the reduction. Collective."""
+        self.session.free()
         self.records.free()
         for comm in (self.node, self.replica, self.data, self.pipeline, self.tensor, self.world):
             comm.Free()

@@ -17,6 +17,8 @@ KERNEL_FILES = (
     "fingerprint/tag.py",
     "fingerprint/cpu.py",
     "fingerprint/words.py",
+    "fingerprint/painting_cpu.py",
+    "fingerprint/projections.py",
     "inference/elementary.py",
     "inference/kernels.py",
     "inference/exact.py",

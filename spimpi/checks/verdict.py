@@ -4,11 +4,65 @@ from dataclasses import dataclass, field
 
 from spimpi.trace.schema import Established
 
+SHOWN_ELEMENTS = 3
+
+
+@dataclass(frozen=True)
+class ElementError:
+    """One wrong element: its GLOBAL index, its bytes (little-endian) as they should be and as they
+    are, and the rank that holds it."""
+
+    index: tuple[int, ...]
+    expected: bytes
+    found: bytes
+    rank: int
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """Which bits differ, 0 being the lowest of the element's first byte."""
+        mask = int.from_bytes(self.expected, "little") ^ int.from_bytes(self.found, "little")
+        return tuple(i for i in range(mask.bit_length()) if mask >> i & 1)
+
+    def __str__(self):
+        bits = ", ".join(map(str, self.bits))
+        return (
+            f"element {list(self.index)} on rank {self.rank}: expected 0x{self.expected[::-1].hex()}, "
+            f"found 0x{self.found[::-1].hex()} (bits {bits})"
+        )
+
+
+@dataclass(frozen=True)
+class ElementError:
+    """One wrong element: its GLOBAL index, its bytes (little-endian) as they should be and as they
+    are, and the rank that holds it."""
+
+    index: tuple[int, ...]
+    expected: bytes
+    found: bytes
+    rank: int
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """Which bits differ, 0 being the lowest of the element's first byte."""
+        mask = int.from_bytes(self.expected, "little") ^ int.from_bytes(self.found, "little")
+        return tuple(i for i in range(mask.bit_length()) if mask >> i & 1)
+
+    def __str__(self):
+        bits = ", ".join(map(str, self.bits))
+        return (
+            f"element {list(self.index)} on rank {self.rank}: expected 0x{self.expected[::-1].hex()}, "
+            f"found 0x{self.found[::-1].hex()} (bits {bits})"
+        )
+
 
 @dataclass(frozen=True)
 class Where:
-    """The place of a failure. ``rank`` is the world rank at fault, None where no one is singled
-    out; ``recorded_by`` is the rank that saw it; ``layer`` -1 means none."""
+    """The place of a failure.
+
+    ``rank`` is the rank at fault, None where no one is singled out: of the world in a run of
+    ``spimpi verify``, of its communicator in a check of the library. ``recorded_by`` is the rank
+    that saw it; ``layer`` -1 means none; ``elements`` are the first that were found wrong.
+    """
 
     check: str
     tensor: str
@@ -22,13 +76,19 @@ class Where:
     found: str
     detail: str = ""
     repeat: int = 0
+    elements: tuple[ElementError, ...] = ()
 
     def __str__(self):
         layer = f"layer {self.layer}, " if self.layer >= 0 else ""
-        rank = f"rank {self.rank} ({self.host})" if self.rank is not None else "no single rank"
+        host = f" ({self.host})" if self.host else ""
+        rank = f"rank {self.rank}{host}" if self.rank is not None else "no single rank"
         text = f"step {self.step}, {layer}tensor {self.tensor}, {rank}: {self.check} failed"
-        text += f"; expected {self.expected}, found {self.found}"
-        return f"{text}; {self.detail}" if self.detail else text
+        if self.expected or self.found:
+            text += f"; expected {self.expected}, found {self.found}"
+        text = f"{text}; {self.detail}" if self.detail else text
+        more = len(self.elements) - SHOWN_ELEMENTS
+        shown = [*map(str, self.elements[:SHOWN_ELEMENTS]), *[f"{more} more"] * (more > 0)]
+        return "; ".join([text, *shown])
 
 
 @dataclass(frozen=True)
@@ -36,13 +96,19 @@ class Verdict:
     """Truthy when everything that was checked holds.
 
     ``established`` says what a pass proves: moved (bits arrived), agreed (replicas are equal),
-    computed (arithmetic checked), expected (equals a fingerprint known beforehand).
+    computed (arithmetic checked), expected (equals a fingerprint known beforehand). ``check``
+    names the check; ``expected`` and ``actual`` are fingerprints, None where the check does not
+    compare them; ``strength`` says in words how strong a sum's check was.
     """
 
     holds: bool
     established: Established
     where: Where | None = None
     missing: tuple[str, ...] = field(default=())
+    check: str = ""
+    expected: int | None = None
+    actual: int | None = None
+    strength: str = ""
 
     def __bool__(self):
         return self.holds
@@ -57,4 +123,5 @@ class Verdict:
             return f"corrupted: {self.where}"
         if self.missing:
             return f"incomplete: {'; '.join(self.missing)}"
-        return f"verified ({', '.join(self.kinds) or 'nothing'})"
+        strength = f"; {self.strength}" if self.strength else ""
+        return f"verified ({', '.join(self.kinds) or 'nothing'}{strength})"

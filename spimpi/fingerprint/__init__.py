@@ -4,9 +4,11 @@ docs/fingerprint.md is the contract. Nothing here is collective and nothing impo
 imported with the first fingerprint that is taken.
 
 ``where`` says which part of the tensor an array is: None (all of it), a TensorPartition or a Slab.
-Arrays may have any number of axes, any strides, be read-only, broadcast or empty. ``threads``
-threads of this process share the work. All raise UsageError for dtypes that have no fingerprint
-(objects, records, text, dates, long double, big-endian ones) and for blocks that do not fit.
+Arrays are numpy's, or whatever offers DLPack, ``__array_interface__`` or the buffer protocol in
+host memory (``as_array``). They may have any number of axes, any strides, be read-only, broadcast
+or empty. ``threads`` threads of this process share the work. All raise UsageError for dtypes that
+have no fingerprint (objects, records, text, dates, long double, big-endian ones), for arrays that
+cannot be read in place and for blocks that do not fit.
 """
 
 import sys
@@ -17,12 +19,14 @@ import numpy as np
 
 from spimpi.errors import UsageError
 from spimpi.fingerprint import arrays
+from spimpi.fingerprint.protocols import as_array
 from spimpi.fingerprint.tag import COLOUR, CONTENT, DEFAULT_SEED, LINEAR, MASK, Tag
 from spimpi.partition import Slab, TensorPartition
 
 __all__ = [
     "DEFAULT_SEED",
     "Tag",
+    "as_array",
     "colour_field_fingerprint",
     "colours",
     "combine",
@@ -62,6 +66,7 @@ def linear_fingerprint(
     """
     total, n_bad = linear_fingerprint_counted(q, tag, where, itemsize, threads)
     if n_bad:
+        q = as_array(q)
         msg = (
             f"a linear fingerprint is of integers of at most 2**53, found {n_bad} elements of "
             f"{q.size} that are not (dtype {q.dtype}, tensor {tag.name!r}, layer {tag.layer}, "
@@ -79,8 +84,8 @@ def linear_fingerprint_counted(
     What is counted adds nothing to the fingerprint; where the count is not 0 it proves nothing.
     """
     cpu = _cpu(threads)
-    arrays.check_array(q)
     arrays.check_where(where)
+    q = as_array(q)
     if q.dtype.kind not in "biuf":
         msg = f"a linear fingerprint is of integers or floats, found dtype {q.dtype}"
         raise UsageError(msg)
@@ -90,7 +95,7 @@ def linear_fingerprint_counted(
     slab = arrays.slab_of(q.shape, where)
     key = tag.key(LINEAR, slab.global_shape, stored)
     total, n_bad = 0, 0
-    for block, place in _eight_byte_blocks(np.asarray(q), slab):
+    for block, place in _eight_byte_blocks(q, slab):
         block, walk = arrays.walk_of(block, place)
         share, bad = cpu.linear(block, walk, key, threads)
         total, n_bad = (total + share) & MASK, n_bad + bad
@@ -162,7 +167,7 @@ def fill_colours(out: np.ndarray, key: int, first_index: int, threads: int = 1) 
 
     ``key`` is the tensor's colour key, ``tag.key(COLOUR, shape, itemsize)``.
     """
-    _check_flat(out, "u", (8,))
+    out = _flat(out, "u", (8,), writable=True)
     _cpu(threads).fill_colours(out, int(key), int(first_index), threads)
 
 
@@ -172,7 +177,7 @@ def xor_flat(words: np.ndarray, key: int, first_index: int, threads: int = 1) ->
     For callers that hold the content key, ``tag.key(CONTENT, shape, itemsize)``. ``words`` are
     uint8, uint16, uint32 or uint64, the item size of the tensor.
     """
-    _check_flat(words, "u", arrays.WORD_SIZES)
+    words = _flat(words, "u", arrays.WORD_SIZES)
     return _cpu(threads).xor_flat(words, int(key), int(first_index), threads)
 
 
@@ -181,7 +186,7 @@ def linear_flat(words: np.ndarray, key: int, first_index: int, threads: int = 1)
 
     ``key`` is the tensor's linear key, ``tag.key(LINEAR, shape, itemsize)``.
     """
-    _check_flat(words, "iu", (8,))
+    words = _flat(words, "iu", (8,))
     return _cpu(threads).linear_flat(words, int(key), int(first_index), threads)[0]
 
 
@@ -195,8 +200,8 @@ def _cpu(threads: int):
     return cpu
 
 
-def _check_flat(words, kinds: str, sizes) -> None:
-    arrays.check_array(words)
+def _flat(words, kinds: str, sizes, writable: bool = False) -> np.ndarray:
+    words = as_array(words, writable=writable)
     is_flat = words.ndim == 1 and words.flags.c_contiguous and words.flags.aligned
     if not is_flat or words.dtype.kind not in kinds or words.itemsize not in sizes:
         msg = (
@@ -205,6 +210,7 @@ def _check_flat(words, kinds: str, sizes) -> None:
         )
         raise UsageError(msg)
     arrays.word_layout(words.dtype)
+    return words
 
 
 def _checked_itemsize(itemsize: int) -> int:

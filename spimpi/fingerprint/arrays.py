@@ -13,6 +13,7 @@ from math import prod
 import numpy as np
 
 from spimpi.errors import UsageError
+from spimpi.fingerprint.protocols import as_array
 from spimpi.fingerprint.tag import GOLDEN, MASK
 from spimpi.partition import Slab, TensorPartition, whole
 
@@ -99,25 +100,14 @@ def check_where(where) -> None:
         raise UsageError(msg)
 
 
-def check_array(x) -> None:
-    """Raise UsageError unless x is a numpy array or scalar (lists have no item size)."""
-    if not isinstance(x, (np.ndarray, np.generic)):
-        msg = (
-            f"expected a numpy array, found {type(x).__name__}: convert it first "
-            f"(np.asarray(x, dtype=...), tensor.numpy())"
-        )
-        raise UsageError(msg)
-
-
 def walk_of(x, where) -> tuple[np.ndarray, Walk]:
     """The array whose memory is to be read, and its walk.
 
-    That array is x itself, unless its items are not aligned to their size (fields of packed
+    That array is x's own memory, unless its items are not aligned to their size (fields of packed
     records): then it is a copy.
     """
-    check_array(x)
     check_where(where)
-    x = np.asanyarray(x)
+    x = as_array(x)
     walk = plan(x.dtype, x.shape, x.strides, where)
     if walk is None or not x.flags.aligned:
         x = np.array(x, order="C", copy=True, subok=False)

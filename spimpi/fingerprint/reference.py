@@ -7,7 +7,7 @@ where ``index`` counts the GLOBAL tensor in row-major order from 0; formulas: do
 from collections.abc import Iterable, Iterator
 from itertools import product
 
-from spimpi.fingerprint.tag import COLOUR, CONTENT, GOLDEN, LINEAR, MASK, Tag, mix
+from spimpi.fingerprint.tag import COLOUR, CONTENT, GOLDEN, LINEAR, MASK, PAINT, Tag, mix
 
 
 def element_key(key: int, index: int) -> int:
@@ -58,3 +58,40 @@ def slab_indices(local_shape, global_shape, offset) -> Iterator[int]:
         for position, start, total in zip(place, offset, global_shape):
             index = index * total + start + position
         yield index
+
+
+def paint_colour(key: int, index: int, hi: int, itemsize: int, n_bits: int) -> int:
+    """The low bits that painting gives an element whose upper bits are ``hi``."""
+    return element(key, index, hi, itemsize) & ((1 << n_bits) - 1)
+
+
+def painted(
+    tag: Tag, shape, itemsize: int, n_bits: int, elements: Iterable[tuple[int, int]]
+) -> Iterator[int]:
+    """The painted bits of (global index, bits) pairs."""
+    key = tag.key(PAINT, shape, itemsize)
+    for index, bits in elements:
+        hi = bits >> n_bits << n_bits
+        yield hi | paint_colour(key, index, hi, itemsize, n_bits)
+
+
+def residues(
+    tag: Tag, shape, itemsize: int, n_bits: int, elements: Iterable[tuple[int, int]]
+) -> Iterator[int]:
+    """The residues of (global index, bits) pairs: 0 where the colour belongs to the upper bits."""
+    key = tag.key(PAINT, shape, itemsize)
+    for index, bits in elements:
+        hi = bits >> n_bits << n_bits
+        yield bits ^ hi ^ paint_colour(key, index, hi, itemsize, n_bits)
+
+
+def colour_fingerprint(
+    tag: Tag, shape, itemsize: int, n_bits: int, elements: Iterable[tuple[int, int]]
+) -> int:
+    """XOR of the colour words, each with its element's residue mixed in."""
+    elements = list(elements)
+    key = tag.key(COLOUR, shape, itemsize)
+    total = 0
+    for (index, _), residue in zip(elements, residues(tag, shape, itemsize, n_bits, elements)):
+        total ^= mix(element_key(key, index) ^ residue)
+    return total

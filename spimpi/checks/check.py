@@ -1,0 +1,178 @@
+"""One check as one rank sees it, before anybody else's word is known. No MPI here.
+
+Every check leaves the same few words: the fingerprint of what this rank gave, of what it got, how
+many elements these are, and a digest of what it believes to be checking. ``fold`` makes one record
+(reduction.RECORD) of any number of checks, so that a batch of any length is one reduction of 48
+bytes, and ranks that made different checks find out instead of hanging.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import lru_cache
+from math import prod
+
+import numpy as np
+
+from spimpi.errors import SpimpiError, UsageError
+from spimpi.fingerprint import fingerprint
+from spimpi.fingerprint.arrays import slab_of
+from spimpi.fingerprint.protocols import as_array
+from spimpi.fingerprint.tag import CONTENT, GOLDEN, MASK, Tag, absorb, mix
+from spimpi.partition import Slab, TensorPartition, whole
+from spimpi.trace.schema import Established
+
+# x^64 + x^4 + x^3 + x + 1 is irreducible: doubling modulo it is a bijection on 64 bits.
+_POLYNOMIAL = 0x1B
+ERROR = 1 << 32  # one error in a record's count; failures of local checks lie below
+
+
+class Rule(Enum):
+    """What the words of all ranks must fulfil."""
+
+    ASSEMBLED = "the XOR of what all gave is what everyone got"
+    MOVED = "the XOR of what all gave is the XOR of what all got"
+    AGREED = "everyone got the same"
+    LOCAL = "no rank found a failure of its own"
+
+
+@dataclass(eq=False)
+class Check:
+    """One check on one rank. ``contributed`` and ``held`` are lists of (array, Slab).
+
+    The blocks given, and those got unless everyone gets everything, cover the tensor once; where
+    ``n_loose`` is not 0, blocks need only be received as they were given, and so many leading axes
+    of the global shape tell them apart. ``complaint``: what a local check found, in keywords.
+    """
+
+    name: str
+    tag: Tag
+    rule: Rule
+    established: Established
+    threads: int = 1
+    contributed: list = field(default_factory=list)
+    held: list = field(default_factory=list)
+    given: int = 0
+    got: int = 0
+    n_given: int = 0
+    n_got: int = 0
+    shape: tuple | None = None
+    dtype: np.dtype | None = None
+    layout: object = None
+    root: int | None = None
+    n_loose: int = 0
+    digest: int = 0
+    n_bad: int = 0
+    complaint: Callable | None = None
+    error: SpimpiError | None = None
+
+    def gives(self, array, where) -> Slab:
+        """Fingerprint a block that this rank contributed; returns its slab."""
+        array, slab = self._take(array, where)
+        self.given ^= fingerprint(array, self.tag, slab, self.threads)
+        self.n_given += array.size
+        self.contributed.append((array, slab))
+        return slab
+
+    def gets(self, array, where) -> Slab:
+        """Fingerprint a block that this rank holds now; returns its slab."""
+        array, slab = self._take(array, where)
+        self.got ^= fingerprint(array, self.tag, slab, self.threads)
+        self.n_got += array.size
+        self.held.append((array, slab))
+        return slab
+
+    def of(self, shape, dtype) -> None:
+        """Say which tensor this is, where a rank neither gives nor gets a block of it."""
+        if self.shape is None:
+            self.shape, self.dtype = tuple(shape), dtype
+        elif self.shape != tuple(shape):
+            msg = f"expected blocks of one tensor, found global shapes {self.shape} and {shape}"
+            raise UsageError(msg)
+        elif self.dtype != dtype:
+            msg = f"expected arrays of one dtype, found {self.dtype} and {dtype}"
+            raise UsageError(msg)
+
+    def _take(self, array, where) -> tuple[np.ndarray, Slab]:
+        array = as_array(array)
+        slab = place_of(array.shape, where)
+        self.of(slab.global_shape, array.dtype)
+        return array, slab
+
+    def seal(self) -> None:
+        """Bind tag, shape, dtype and cut to the digest that all ranks must have alike."""
+        known = _static_digest(self.name, self.dtype, self.layout, self.root)
+        shape, itemsize = (self.shape, self.dtype.itemsize) if self.dtype else ((), 0)
+        self.digest = mix(known ^ self.tag.key(CONTENT, shape, itemsize))
+
+    @property
+    def size_words(self) -> tuple[int, int]:
+        """(this rank's share of the number of elements, what all shares must add up to)."""
+        if self.rule in (Rule.AGREED, Rule.LOCAL):
+            return 0, 0
+        if self.n_loose:
+            return self.n_given - self.n_got, 0
+        total = prod(self.shape or ())
+        if self.rule is Rule.ASSEMBLED:
+            return self.n_given, total
+        return self.n_given + GOLDEN * self.n_got, total + GOLDEN * total
+
+
+def place_of(shape, where) -> Slab:
+    """The slab of a block of this shape; UsageError for what is neither partition nor slab."""
+    if where is None:
+        return whole(shape)
+    if isinstance(where, TensorPartition):
+        return _slab_of_partition(where, shape)
+    return slab_of(shape, where)
+
+
+@lru_cache(maxsize=4096)
+def _slab_of_partition(partition, shape) -> Slab:
+    return partition.slab(shape)
+
+
+def cut_of(where):
+    """What all ranks must say alike of a partition: its axis and all sizes; of a slab nothing.
+
+    UsageError for None, and whatever else is neither.
+    """
+    if not isinstance(where, (TensorPartition, Slab)):
+        msg = f"expected a TensorPartition or a Slab, found {type(where).__name__}"
+        raise UsageError(msg)
+    return (where.dim, where.all_sizes) if isinstance(where, TensorPartition) else None
+
+
+@lru_cache(maxsize=4096)
+def _static_digest(name, dtype, layout, root) -> int:
+    text = repr((name, dtype and dtype.name, layout, root))
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def fold(checks) -> tuple[list[int], list[int]]:
+    """(the record of this rank, what the merged record must be) of any number of checks.
+
+    Fingerprints are folded by doubling in GF(2^64): linear over XOR, as the merging is, and a
+    bijection, so that one failing check always shows and several cancel like unrelated words.
+    """
+    xor = target = every = total = size = count = 0
+    for c in checks:
+        rule = c.rule
+        share, got = 0, 0
+        if rule is Rule.ASSEMBLED:
+            share, got = c.given, c.got
+        elif rule is Rule.MOVED:
+            share = c.given ^ c.got
+        xor = _doubled(xor) ^ share
+        target = _doubled(target) ^ got
+        every = absorb(every, c.digest ^ (c.got if rule is Rule.AGREED else got))
+        own, all_sizes = c.size_words
+        total, size = total * GOLDEN + own, size * GOLDEN + all_sizes
+        count += c.n_bad if c.error is None else ERROR
+    record = [xor, total & MASK, every, ~every & MASK, count, MASK]
+    return record, [target, size & MASK, every, ~every & MASK, 0]
+
+
+def _doubled(word: int) -> int:
+    return (word << 1 & MASK) ^ (_POLYNOMIAL if word >> 63 else 0)

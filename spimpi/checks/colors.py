@@ -1,0 +1,281 @@
+"""Painted tensors over a communicator: every rank looks at its slab, one reduction compares.
+
+The shares of the colour fingerprint combine by MPI_BXOR to the fingerprint of the colour field.
+That field is computed by all ranks, each a range of element indices that does not depend on
+where the slabs lie: slabs that leave elements out, or hold some twice, do not add up to it.
+docs/painting.md says what a pass proves.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from math import prod
+
+import numpy as np
+
+from spimpi.checks.session import session_of
+from spimpi.checks.verdict import ElementError, Verdict, Where
+from spimpi.errors import CorruptionError, SpimpiError, UsageError
+from spimpi.fingerprint import as_array, combine, painting
+from spimpi.fingerprint.arrays import check_where, slab_of
+from spimpi.fingerprint.tag import COLOUR, Tag
+from spimpi.reduction import empty_records
+from spimpi.trace.schema import Established
+
+LISTED = 16  # corrupted elements that a verdict lists
+_MOSTLY = 0.7  # of a slab painted otherwise, 1 - 2**-m have a residue: 0.75 or more
+_FEW = 16
+
+
+@dataclass(frozen=True)
+class CorruptedElement(ElementError):
+    """An element with a residue: wrong, and nobody knows what it was. ``expected`` is empty."""
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """Which bits differ is not known either."""
+        return ()
+
+    def __str__(self):
+        found = self.found[::-1].hex()
+        return f"element {list(self.index)} on rank {self.rank}: found 0x{found}"
+
+
+@dataclass(frozen=True)
+class Held:
+    """What one rank holds and found in it. ``listed``: (global index, bytes) of the first elements
+    with a residue; ``error``: why it could not look."""
+
+    rank: int
+    host: str = ""
+    error: str = ""
+    dtype: str = ""
+    global_shape: tuple[int, ...] = ()
+    bits: int = 0
+    tag: Tag | None = None
+    offset: tuple[int, ...] = ()
+    shape: tuple[int, ...] = ()
+    fingerprint: int = 0
+    n_corrupted: int = 0
+    listed: tuple[tuple[tuple[int, ...], bytes], ...] = ()
+
+    @property
+    def digest(self) -> int:
+        """Of what all ranks must say alike."""
+        said = repr((self.dtype, self.global_shape, self.bits, self.tag))
+        return int.from_bytes(hashlib.blake2b(said.encode(), digest_size=8).digest(), "little")
+
+
+def verify_colors(
+    comm,
+    x,
+    tag: Tag,
+    partition=None,
+    *,
+    check: bool = True,
+    ctx=None,
+    bits: int | None = None,
+    threads: int = 1,
+) -> Verdict:
+    """Whether a painted tensor is intact on all ranks. Collective over ``comm``.
+
+    ``x``: this rank's slab (float64, float32, float16 or bfloat16, any array; empty where it holds
+    nothing), ``partition`` its place (TensorPartition, Slab; None: the whole tensor). The same
+    slab on several ranks is a replica: the lowest of them contributes, all are looked at.
+    ``bits`` as it was painted. Establishes moved; one corrupted element is missed with
+    probability 2**-bits. Raises CorruptionError on every rank where elements are corrupted
+    (``check=False`` returns the falsy verdict), UsageError on every rank where the slabs are no
+    partition of one tensor, or one of them cannot be looked at.
+    """
+    session = session_of(comm, ctx)
+    comm = session.comm
+    held = _look(comm.rank, x, tag, partition, bits, threads)
+    records = empty_records(2)
+    own, field = records
+    own["every"], own["none"] = held.digest, ~np.uint64(held.digest)
+    own["count"] = held.n_corrupted + bool(held.error)
+    own["xor"], own["total"] = held.fingerprint, prod(held.shape) if not held.error else 0
+    if not held.error:
+        field["xor"] = _share_of_field(held, comm.rank, comm.size, threads)
+    own, field = session.records.merge(comm, records)
+    expected = int(field["xor"])
+    if is_clean(own, expected, prod(held.global_shape)):
+        verdict = _verdict(held, expected, expected)
+    else:
+        verdict = judge(comm.allgather(_listed(held, x)), expected)
+    if check and not verdict:
+        raise CorruptionError(verdict)
+    return verdict
+
+
+def is_clean(merged, expected: int, n_elements: int) -> bool:
+    """Whether a merged record needs no second look: all say alike what they hold, it is each
+    element once, none has a residue or an error, and the fingerprint is the colour field's."""
+    return (
+        merged["every"] == ~merged["none"]
+        and int(merged["total"]) == n_elements
+        and int(merged["count"]) == 0
+        and int(merged["xor"]) == expected
+    )
+
+
+def judge(everyone: list[Held], expected: int) -> Verdict:
+    """The verdict on what all ranks hold, given the fingerprint of the colour field. Pure.
+
+    Raises UsageError where they do not hold one tensor.
+    """
+    _refuse_errors(everyone)
+    _refuse_differences(everyone)
+    owners = _owners(everyone)
+    actual = combine(held.fingerprint for held in owners)
+    wrong = [held for held in everyone if held.n_corrupted]
+    if actual == expected and not wrong:
+        return _verdict(everyone[0], expected, actual)
+    one = wrong[0] if wrong else everyone[0]
+    where = Where(
+        check="colors",
+        tensor=one.tag.name,
+        step=one.tag.step,
+        layer=one.tag.layer,
+        microbatch=-1,
+        rank=one.rank if len(wrong) == 1 else None,
+        host=one.host if len(wrong) == 1 else "",
+        recorded_by=one.rank,
+        expected=f"{expected:016x}",
+        found=f"{actual:016x}",
+        detail=_detail(wrong),
+        elements=_elements(wrong),
+    )
+    return _verdict(one, expected, actual, where)
+
+
+def _look(rank, x, tag, where, bits, threads) -> Held:
+    """What this rank holds; its error, if it has one, is kept for all ranks to raise."""
+    try:
+        if not isinstance(tag, Tag):
+            msg = f"tag must be a spimpi.Tag, found {type(tag).__name__}"
+            raise UsageError(msg)
+        check_where(where)
+        x = as_array(x)
+        colors = painting.check_colors(x, tag, where, bits, threads)
+        slab = slab_of(x.shape, where)
+        return Held(
+            rank, "", "", x.dtype.name, slab.global_shape, painting.coloured_bits(x.dtype, bits),
+            tag, slab.offset, x.shape, colors.fingerprint, colors.n_corrupted,
+        )  # fmt: skip
+    except SpimpiError as error:
+        return Held(rank, error=str(error))
+
+
+def _listed(held: Held, x) -> Held:
+    """What the other ranks are told once they ask: with the host, and the corrupted elements."""
+    from mpi4py import MPI
+
+    told = held.__dict__ | {"host": MPI.Get_processor_name()}
+    if held.n_corrupted:
+        x = as_array(x)
+        slab = painting.Slab(held.global_shape, held.offset)
+        indices = painting.corrupted_elements(x, held.tag, slab, held.bits, LISTED)
+        told["listed"] = tuple(
+            (tuple(map(int, index)), x[tuple(index - np.array(held.offset, int))].tobytes())
+            for index in indices
+        )
+    return Held(**told)
+
+
+def _share_of_field(held: Held, rank: int, size: int, threads: int) -> int:
+    """XOR of the colour words of this rank's range of all element indices."""
+    from spimpi.fingerprint import painting_cpu
+
+    n = prod(held.global_shape)
+    itemsize = painting.arrays.dtype_of(held.dtype).itemsize
+    key = held.tag.key(COLOUR, held.global_shape, itemsize)
+    return painting_cpu.colour_range(key, n * rank // size, n * (rank + 1) // size, threads)
+
+
+def _verdict(held: Held, expected: int, actual: int, where: Where | None = None) -> Verdict:
+    return Verdict(
+        holds=where is None,
+        established=Established.MOVED if where is None else Established(0),
+        where=where,
+        check="colors",
+        expected=expected,
+        actual=actual,
+        strength=f"painted with {held.bits} bits: one corrupted element is missed with "
+        f"probability 2**-{held.bits}",
+    )
+
+
+def _refuse_errors(everyone: list[Held]) -> None:
+    wrong = [held for held in everyone if held.error]
+    if wrong:
+        ranks = ", ".join([*(str(held.rank) for held in wrong[:8]), *["…"] * bool(wrong[8:])])
+        msg = wrong[0].error
+        if len(everyone) > 1:
+            msg += f" (found by rank {ranks})"
+        raise UsageError(msg)
+
+
+def _refuse_differences(everyone: list[Held]) -> None:
+    first = everyone[0]
+    for name in ("dtype", "global_shape", "bits", "tag"):
+        for other in everyone:
+            a, b = getattr(first, name), getattr(other, name)
+            if a != b:
+                msg = (
+                    f"the ranks must give slabs of one tensor: rank {first.rank} gave {name} {a}, "
+                    f"rank {other.rank} {b}"
+                )
+                raise UsageError(msg)
+
+
+def _owners(everyone: list[Held]) -> list[Held]:
+    """The lowest rank of each slab. UsageError unless these slabs are a partition of the tensor."""
+    owners = {}
+    for held in everyone:
+        if 0 not in held.shape:
+            owners.setdefault((held.offset, held.shape), held)
+    owners = list(owners.values())
+    starts = np.array([held.offset for held in owners], np.int64).reshape(len(owners), -1)
+    stops = starts + np.array([held.shape for held in owners], np.int64).reshape(starts.shape)
+    for i in range(len(owners)):
+        meets = (np.maximum(starts[i], starts[:i]) < np.minimum(stops[i], stops[:i])).all(axis=1)
+        if meets.any():
+            a, b = owners[int(np.argmax(meets))], owners[i]
+            msg = f"slabs must be the same or apart: {_place(a)} and {_place(b)} overlap in part"
+            raise UsageError(msg)
+    held_elements = sum(prod(held.shape) for held in owners)
+    total = prod(everyone[0].global_shape)
+    if held_elements != total:
+        places = "; ".join([*map(_place, everyone[:8]), *["…"] * bool(everyone[8:])])
+        msg = (
+            f"the slabs hold {held_elements} of the {total} elements of a tensor of shape "
+            f"{everyone[0].global_shape}: {places}"
+        )
+        raise UsageError(msg)
+    return owners
+
+
+def _place(held: Held) -> str:
+    return f"rank {held.rank} gave shape {held.shape} at {held.offset}"
+
+
+def _elements(wrong: list[Held]) -> tuple[ElementError, ...]:
+    found = sorted((index, held.rank, bits) for held in wrong for index, bits in held.listed)
+    return tuple(
+        CorruptedElement(index=index, expected=b"", found=bits, rank=rank)
+        for index, rank, bits in found[:LISTED]
+    )
+
+
+def _detail(wrong: list[Held]) -> str:
+    if not wrong:
+        return "no element has a residue: a rank computed its fingerprint wrongly"
+    parts = []
+    for held in wrong[:8]:
+        n = prod(held.shape)
+        text = f"{held.n_corrupted} of {n} elements on rank {held.rank}"
+        if n >= _FEW and held.n_corrupted > _MOSTLY * n:
+            text += " (as where the whole slab is of another place, step or tensor, or unpainted)"
+        parts.append(text)
+    more = f", and on {len(wrong) - 8} more ranks" if wrong[8:] else ""
+    return f"corrupted: {', '.join(parts)}{more}"

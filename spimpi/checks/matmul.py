@@ -1,0 +1,189 @@
+"""Freivalds' check of a product of integer-valued matrices, over the integers mod 2^64.
+
+y = x w is compared with x by y r == x (w r), r a vector of odd words that the tag gives (R.
+Freivalds, Probabilistic machines can use less running time, IFIP Congress 1977). It costs
+O(rows · (K + N) + K · N) against the product's O(rows · K · N), has no tolerance and no false
+alarms, since it is made only where the product cannot have rounded.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from spimpi.checks.check import Check, Rule
+from spimpi.checks.pending import settle
+from spimpi.checks.verdict import ElementError, Verdict
+from spimpi.errors import UsageError
+from spimpi.fingerprint.protocols import as_array
+from spimpi.fingerprint.tag import GOLDEN, LINEAR, Tag
+from spimpi.trace.schema import Established
+
+NAME = "matmul"
+SHOWN = 16
+# Integers of at most so much are exact in a float of this many bytes.
+EXACT = {8: 2.0**53, 4: 2.0**24, 2: 2.0**11}
+_CHUNK = 1 << 16  # elements converted to int64 at a time
+ELSEWHERE = (
+    "this check is of integers; for other floats check the sum over ranks (verify_allreduce: a "
+    "rigorous bound) or replicas (verify_replicas), or compute in exact arithmetic"
+)
+
+
+@dataclass(frozen=True, eq=False)
+class ProjectedWeight:
+    """A weight w [K, N] and w r mod 2^64. Made by ``project_weight``, for many products."""
+
+    w: np.ndarray
+    r: np.ndarray
+    wr: np.ndarray
+    largest: float
+
+
+def project_weight(w, tag) -> ProjectedWeight:
+    """w r mod 2^64 of integer-valued w [K, N], once for many ``verify_matmul``. Local.
+
+    r depends on the tag's seed, name and layer, not on its step. UsageError where an element is
+    not an integer.
+    """
+    w = _matrix(w, "w")
+    if w.ndim != 2:
+        msg = f"a weight has two axes [K, N], found shape {w.shape}"
+        raise UsageError(msg)
+    r = _odd_words(Tag(tag.seed, tag.name, tag.layer), w.shape[1])
+    wr = np.zeros(w.shape[0], np.int64)
+    largest = 0.0
+    for rows in _row_chunks(w):
+        block = _integers(w[rows], "w", rows.start)
+        wr[rows] = block @ r
+        largest = max(largest, _largest(block))
+    return ProjectedWeight(w, r, wr, largest)
+
+
+def verify_matmul(comm, x, w, y, tag, *, check=True, ctx=None) -> Verdict:
+    """Check y = x @ w of integer values, on every rank its own product; agreed over ``comm``.
+
+    x [..., K], w [K, N] or what project_weight gave, y [..., N]; integer or float arrays, any
+    strides, shapes may differ between ranks. Establishes computed; a failure names the rank and
+    the elements. UsageError on every rank for x or w that are not integers, and for floats in
+    which a sum of this size would round. Collective.
+    """
+
+    def build(c):
+        weight = w if isinstance(w, ProjectedWeight) else project_weight(w, tag)
+        rows_x, rows_y = _rows(x, y, weight)
+        bad = _wrong_rows(rows_x, rows_y, weight)
+        c.n_bad = len(bad)
+        c.complaint = lambda: _complaint(rows_x, rows_y, weight, bad, np.shape(y))
+
+    return settle(comm, Check(NAME, tag, Rule.LOCAL, Established.COMPUTED), build, check, ctx)
+
+
+def _matrix(a, name) -> np.ndarray:
+    a = as_array(a)
+    if a.dtype.kind not in "biuf":
+        msg = f"{name} of a matmul's check holds integers, found dtype {a.dtype}; {ELSEWHERE}"
+        raise UsageError(msg)
+    return a
+
+
+def _rows(x, y, weight):
+    """x and y as matrices; UsageError where shapes or dtypes do not fit, or sums could round."""
+    x, y = _matrix(x, "x"), _matrix(y, "y")
+    k, n = weight.w.shape
+    if x.ndim == 0 or x.shape[-1] != k or y.shape != (*x.shape[:-1], n):
+        msg = (
+            f"y = x @ w has shapes [..., K] @ [K, N] = [..., N], found x {x.shape}, "
+            f"w {weight.w.shape}, y {y.shape}"
+        )
+        raise UsageError(msg)
+    return x.reshape(-1, k), y.reshape(-1, n)
+
+
+def _wrong_rows(x, y, weight) -> list[int]:
+    """Rows of y that are not x's times w, mod 2^64 (integer dtypes: mod their own size)."""
+    bad, bound = [], 0.0
+    for rows in _row_chunks(x):
+        block = _integers(x[rows], "x", rows.start)
+        if block.size and y.dtype.kind == "f":
+            bound = max(bound, float(np.abs(block.astype(np.float64)).sum(axis=1).max()))
+        found, whole = _found(y[rows])
+        # Both sides wrap alike: int64 arithmetic is arithmetic mod 2^64.
+        differ = (found @ weight.r != block @ weight.wr) | ~whole
+        bad += [rows.start + int(i) for i in np.flatnonzero(differ)]
+    if y.dtype.kind == "f" and bound * weight.largest > EXACT.get(y.itemsize, 0.0):
+        msg = (
+            f"sums of this product may round in {y.dtype}: Σ|x|·max|w| is up to "
+            f"{bound * weight.largest:.3g}, integers are exact up to {EXACT.get(y.itemsize, 0):.3g}; "
+            f"{ELSEWHERE}"
+        )
+        raise UsageError(msg)
+    return bad
+
+
+def _found(y) -> tuple[np.ndarray, np.ndarray]:
+    """(y as int64, which rows hold integers only); what is not an integer counts as 0."""
+    if y.dtype.kind != "f":
+        return y.astype(np.int64), np.ones(len(y), bool)
+    wide = y.astype(np.float64)
+    whole = (np.rint(wide) == wide) & (np.abs(wide) <= EXACT[8])
+    return np.where(whole, wide, 0.0).astype(np.int64), whole.all(axis=1)
+
+
+def _integers(a, name, first_row) -> np.ndarray:
+    """A chunk of x or w as int64; UsageError, with the first place, where it is not integers."""
+    if a.dtype.kind != "f":
+        return a.astype(np.int64)
+    wide = a.astype(np.float64)
+    whole = (np.rint(wide) == wide) & (np.abs(wide) <= EXACT[8])
+    if not whole.all():
+        row, column = (int(i) for i in np.argwhere(~whole)[0])
+        msg = (
+            f"{name} has elements that are not integers of at most 2**53, the first at row "
+            f"{first_row + row}, column {column}: {a[row, column]}; {ELSEWHERE}"
+        )
+        raise UsageError(msg)
+    return wide.astype(np.int64)
+
+
+def _largest(block) -> float:
+    return max(abs(float(block.max())), abs(float(block.min()))) if block.size else 0.0
+
+
+def _row_chunks(a):
+    step = max(1, _CHUNK // max(a.shape[1], 1))
+    return [slice(i, min(i + step, len(a))) for i in range(0, len(a), step)]
+
+
+def _odd_words(tag: Tag, n: int) -> np.ndarray:
+    """The linear fingerprint's odd weights, int64 [n], of a stream of n words of 8 bytes."""
+    key = tag.key(LINEAR, (n,), 8)
+    z = np.uint64(key) + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(GOLDEN)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        z = (z ^ (z >> np.uint64(shift))) * np.uint64(factor)
+    return ((z ^ (z >> np.uint64(31))) | np.uint64(1)).view(np.int64)
+
+
+def _complaint(x, y, weight, bad, shape) -> dict:
+    """What is wrong in words; the first wrong rows are computed again, in integers."""
+    elements = []
+    for row in bad:
+        if len(elements) >= SHOWN:
+            break
+        exact = _integers(x[row : row + 1], "x", row)[0] @ _integers(weight.w, "w", 0)
+        expected = exact.astype(y.dtype)
+        found = np.ascontiguousarray(y[row])
+        wrong = np.flatnonzero(expected != found)  # as values: a zero may have either sign
+        for column in wrong[: SHOWN - len(elements)]:
+            index = (*np.unravel_index(row, shape[:-1]), column) if len(shape) > 1 else (column,)
+            elements.append(
+                ElementError(
+                    tuple(int(i) for i in index), expected[column].tobytes(),
+                    found[column].tobytes(), 0,
+                )
+            )  # fmt: skip
+    n = len(bad)
+    rows = ", ".join(map(str, bad[:8])) + ", …" * (n > 8)
+    detail = f"{n} row{'s' * (n > 1)} of the product wrong: {rows}"
+    if not elements:
+        detail += "; computed again in integers they are right: an input or w·r has changed"
+    return {"detail": detail, "elements": elements}

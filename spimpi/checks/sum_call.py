@@ -1,0 +1,135 @@
+"""What a rank brings to the check of a sum: its arguments, checked, and how its words are laid out.
+
+Local; docs/sums.md says what is checked of which operation and dtype.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from mpi4py import MPI
+
+from spimpi.checks import float_bound, sum_words
+from spimpi.errors import UsageError
+from spimpi.fingerprint.tag import Tag
+from spimpi.partition import Slab, TensorPartition, whole
+
+_CHECKED = ("SUM", "MAX", "MIN", "BXOR")
+_REFUSED = ("BAND", "BOR", "PROD", "LAND", "LOR", "LXOR", "MAXLOC", "MINLOC")
+
+# The header of a rank's words, uint64; then P linear words, then the projections.
+FAILED, CALL, RESULT, OWN, INTEGRAL, BAD, LARGEST, LOW, HIGH, PIECES, LINEAR = range(11)
+HEADER = 16
+
+
+@dataclass(frozen=True)
+class SumCall:
+    """What this rank brings to a check: its blocks, and how they are summed."""
+
+    name: str
+    op: str
+    kind: str  # "one rank", "float", "integer", "extreme", "bits"
+    dtype: np.dtype  # of an item
+    blocks: sum_words.Blocks
+    tag: Tag
+
+    @property
+    def scattered(self) -> bool:
+        return self.name == "reduce_scatter"
+
+    def held(self, rank: int) -> int:
+        """The block that a rank's result is."""
+        return rank if self.scattered else 0
+
+
+def n_words(size: int) -> int:
+    return HEADER + size + 5 * max(float_bound.most_bins(size), size)
+
+
+def regions(everyone: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Views of the words of ranks [n, W]: projections [n, 3, B] and results' [n, 2, B]."""
+    bins = max(float_bound.most_bins(size), size)
+    sums = everyone[:, HEADER + size :].view(np.float64).reshape(len(everyone), 5, bins)
+    return sums[:, :3], sums[:, 3:]
+
+
+def prepare(comm, name, contribution, result, partition, tag, op) -> tuple[SumCall, str]:
+    """This rank's part of a check, and a description of the call that all ranks must share."""
+    if not isinstance(tag, Tag):
+        msg = f"tag must be a spimpi.Tag, found {type(tag).__name__}"
+        raise UsageError(msg)
+    contribution, result = sum_words.same_arrays(contribution, result)
+    x, r = sum_words.items(contribution), sum_words.items(result)
+    op_name = _name_of(op)
+    kind = _kind(op_name, x.dtype, name, contribution.dtype)
+    if name == "allreduce":
+        if x.shape != r.shape:
+            msg = (
+                f"contribution and result of an allreduce have one shape, "
+                f"found {contribution.shape} and {result.shape}"
+            )
+            raise UsageError(msg)
+        parts, slabs, own, cut = (x,), (whole(x.shape),), 0, ""
+    else:
+        parts, slabs = _shards(comm, x, r, partition)
+        own, cut = comm.rank, f", cut {list(partition.all_sizes)} along axis {partition.dim}"
+    key = sum_words.sketch_key(tag, x.shape, x.dtype.itemsize)
+    most = float_bound.most_bins(comm.size)
+    blocks = sum_words.Blocks(parts, slabs, r, own, key, most)
+    call = (
+        f"{name} by MPI.{op_name} of {contribution.dtype}{list(contribution.shape)}"
+        f"{cut} under {tag}"
+    )
+    kind = "one rank" if comm.size == 1 else kind
+    return SumCall(name, op_name, kind, x.dtype, blocks, tag), call
+
+
+def _name_of(op) -> str:
+    """The name of an operation that can be checked."""
+    for name in _CHECKED + _REFUSED:
+        if op == getattr(MPI, name):
+            break
+    else:
+        name = "a user-defined operation"
+    if name in _CHECKED:
+        return name
+    msg = f"no check of MPI.{name} is known: expected one of MPI.{', MPI.'.join(_CHECKED)}"
+    raise UsageError(msg)
+
+
+def _kind(op: str, dtype, name: str, given) -> str:
+    is_integer = dtype.kind in "iu"
+    is_float = float_bound.format_of(dtype) is not None
+    if op == "SUM" and (is_integer or is_float):
+        return "integer" if is_integer else "float"
+    if op in ("MAX", "MIN") and name == "allreduce" and given.kind != "c":
+        if is_integer or is_float:
+            return "extreme"
+    if op == "BXOR" and (is_integer or dtype.kind == "b"):
+        return "bits"
+    msg = f"no check is known for {name} of {given} by MPI.{op}"
+    raise UsageError(msg)
+
+
+def _shards(comm, x, r, partition):
+    if not isinstance(partition, TensorPartition):
+        msg = f"partition must be a TensorPartition, found {type(partition).__name__}"
+        raise UsageError(msg)
+    if (partition.n_shards, partition.shard_id) != (comm.size, comm.rank):
+        msg = (
+            f"a reduce-scatter has one shard a rank: expected shard {comm.rank} of {comm.size}, "
+            f"found shard {partition.shard_id} of {partition.n_shards}"
+        )
+        raise UsageError(msg)
+    if partition.slab(r.shape).global_shape != x.shape:
+        msg = (
+            f"a shard of shape {r.shape} makes a tensor of shape "
+            f"{partition.slab(r.shape).global_shape}, but the contribution has {x.shape}"
+        )
+        raise UsageError(msg)
+    parts, slabs = [], []
+    for start, stop in zip(partition.starts, partition.starts[1:]):
+        parts.append(x[(slice(None),) * partition.dim + (slice(start, stop),)])
+        offset = [0] * x.ndim
+        offset[partition.dim] = start
+        slabs.append(Slab(x.shape, tuple(offset)))
+    return tuple(parts), tuple(slabs)

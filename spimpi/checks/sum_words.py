@@ -1,0 +1,207 @@
+"""The words of a sum's check that a rank makes on its own: projections, hashes, blocks of arrays.
+
+Arrays are read as blocks of items: a complex number is two items along a new last axis. float16
+and bfloat16 are widened to float32 a piece at a time. Nothing here communicates.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import numpy as np
+
+from spimpi.checks.float_bound import bins_of
+from spimpi.errors import UsageError
+from spimpi.fingerprint import arrays, as_array, fingerprint, projections
+from spimpi.fingerprint.cpu import _pool
+from spimpi.fingerprint.tag import SKETCH
+from spimpi.partition import Slab
+
+_PIECE = 1 << 17  # elements of an array that are copied at a time, where they must be
+_SCALE = 2.0**-128  # keeps the sums of the largest float64 finite
+
+
+def items(x) -> np.ndarray:
+    """The array's items: a complex array with a new last axis of 2 (copied unless contiguous)."""
+    if x.dtype.kind != "c":
+        return x
+    part = x.real.dtype
+    return np.ascontiguousarray(x).view(part).reshape(*x.shape, 2)
+
+
+def widened(x: np.ndarray) -> np.ndarray:
+    """float32 of float16 and bfloat16, itself of float64 and float32; exact."""
+    return x if x.dtype in (np.float64, np.float32) else x.astype(np.float32)
+
+
+def pieces_of(shape, limit: int):
+    """(first element, index) of blocks of at most ``limit`` elements, in row-major order."""
+    n = prod(shape)
+    if n <= limit or not shape:
+        yield 0, ()
+        return
+    if shape[0] == 1:
+        for first, index in pieces_of(shape[1:], limit):
+            yield first, (0, *index)
+        return
+    row = n // shape[0]
+    if row > limit:
+        for i in range(shape[0]):
+            for first, index in pieces_of(shape[1:], limit):
+                yield i * row + first, (i, *index)
+        return
+    step = limit // row
+    for i in range(0, shape[0], step):
+        yield i * row, (slice(i, i + step),)
+
+
+def _is_plain(x) -> bool:
+    flags = x.flags
+    return flags.c_contiguous and flags.aligned and x.dtype in (np.float64, np.float32)
+
+
+def _readable(x) -> np.ndarray:
+    return np.require(widened(x), requirements=("C", "A")).reshape(-1)
+
+
+def _jobs(blocks, threads):
+    """Runs (first element, arrays with one axis) that together are the blocks, all alike cut."""
+    if all(_is_plain(x) for x in blocks):
+        flat = [x.reshape(-1) for x in blocks]
+        cuts = np.linspace(0, flat[0].size, threads + 1).astype(int)
+        for a, b in zip(cuts, cuts[1:]):
+            yield int(a), lambda a=a, b=b: [x[a:b] for x in flat]
+        return
+    for first, index in pieces_of(blocks[0].shape, _PIECE):
+        yield first, lambda index=index: [_readable(x[index]) for x in blocks]
+
+
+@dataclass(frozen=True)
+class Projected:
+    """Sums float64[3 or 5, B] of a block (projections.project_both), its hash, pieces read."""
+
+    sums: np.ndarray
+    word: int
+    pieces: int
+
+
+def project_block(x, result, cuts, key: int, threads: int = 1) -> Projected:
+    """s, t and norm of a block of float items; also s, t and the hash of ``result``, if not None.
+
+    ``cuts`` int64[B + 1] are the block's bins, ``key`` its sketch stream.
+    """
+    blocks = [x] if result is None else [x, result]
+    n_bins = len(cuts) - 1
+    jobs = list(_jobs(blocks, threads)) if n_bins else []
+
+    def run(job):
+        first, parts = job
+        sums = np.zeros((3 if result is None else 5, n_bins))
+        hashes = np.zeros((2, n_bins), np.uint64)
+        own, *there = parts()
+        if there:
+            words = there[0].view(f"u{there[0].itemsize}")
+            projections.project_both(own, there[0], words, first, cuts, key, sums, hashes)
+        else:
+            projections.project(own, first, cuts, key, sums)
+        return sums, hashes
+
+    key = np.uint64(key)
+    parts = list(_pool(threads).map(run, jobs)) if threads > 1 else [run(job) for job in jobs]
+    sums = np.zeros((3 if result is None else 5, n_bins))
+    hashes = np.zeros((2, n_bins), np.uint64)
+    for more, others in parts:
+        sums += more
+        hashes += others
+    return Projected(sums, int(projections.close_hashes(hashes, key)), len(jobs))
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """A rank's addends as blocks, each with bins of its own, and the block its result is for.
+
+    An allreduce has one block; a reduce-scatter one for each rank, of which ``own`` is the one
+    that this rank's result is the sum of. Arrays are of items; offsets count them.
+    """
+
+    blocks: tuple[np.ndarray, ...]
+    slabs: tuple[Slab, ...]
+    result: np.ndarray
+    own: int
+    key: int
+    most: int
+
+    @cached_property
+    def cuts(self) -> tuple[np.ndarray, ...]:
+        """The bins of each block."""
+        most = max(1, self.most // len(self.blocks))
+        return tuple(bins_of(block.shape, most) for block in self.blocks)
+
+    @cached_property
+    def starts(self) -> np.ndarray:
+        """Where each block's bins start among all bins; one more entry than blocks."""
+        return np.cumsum([0, *(len(cuts) - 1 for cuts in self.cuts)])
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Elements of each bin, of all blocks one after the other."""
+        return np.concatenate([np.diff(cuts) for cuts in self.cuts])
+
+    def bins_of(self, block: int) -> slice:
+        return slice(int(self.starts[block]), int(self.starts[block + 1]))
+
+    def index_of(self, block: int, place: int) -> tuple[int, ...]:
+        """The global index of an element of a block."""
+        local = np.unravel_index(place, self.blocks[block].shape)
+        return tuple(int(i + start) for i, start in zip(local, self.slabs[block].offset))
+
+
+def flat(x: np.ndarray, start: int, stop: int) -> np.ndarray:
+    """Elements start:stop of an array in row-major order."""
+    return x.reshape(-1)[start:stop] if x.flags.c_contiguous else x.flat[start:stop]
+
+
+def float_words(x, ranges, key: int, skip=(), scale=False) -> np.ndarray:
+    """s, t and norm, float64[3, R], of ranges (bin's start, start, stop) of a block.
+
+    Elements at the positions ``skip`` count as 0; ``scale`` multiplies all by 2**-128.
+    """
+    words = np.zeros((3, len(ranges)))
+    skip = np.asarray(skip, np.int64)
+    for slot, (origin, start, stop) in enumerate(ranges):
+        values = flat(x, start, stop).astype(np.float64)
+        if skip.size:
+            values[skip[(skip >= start) & (skip < stop)] - start] = 0.0
+        if scale:
+            values *= _SCALE
+        w = np.empty(stop - start)
+        projections.coefficients(np.uint64(key), start - origin, w)
+        words[0, slot] = np.where(w < 0, -values, values).sum()
+        words[1, slot] = (values * w).sum()
+        words[2, slot] = np.abs(values).sum()
+    return words
+
+
+def agreement_word(result, tag, projected: Projected | None) -> int:
+    """A word of the result's bits: the fused hash, else its fingerprint."""
+    if projected is not None and result.dtype in (np.float64, np.float32):
+        return projected.word
+    return fingerprint(result, tag)
+
+
+def sketch_key(tag, shape, itemsize: int) -> int:
+    return tag.key(SKETCH, shape, itemsize)
+
+
+def same_arrays(contribution, result) -> tuple[np.ndarray, np.ndarray]:
+    """Both as numpy's; UsageError unless they are arrays with a fingerprint, of one dtype."""
+    contribution, result = as_array(contribution), as_array(result)
+    for x in (contribution, result):
+        arrays.word_layout(x.dtype)
+    if contribution.dtype != result.dtype:
+        msg = (
+            f"contribution and result must have one dtype, found {contribution.dtype} and "
+            f"{result.dtype}"
+        )
+        raise UsageError(msg)
+    return contribution, result

@@ -1,0 +1,234 @@
+"""Random projections of float arrays, on CPUs: for checks of sums and for sketches.
+
+docs/sums.md and docs/sketches.md say what the numbers are for, and bound their rounding. Sums are
+made in blocks of BLOCK elements and then block after block; within a block the compiler may
+reorder them, for the bound holds for any order there. Not part of what ``spimpi verify`` loads.
+"""
+
+import numba
+import numpy as np
+from numba import types
+
+from spimpi.fingerprint.words import GOLDEN, ONE, ZERO, mix
+from spimpi.jit import inlined, kernel
+
+BLOCK = 256
+_CHUNK = 1 << 15  # words of coefficients that are kept at a time: a part of the L2 cache
+_UNIT = 2.0**-63
+_TOP_BIT = np.uint64(1 << 63)
+_HALF, _LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
+
+_DOUBLES = types.Array(types.float64, 1, "C", readonly=True)
+_SINGLES = types.Array(types.float32, 1, "C", readonly=True)
+_WORDS = types.Array(types.uint64, 1, "C", readonly=True)
+_HALVES = types.Array(types.uint32, 1, "C", readonly=True)
+_CUTS = types.Array(types.int64, 1, "C", readonly=True)
+_SUMS = types.Array(types.float64, 2, "C")
+_HASHES = types.Array(types.uint64, 2, "C")
+_OUT = types.Array(types.float64, 1, "C")
+
+# Reassociation and FMA inside a block alone: the operations that add blocks keep their order.
+_any_order = numba.njit(
+    inline="never", nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"}
+)
+
+
+@inlined
+def _fill(key, start, words):
+    """The stream's words from ``start`` on, made odd."""
+    own = key + (np.uint64(start) + ONE) * GOLDEN
+    for i in range(words.size):
+        words[i] = mix(own + np.uint64(i) * GOLDEN) | ONE
+
+
+@kernel(types.void(types.uint64, types.int64, _OUT))
+def coefficients(key, start, out):
+    """Coefficients w of elements ``start``... of a bin, into float64[n]: odd words as fractions."""
+    words = np.empty(out.size, np.uint64)
+    _fill(key, start, words)
+    for i in range(out.size):
+        out[i] = np.float64(np.int64(words[i])) * _UNIT
+
+
+@_any_order
+def _block(x, place, words, at, n):
+    """s, t * 2^63 and norm of a block; the sign projection has the signs of the words."""
+    s = t = norm = 0.0
+    for i in range(np.uint64(n)):
+        a, c = np.float64(x[place + i]), np.int64(words[at + i])
+        s += -a if c < 0 else a
+        t += a * np.float64(c)
+        norm += abs(a)
+    return s, t, norm
+
+
+@_any_order
+def _block_of_both(x, result, place, words, at, n):
+    s = t = norm = result_s = result_t = 0.0
+    for i in range(np.uint64(n)):
+        a, b, c = np.float64(x[place + i]), np.float64(result[place + i]), np.int64(words[at + i])
+        w = np.float64(c)
+        s += -a if c < 0 else a
+        t += a * w
+        norm += abs(a)
+        result_s += -b if c < 0 else b
+        result_t += b * w
+    return s, t, norm, result_s, result_t
+
+
+@inlined
+def _hash_block(bits, place, words, at, n):
+    """A linear hash and NH (Black et al. 1999) of a block's words."""
+    linear = pairs = ZERO
+    for i in range(np.uint64(n)):
+        q, k = np.uint64(bits[place + i]), words[at + i]
+        linear += q * k
+        pairs += ((q + k) & _LOW) * (((q >> _HALF) + (k >> _HALF)) & _LOW)
+    return linear, pairs
+
+
+@inlined
+def _longest(cuts):
+    longest = 0
+    for i in range(cuts.size - 1):
+        longest = max(longest, cuts[i + 1] - cuts[i])
+    return longest
+
+
+@kernel(
+    types.void(_DOUBLES, _DOUBLES, _WORDS, types.int64, _CUTS, types.uint64, _SUMS, _HASHES),
+    types.void(_SINGLES, _SINGLES, _HALVES, types.int64, _CUTS, types.uint64, _SUMS, _HASHES),
+)
+def project_both(x, result, bits, first, cuts, key, sums, hashes):
+    """Add the projections of a piece of a contribution and of a result to sums float64[5, B].
+
+    x and result [n] are elements ``first``... of a tensor whose bins are cuts int64[B + 1]; the
+    rows of sums are s, t and norm of x, s and t of the result. ``bits`` is the result's memory as
+    words; hashes uint64[2, B] gets what ``close_hashes`` needs. Each element is read once.
+    """
+    words = np.empty(min(_CHUNK, _longest(cuts)), np.uint64)
+    last = first + x.size
+    for at in range(0, _longest(cuts), _CHUNK):
+        _fill(key, at, words)
+        for b in range(cuts.size - 1):
+            begin = max(first, cuts[b] + at)
+            end = min(last, min(cuts[b + 1], cuts[b] + at + _CHUNK))
+            for i in range(begin, end, BLOCK):
+                place, word = np.uint64(i - first), np.uint64(i - cuts[b] - at)
+                n = min(BLOCK, end - i)
+                s, t, norm, result_s, result_t = _block_of_both(x, result, place, words, word, n)
+                sums[0, b] += s
+                sums[1, b] += t * _UNIT
+                sums[2, b] += norm
+                sums[3, b] += result_s
+                sums[4, b] += result_t * _UNIT
+                linear, pairs = _hash_block(bits, place, words, word, n)
+                hashes[0, b] += linear
+                hashes[1, b] += pairs
+
+
+@kernel(types.uint64(_HASHES, types.uint64))
+def close_hashes(hashes, key):
+    """The agreement word of a tensor whose bins have these hashes."""
+    total = ZERO
+    for b in range(hashes.shape[1]):
+        own = key + (np.uint64(b) + ONE) * GOLDEN
+        total ^= mix(mix(hashes[0, b] ^ own) ^ hashes[1, b])
+    return total
+
+
+@kernel(
+    types.void(_DOUBLES, types.int64, _CUTS, types.uint64, _SUMS),
+    types.void(_SINGLES, types.int64, _CUTS, types.uint64, _SUMS),
+)
+def project(x, first, cuts, key, sums):
+    """As project_both, of one array: s, t and norm are added to sums float64[3, B]."""
+    words = np.empty(min(_CHUNK, _longest(cuts)), np.uint64)
+    last = first + x.size
+    for at in range(0, _longest(cuts), _CHUNK):
+        _fill(key, at, words)
+        for b in range(cuts.size - 1):
+            begin = max(first, cuts[b] + at)
+            end = min(last, min(cuts[b + 1], cuts[b] + at + _CHUNK))
+            for i in range(begin, end, BLOCK):
+                place, word = np.uint64(i - first), np.uint64(i - cuts[b] - at)
+                n = min(BLOCK, end - i)
+                s, t, norm = _block(x, place, words, word, n)
+                sums[0, b] += s
+                sums[1, b] += t * _UNIT
+                sums[2, b] += norm
+
+
+# Sketches
+
+
+@inlined
+def _two_sum(a, b):
+    """Knuth's exact sum: the rounded sum of a and b, and what the rounding left out."""
+    s = a + b
+    c = s - a
+    return s, (a - (s - c)) + (b - c)
+
+
+@kernel(
+    types.int64(_DOUBLES, types.uint64, types.uint64, _SUMS),
+    types.int64(_SINGLES, types.uint64, types.uint64, _SUMS),
+)
+def sketch_run(x, key, first, sums):
+    """Add a run's eight projections, squares and maximum to sums float64[10, 2].
+
+    x [n]: elements ``first``... of the tensor. Rows 0 to 7 are the projections and 8 the
+    squares, each as a value and what its rounding left out; [9, 0] is the largest |x|. Returns how
+    many elements are not finite; they add nothing.
+    """
+    not_finite = 0
+    for i in range(x.size):
+        a = np.float64(x[i])
+        if not np.isfinite(a):
+            not_finite += 1
+            continue
+        word = mix(key + (first + np.uint64(i) + ONE) * GOLDEN)
+        for j in range(8):
+            signed = -a if (word >> np.uint64(j)) & ONE else a
+            sums[j, 0], lost = _two_sum(sums[j, 0], signed)
+            sums[j, 1] += lost
+        sums[8, 0], lost = _two_sum(sums[8, 0], a * a)
+        sums[8, 1] += lost
+        sums[9, 0] = max(sums[9, 0], abs(a))
+    return not_finite
+
+
+# Integers that wrap, and XOR
+
+@kernel(types.void(_WORDS, types.int64, types.uint64, types.Array(types.uint64, 1, "C")))
+def wrapped(values, first, key, out):
+    """Add to out uint64[17], mod 2^64: Σ (z_i | 1) q_i, and Σ (z_i >> j) q_i for j = 0..15.
+
+    values: integers as uint64 (sign-extended), elements ``first``... of the tensor; z_i the words
+    of the stream. Meant to be compared modulo 2^b for items of b bits.
+    """
+    for i in range(values.size):
+        z = mix(key + (np.uint64(first + i) + ONE) * GOLDEN)
+        q = values[i]
+        out[0] += (z | ONE) * q
+        for j in range(16):
+            out[j + 1] += (z >> np.uint64(j)) * q
+
+
+@kernel(types.uint64(_WORDS, types.int64, types.uint64))
+def xor_linear(values, first, key):
+    """Σ z_i · bits_i in GF(2^64) (x^64 + x^4 + x^3 + x + 1): linear under XOR of the values."""
+    total = ZERO
+    for i in range(values.size):
+        z = mix(key + (np.uint64(first + i) + ONE) * GOLDEN)
+        z = z if z != ZERO else ONE
+        q = values[i]
+        while q != ZERO:
+            if q & ONE:
+                total ^= z
+            q >>= ONE
+            carry = z & _TOP_BIT
+            z = z << ONE
+            if carry != ZERO:
+                z ^= np.uint64(27)
+    return total

@@ -1,0 +1,198 @@
+"""Replicas, data at rest, and products of integers."""
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from planted import FAULTS, corruption, cut, data, refused, same_on_all, worlds
+
+import spimpi
+from spimpi import Tag, TensorPartition
+from spimpi.checks.matmul import _odd_words
+from spimpi.trace.schema import Established
+
+pytestmark = [pytest.mark.mpi, pytest.mark.wheels]
+
+TAG = Tag(name="norm", layer=1, step=5)
+
+
+def test_equal_replicas_agree_on_any_number_of_ranks(comm):
+    """Also on an even one, where their XOR is 0."""
+    for part in worlds(comm):
+        for x in (data((5, 3)), np.zeros((0, 4)), np.array(2.5), data((3,), np.complex128)):
+            verdict = spimpi.verify_replicas(part, x, TAG)
+            assert verdict and verdict.established == Established.AGREED
+            assert verdict.expected == spimpi.fingerprint(x, TAG)
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_replica_gone_wrong_is_named(comm, name):
+    for part in worlds(comm, 3):
+        for victim in range(part.size):
+            x = data((5, 3))
+            if part.rank == victim:
+                FAULTS[name](x, data((5, 3), seed=1))
+            with corruption(part, victim, "replicas") as caught:
+                spimpi.verify_replicas(part, x, TAG)
+            assert f"rank {victim} differ from the majority" in str(caught.value)
+            assert caught.value.verdict.expected == spimpi.fingerprint(data((5, 3)), TAG)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_of_two_replicas_that_differ_nobody_is_named(comm):
+    for part in worlds(comm, 2):
+        if part.size == 2:
+            with corruption(part, None, "replicas") as caught:
+                spimpi.verify_replicas(part, data((3,)) + part.rank, TAG)
+            assert "ranks 0, 1 differ, and nothing tells which is right" in str(caught.value)
+            assert caught.value.verdict.expected != caught.value.verdict.actual
+
+
+@pytest.mark.mpi(min_size=2)
+def test_replicas_of_other_shapes_are_refused(comm):
+    with refused(comm, r"rank 1 gave blocks of global shape \(3,\)"):
+        spimpi.verify_replicas(comm, np.ones(3 if comm.rank == 1 else 4), TAG)
+
+
+def test_data_at_rest_hold_until_they_change(comm):
+    for part in worlds(comm):
+        shape = (40, 4000)
+        where = TensorPartition(0, part.size, part.rank, 40)
+        x = cut(data(shape, np.float64), where)
+        watch = spimpi.at_rest(x, TAG, where)
+        assert watch.fingerprint == spimpi.fingerprint(x, TAG, where)
+        assert watch.verify() and watch.verify(part)
+        assert watch.verify().established == Established.MOVED
+        victim = part.size - 1
+        if part.rank == victim:
+            x[-1, -1] += 1
+            with pytest.raises(spimpi.CorruptionError, match="changed since it was") as caught:
+                watch.verify()
+            assert caught.value.verdict.actual == spimpi.fingerprint(x, TAG, where)
+        else:
+            assert watch.verify()
+        with corruption(part, victim, "at rest") as caught:
+            watch.verify(part)
+        assert "along axis 1" in str(caught.value) and "..4000" in str(caught.value)
+        assert not watch.verify(part, check=False)
+
+
+@pytest.mark.parametrize("x", [np.array(1.5), np.zeros((0, 3)), np.ones(7), np.ones((3, 4)).T])
+def test_small_and_empty_arrays_are_watched_whole(comm, x):
+    x = x.copy(order="K")
+    watch = spimpi.at_rest(x, TAG)
+    assert len(watch.words) == 1 and watch.verify(comm)
+    x[...] = 2
+    assert bool(watch.verify(comm, check=False)) == (x.size == 0)
+
+
+def test_what_cannot_be_watched_is_refused(comm):
+    with pytest.raises(spimpi.UsageError, match="object"):
+        spimpi.at_rest(np.array([object()]), TAG)
+    with pytest.raises(spimpi.UsageError, match="expected a spimpi.Tag"):
+        spimpi.at_rest(np.ones(3), "cache")
+    with pytest.raises(spimpi.UsageError, match="must have"):
+        spimpi.at_rest(np.ones(3), TAG, TensorPartition(0, 2, 0, 4))
+
+
+def _product(rank, dtype=np.float64, rows=6, k=9, n=5):
+    rng = np.random.default_rng(rank)
+    x = rng.integers(-500, 500, (rows, k)).astype(dtype)
+    w = rng.integers(-500, 500, (k, n)).astype(dtype)
+    return x, w, x @ w
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.int64, np.int32])
+def test_right_products_hold_and_each_rank_has_its_own_shapes(comm, dtype):
+    for part in worlds(comm):
+        x, w, y = _product(part.rank, dtype, rows=2 + part.rank, n=3 + part.rank)
+        verdict = spimpi.verify_matmul(part, x, w, y, TAG)
+        assert verdict and verdict.established == Established.COMPUTED
+        assert spimpi.verify_matmul(part, x, np.asfortranarray(w), y, TAG)
+        assert spimpi.verify_matmul(part, x[0], w, y[0], TAG)
+        assert spimpi.verify_matmul(part, x[None], w, y[None], TAG)
+        weight = spimpi.project_weight(w, TAG)
+        assert spimpi.verify_matmul(part, x, weight, y, Tag(name="norm", layer=1, step=6))
+        assert spimpi.verify_matmul(part, x[:0], w, y[:0], TAG)
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.int64])
+def test_a_wrong_element_is_named_with_its_rank_and_bytes(comm, dtype):
+    for part in worlds(comm):
+        for victim in range(part.size):
+            x, w, y = _product(part.rank, dtype)
+            right = y.copy()
+            if part.rank == victim:
+                y[4, 2] += 1
+            with corruption(part, victim, "matmul") as caught:
+                spimpi.verify_matmul(part, x, w, y, TAG)
+            (element,) = caught.value.verdict.where.elements
+            assert element.index == (4, 2) and element.rank == victim
+            if part.rank == victim:
+                assert element.expected == right[4, 2].tobytes()
+                assert element.found == y[4, 2].tobytes()
+            assert "1 row of the product wrong: 4" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [0.5, np.nan, np.inf, 2.0**60])
+def test_an_element_of_the_product_that_is_no_integer_is_wrong(comm, value):
+    x, w, y = _product(0)
+    y[1, 1] = value
+    with corruption(comm, 0, "matmul") as caught:
+        spimpi.verify_matmul(comm, x, w, y, TAG)
+    assert caught.value.verdict.where.elements[0].index == (1, 1)
+
+
+@pytest.mark.parametrize("name", ["flip", "swap", "shift", "zeros", "stale"])
+def test_faults_of_a_product_are_found(comm, name):
+    for part in worlds(comm):
+        x, w, y = _product(part.rank, np.int64)
+        previous = _product(77, np.int64)[2]
+        if part.rank == 0:
+            FAULTS[name](y, previous)
+        with corruption(part, 0, "matmul"):
+            spimpi.verify_matmul(part, x, w, y, TAG)
+
+
+def test_floats_that_are_no_integers_or_may_round_are_refused(comm):
+    last, at = comm.rank == comm.size - 1, f"rank {comm.size - 1}"
+    x, w, y = _product(0)
+    half = x.copy()
+    half[2, 3] = 0.5
+    with refused(comm, f"{at}: x has elements that are not integers.*row 2, column 3.*allreduce"):
+        spimpi.verify_matmul(comm, half if last else x, w, y, TAG)
+    with refused(comm, "w has elements that are not integers"):
+        spimpi.verify_matmul(comm, x, w + (0.25 if last else 0), y, TAG)
+    large = x.astype(np.float32) * 1000
+    with refused(comm, f"{at}: sums of this product may round in float32"):
+        spimpi.verify_matmul(comm, large if last else x, w, (large @ w).astype(np.float32)
+                             if last else y, TAG)  # fmt: skip
+    with refused(comm, f"{at}: y = x @ w has shapes"):
+        spimpi.verify_matmul(comm, x, w, y[:, :2] if last else y, TAG)
+    with refused(comm, f"{at}: .*found dtype complex128"):
+        spimpi.verify_matmul(comm, x + 0j if last else x, w, y, TAG)
+    with refused(comm, f"{at}: a weight has two axes"):
+        spimpi.verify_matmul(comm, x, w[0] if last else w, y, TAG)
+    assert spimpi.verify_matmul(comm, x, w, y, TAG)
+
+
+def test_the_odd_words_are_the_linear_fingerprints(comm):
+    words = _odd_words(TAG, 9).view(np.uint64)
+    units = np.eye(9, dtype=np.int64)
+    assert [int(w) for w in words] == [spimpi.linear_fingerprint(row, TAG) for row in units]
+
+
+@given(st.data())
+@settings(
+    max_examples=20, deadline=None, derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+def test_any_single_wrong_element_of_any_product_is_found(comm, draw):
+    shape = [draw.draw(st.integers(1, 6)) for _ in range(3)]
+    x, w, y = _product(3, np.int64, *shape)
+    assert spimpi.verify_matmul(comm, x, w, y, TAG)
+    row, column = (draw.draw(st.integers(0, n - 1)) for n in y.shape)
+    y[row, column] ^= np.int64(1 << draw.draw(st.integers(0, 62)))
+    verdict = spimpi.verify_matmul(comm, x, w, y, TAG, check=False)
+    assert not verdict and verdict.where.elements[0].index == (row, column)
+    same_on_all(comm, str(verdict))
