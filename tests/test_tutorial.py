@@ -22,10 +22,10 @@ def one_line(text):
 
 def test_the_page_shows_four_runs_two_of_them_with_a_flip():
     assert [command for _, command, _ in RUNS] == [
-        "examples/mlp.py",
-        "examples/mlp.py --flip",
-        "examples/mlp_checked.py",
-        "examples/mlp_checked.py --flip",
+        "examples/tutorial.py",
+        "examples/tutorial.py --flip",
+        "examples/tutorial_checked.py",
+        "examples/tutorial_checked.py --flip",
     ]
 
 
@@ -50,7 +50,7 @@ def test_the_answers_of_the_runs_differ_in_one_row_where_nothing_checks():
 def test_five_lines_are_added_and_none_is_changed():
     before, after = (
         (ROOT / "examples" / name).read_text().splitlines()
-        for name in ("mlp.py", "mlp_checked.py")
+        for name in ("tutorial.py", "tutorial_checked.py")
     )
     changes = [line for line in difflib.ndiff(before, after) if line[0] in "+-"]
     assert len(changes) == 5
