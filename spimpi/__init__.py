@@ -25,8 +25,8 @@ _HOMES = {
         "sum_words",
     ),
     "spimpi.context": ("DistributedContext",),
-    "spimpi.checks.findings": ("Findings",),
-    "spimpi.checks.localise": ("localise",),
+    "spimpi.checks.localisation.findings": ("Findings",),
+    "spimpi.checks.localisation.localise": ("localise",),
     "spimpi.checks.verdict": ("ElementError", "Verdict", "Where"),
     "spimpi.checks.at_rest": ("AtRest", "at_rest"),
     "spimpi.checks.collectives": (
@@ -38,8 +38,8 @@ _HOMES = {
     "spimpi.checks.replicas": ("verify_replicas",),
     "spimpi.checks.ring": ("verify_ring",),
     "spimpi.checked": ("checked",),
-    "spimpi.checks.sums": ("verify_allreduce", "verify_reduce_scatter"),
-    "spimpi.checks.sketch": (
+    "spimpi.checks.sums.verify": ("verify_allreduce", "verify_reduce_scatter"),
+    "spimpi.checks.sums.sketch": (
         "Sketch", "SketchComparison", "compare_sketches", "reduce_sketch", "sketch",
     ),
     "spimpi.exact_sum": ("exact_allreduce",),

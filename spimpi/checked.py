@@ -277,7 +277,7 @@ class CheckedComm(CheckedMessages):
         on, ctx = (self.comm, self.ctx) if comm is None else (comm, None)
 
         def settle():
-            from spimpi.checks.sums import verify_allreduce, verify_reduce_scatter
+            from spimpi.checks.sums.verify import verify_allreduce, verify_reduce_scatter
 
             kept = {"op": op, "check": False, "ctx": ctx, "threads": self.threads}
             own, result = _array(sent), _array(_or_error(lambda: message_of(recvbuf)))

@@ -9,8 +9,8 @@ from math import prod
 import numpy as np
 from mpi4py import MPI
 
-from spimpi.checks import sum_exact, sum_report, sum_words
-from spimpi.checks.float_bound import format_of
+from spimpi.checks.sums import exact as sum_exact, report as sum_report, words as sum_words
+from spimpi.checks.sums.float_bound import format_of
 from spimpi.checks.session import session_of
 from spimpi.errors import CorruptionError, UsageError
 from spimpi.fingerprint import arrays, as_array, fingerprint, linear_fingerprint

@@ -1,133 +1,50 @@
 """What each check sees and misses: every check × every fault, by planting them.
 
 Serial: a tensor is cut into shards in memory, one of them is corrupted, and each check's own
-functions decide. What is compared are the functions; that the checks apply them to what really
+functions decide. What is measured are the functions; that the checks apply them to what really
 moved is what the multi-rank tests show. The tables stand in docs/what-pass-means.md.
 """
 
 from collections import Counter
-from functools import partial
 
 import numpy as np
 
-from spimpi.fingerprint import combine, fingerprint
-from spimpi.fingerprint.tag import Tag
+from spimpi.bench.planted import MOVEMENT, SHAPE, random_tensors, words_of
+from spimpi.checks.sums import float_bound
+from spimpi.checks.sums.words import project_block, sketch_key
+from spimpi.fingerprint import combine, expected_fingerprint, fingerprint, linear_fingerprint
+from spimpi.fingerprint.painting import color_fingerprint, color_hidden_states
+from spimpi.fingerprint.tag import MASK, Tag
 from spimpi.partition import TensorPartition
 
-SHAPE = (24, 20)  # small, so that there can be many; a fingerprint does not know sizes
 SHARDS = (2, 3, 4, 8)
 DTYPES = ("uint8", "float16", "bfloat16", "float32", "int32", "float64", "int64", "complex64")
-CARELESS = ("torch.hash_tensor", "XOR of words", "sum of words")
+PAINTED = ("float16", "bfloat16", "float32", "float64")
+SUMMED = ("bfloat16", "float32", "float64")
+TRIALS, CLEAN = 1_000_000, 1_000_000
+OTHERS_EVERY = 20  # of so many trials one is also given to today's checksums
 
 
-def words_of(x) -> np.ndarray:
-    """The elements' bits as flat unsigned words; they share the array's memory."""
-    return x.reshape(-1).view(f"u{min(x.itemsize, 8)}")
+def measure(n_trials: int = TRIALS, n_clean: int = CLEAN) -> dict:
+    """The three tables as Markdown; a cell is missed / tried. Local."""
+    return {
+        "Moved data": markdown(content_trials(n_trials, n_clean)),
+        "Painted data": markdown(painting_trials(n_trials // 5)),
+        "Sums": markdown(sum_trials(n_trials // 20)),
+    }
 
 
-# Faults: each changes a shard in place, given the whole tensor and the shard's rows, and random
-# numbers. They change bits, not values, so that all dtypes have them.
+def markdown(table: dict) -> str:
+    """A table {fault: {check: (missed, tried)}} as Markdown."""
+    checks = list(next(iter(table.values())))
+    lines = ["", f"| fault | {' | '.join(checks)} |", "|---" * (len(checks) + 1) + "|"]
+    for fault, row in table.items():
+        cells = (f"{row[c][0]:,} / {row[c][1]:,}" if row[c][1] else "" for c in checks)
+        lines.append(f"| {fault} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
-def flip_one_element(k, shard, rng, **_):
-    words = words_of(shard)
-    place = rng.integers(words.size)
-    for bit in rng.choice(8 * words.itemsize, k, replace=False):
-        words[place] ^= words.dtype.type(1 << int(bit))
-
-
-def same_bit(shard, rng, **_):
-    words = words_of(shard)
-    n = min(int(rng.integers(2, 65)), words.size)
-    places = rng.choice(words.size, n, replace=False)
-    words[places] ^= words.dtype.type(1 << int(rng.integers(8 * words.itemsize)))
-
-
-def periodic(shard, rng, **_):
-    words = words_of(shard)
-    period = int(rng.integers(1, max(words.size // 2, 2)))
-    start = int(rng.integers(period))
-    words[start::period] ^= words.dtype.type(1 << int(rng.integers(8 * words.itemsize)))
-
-
-def swap(shard, rng, **_):
-    words = words_of(shard)
-    i, j = rng.choice(words.size, 2, replace=False)
-    words[[i, j]] = words[[j, i]]
-
-
-def shifted(shard, rng, **_):
-    words = words_of(shard)
-    words[:] = np.roll(words, int(rng.integers(1, words.size)))
-
-
-def swapped_rows(shard, rng, **_):
-    i, j = rng.choice(len(shard), 2, replace=False) if len(shard) > 1 else (0, 0)
-    shard[[i, j]] = shard[[j, i]]
-
-
-def stale(shard, earlier, rows, **_):
-    shard[:] = earlier[rows]
-
-
-def truncated(shard, rng, earlier, rows, **_):
-    words, old = words_of(shard), words_of(np.ascontiguousarray(earlier[rows]))
-    kept = int(rng.integers(words.size))
-    words[kept:] = old[kept:]
-
-
-def repeated(shard, whole, rows, **_):
-    other = 0 if rows.start else len(whole) - len(shard)
-    shard[:] = whole[other : other + len(shard)]
-
-
-def misplaced(shard, whole, rows, **_):
-    by = -1 if rows.start else 1
-    shard[:] = whole[rows.start + by : rows.stop + by]
-
-
-def zeros(shard, **_):
-    words_of(shard)[:] = 0
-
-
-def nan(shard, rng, **_):
-    words = words_of(shard)
-    words[rng.integers(words.size)] = np.iinfo(words.dtype).max  # a NaN where it is a float
-
-
-MOVEMENT = {
-    **{f"{k} bit{'s' * (k > 1)} of one element": partial(flip_one_element, k) for k in range(1, 9)},
-    "the same bit of 2 to 64 elements": same_bit,
-    "the same bit of every n-th element": periodic,
-    "two elements swapped": swap,
-    "two rows swapped": swapped_rows,
-    "shard shifted by some elements": shifted,
-    "shard of the step before": stale,
-    "shard truncated, its end of the step before": truncated,
-    "another rank's shard in its place": repeated,
-    "shard off by one row": misplaced,
-    "zeros for data": zeros,
-    "one element all ones (NaN)": nan,
-}
-
-
-def random_tensor(dtype, rng) -> np.ndarray:
-    """Data as activations have them (normal), or small integers."""
-    kind = np.dtype(_dtype(dtype))
-    values = rng.standard_normal(SHAPE)
-    if kind.kind in "iu":
-        return (40 * values).astype(np.int64).astype(kind)
-    if kind.kind == "c":
-        return (values + 1j * rng.standard_normal(SHAPE)).astype(kind)
-    return values.astype(kind)
-
-
-def _dtype(name):
-    if name != "bfloat16":
-        return name
-    import ml_dtypes
-
-    return ml_dtypes.bfloat16
+# What people use today
 
 
 def xor_of_words(x) -> int:
@@ -142,51 +59,72 @@ def sum_of_words(x) -> int:
     return int(words_of(np.ascontiguousarray(x)).sum(dtype=np.uint64))
 
 
-def torch_hash():
-    """torch.hash_tensor of an array's bits, None where torch is missing or has no such function."""
+def todays_checksums() -> dict:
+    """name -> digest of an array; torch.hash_tensor where there is a torch that has it."""
+    checksums = {"XOR of words": xor_of_words, "sum of words": sum_of_words}
     try:
         import torch
-    except ImportError:
-        return None
-    if not hasattr(torch, "hash_tensor"):
-        return None
+
+        hash_tensor = torch.hash_tensor
+    except (ImportError, AttributeError):
+        return checksums
 
     def digest(x):
         words = words_of(np.ascontiguousarray(x))
         signed = words.view(f"i{words.itemsize}" if words.itemsize > 1 else "u1")
-        return int(torch.hash_tensor(torch.from_numpy(signed)).numpy())
+        return int(hash_tensor(torch.from_numpy(signed)).numpy())
 
-    return digest
+    return {"torch.hash_tensor": digest, **checksums}
 
 
-def content_trials(n_trials: int, seed: int = 1069) -> dict:
+# Moved data
+
+
+def content_trials(n_trials: int, n_clean: int, seed: int = 1069) -> dict:
     """Faults on shards of a moved tensor: what fingerprints and today's checksums miss.
 
-    n_trials a fault, shared by all dtypes and shard counts. Returns {fault: {check: (missed,
-    tried)}}; trials in which the fault changed no bit are not counted. One row, "clean", has the
-    false alarms: differences where nothing was changed.
+    n_trials are shared by faults, dtypes and shard counts. Returns {fault: {check: (missed,
+    tried)}}; trials in which the fault changed no bit are not counted. The last row, "nothing",
+    counts false alarms.
     """
     rng = np.random.default_rng(seed)
-    careless = dict(zip(CARELESS, (torch_hash(), xor_of_words, sum_of_words)))
-    careless = {name: digest for name, digest in careless.items() if digest}
+    others = todays_checksums()
     table = {}
-    per_case = -(-n_trials // (len(DTYPES) * len(SHARDS)))
-    for fault, plant in {**MOVEMENT, "nothing": None}.items():
-        counts = Counter()
+    for fault, plant in {**MOVEMENT, "nothing: false alarms": None}.items():
+        counts, wanted = Counter(), n_trials // len(MOVEMENT) if plant else n_clean
+        per_case = -(-wanted // (len(DTYPES) * len(SHARDS)))
         for dtype in DTYPES:
             for n_shards in SHARDS:
-                for _ in range(per_case):
-                    _one_movement(rng, dtype, n_shards, plant, careless, counts)
-        checks = ("fingerprint", *careless)
-        table[fault] = {check: (counts[check], counts["tried"]) for check in checks}
+                for i in range(per_case):
+                    asked = {} if i % OTHERS_EVERY else others
+                    _movement(rng, dtype, n_shards, plant, asked, counts)
+        table[fault] = {
+            check: (counts[check], counts[check, "tried"]) for check in ("fingerprint", *others)
+        }
     return table
 
 
-def _one_movement(rng, dtype, n_shards, plant, careless, counts) -> None:
-    whole, earlier = random_tensor(dtype, rng), random_tensor(dtype, rng)
+def _movement(rng, dtype, n_shards, plant, others, counts) -> None:
+    whole, earlier = random_tensors(dtype, 2, rng)
     tag = Tag(name="hidden", layer=int(rng.integers(32)), step=int(rng.integers(100)))
-    hit = int(rng.integers(n_shards))
-    arrived, expected = [], fingerprint(whole, tag)
+    arrived = _shards(whole, earlier, n_shards, plant, rng)
+    gathered = np.concatenate([shard for shard, _ in arrived])
+    if plant and gathered.tobytes() == whole.tobytes():
+        return
+
+    def note(check, differs):
+        counts[check, "tried"] += 1
+        counts[check] += differs != bool(plant)
+
+    found = combine(fingerprint(shard, tag, part) for shard, part in arrived)
+    note("fingerprint", found != fingerprint(whole, tag))
+    for name, digest in others.items():
+        note(name, digest(gathered) != digest(whole))
+
+
+def _shards(whole, earlier, n_shards, plant, rng) -> list[tuple[np.ndarray, TensorPartition]]:
+    """Copies of the shards, one of them corrupted."""
+    hit, arrived = int(rng.integers(n_shards)), []
     for shard_id in range(n_shards):
         part = TensorPartition(0, n_shards, shard_id, SHAPE[0])
         rows = slice(part.start, part.stop)
@@ -194,12 +132,149 @@ def _one_movement(rng, dtype, n_shards, plant, careless, counts) -> None:
         if plant and shard_id == hit:
             plant(shard=shard, whole=whole, earlier=earlier, rows=rows, rng=rng)
         arrived.append((shard, part))
-    gathered = np.concatenate([shard for shard, _ in arrived])
-    changed = gathered.tobytes() != whole.tobytes()
-    if plant and not changed:
+    return arrived
+
+
+# Painted data
+
+
+def painting_trials(n_trials: int, seed: int = 1069) -> dict:
+    """Faults on painted tensors, by dtype; the last row has the rate that one element should have."""
+    rng = np.random.default_rng(seed)
+    table = {}
+    for fault, plant in {**MOVEMENT, "nothing: false alarms": None}.items():
+        counts = Counter()
+        for dtype in PAINTED:
+            for i in range(-(-n_trials // (len(MOVEMENT) * len(PAINTED)))):
+                _painting(rng, dtype, SHARDS[i % len(SHARDS)], plant, counts)
+        table[fault] = {dtype: (counts[dtype], counts[dtype, "tried"]) for dtype in PAINTED}
+    return table
+
+
+def _painting(rng, dtype, n_shards, plant, counts) -> None:
+    step = int(rng.integers(1, 100))
+    tag, before = (Tag(name="hidden", layer=3, step=s) for s in (step, step - 1))
+    whole, earlier = random_tensors(dtype, 2, rng)
+    color_hidden_states(whole, tag)
+    color_hidden_states(earlier, before)
+    arrived = _shards(whole, earlier, n_shards, plant, rng)
+    if plant and np.concatenate([shard for shard, _ in arrived]).tobytes() == whole.tobytes():
         return
-    counts["tried"] += 1
-    found = combine(fingerprint(shard, tag, part) for shard, part in arrived)
-    counts["fingerprint"] += (found != expected) != bool(plant)
-    for name, digest in careless.items():
-        counts[name] += (digest(gathered) != digest(whole)) != bool(plant)
+    expected = expected_fingerprint(tag.seed, *SHAPE, 3, "hidden", step, dtype)
+    found = combine(color_fingerprint(shard, tag, part) for shard, part in arrived)
+    counts[dtype, "tried"] += 1
+    counts[dtype] += (found != expected) != bool(plant)
+
+
+# Sums
+
+
+def _bit(result, rng, **_):
+    MOVEMENT["1 bit of one element"](shard=result, rng=rng)
+
+
+def _unit(result, rng, **_):
+    place = tuple(int(rng.integers(n)) for n in result.shape)
+    result[place] = np.nextafter(result[place], result.dtype.type(np.inf))
+
+
+SUM_FAULTS = {
+    "1 bit of one element of the result": _bit,
+    "one unit in the last place of one element": _unit,
+    "two elements of the result swapped": lambda result, rng, **_: MOVEMENT[
+        "two elements swapped"
+    ](shard=result, rng=rng),
+    "result shifted": lambda result, rng, **_: MOVEMENT["shard shifted by some elements"](
+        shard=result, rng=rng
+    ),
+    "a contribution dropped": lambda result, parts, add, **_: result.__setitem__(
+        ..., add(parts[1:])
+    ),
+    "a contribution counted twice": lambda result, parts, add, **_: result.__setitem__(
+        ..., add([*parts, parts[0]])
+    ),
+    "zeros for the result": lambda result, **_: result.fill(0),
+    "NaN in one element": lambda result, **_: result.reshape(-1).__setitem__(0, np.nan),
+}
+
+
+FLOATS_ONLY = ("one unit in the last place of one element", "NaN in one element")
+
+
+def sum_trials(n_trials: int, seed: int = 1069) -> dict:
+    """Faults on the result of a sum of 2 to 8 contributions of normal floats.
+
+    Columns: the bound, by dtype (missed, tried); of those, errors in one element above the size
+    that is always seen; the linear fingerprint of integers; agreement of two ranks' results, of
+    which one has the fault.
+    """
+    rng = np.random.default_rng(seed)
+    table = {}
+    for fault, plant in {**SUM_FAULTS, "nothing: false alarms": None}.items():
+        counts = Counter()
+        for dtype in SUMMED:
+            for i in range(-(-n_trials // (len(SUM_FAULTS) * len(SUMMED)))):
+                n_ranks = SHARDS[i % len(SHARDS)]
+                _sum(rng, dtype, n_ranks, plant, counts)
+                if fault not in FLOATS_ONLY:
+                    _integers(rng, n_ranks, plant, counts)
+        names = [f"bound, {d}" for d in SUMMED]
+        names += ["bound, above its stated size", "exact (integers)", "agreement"]
+        table[fault] = {name: (counts[name], counts[name, "tried"]) for name in names}
+    return table
+
+
+def _float_sum(parts):
+    total = parts[0].copy()
+    for part in parts[1:]:
+        total = (total + part).astype(part.dtype)  # rounded after each addition
+    return total
+
+
+def _sum(rng, dtype, n_ranks, plant, counts) -> None:
+    tag = Tag(name="delta", layer=2, step=int(rng.integers(100)))
+    parts = random_tensors(dtype, n_ranks, rng)
+    right = _float_sum([parts[i] for i in rng.permutation(n_ranks)])
+    result = right.copy()
+    if plant:
+        plant(result=result, parts=parts, add=_float_sum, rng=rng)
+    if plant and result.tobytes() == right.tobytes():
+        return
+
+    def note(check, differs):
+        counts[check, "tried"] += 1
+        counts[check] += bool(differs) != bool(plant)
+
+    wrong, limit = _beyond_bound(parts, result, tag)
+    note(f"bound, {dtype}", wrong)
+    with np.errstate(invalid="ignore"):
+        errors = np.abs(result.astype(float) - right.astype(float))
+    if np.count_nonzero(errors) == 1 and errors.max() > 2 * limit:
+        note("bound, above its stated size", wrong)
+    note("agreement", fingerprint(result, tag) != fingerprint(right, tag))
+
+
+def _integers(rng, n_ranks, plant, counts) -> None:
+    tag = Tag(name="delta", layer=2, step=int(rng.integers(100)))
+    parts = [rng.integers(-(2**40), 2**40, SHAPE) for _ in range(n_ranks)]
+    total = np.add.reduce(parts)
+    right = total.copy()
+    if plant:
+        plant(result=total, parts=parts, add=np.add.reduce, rng=rng)
+    if plant and total.tobytes() == right.tobytes():
+        return
+    expected = sum(linear_fingerprint(q, tag) for q in parts) & MASK
+    counts["exact (integers)", "tried"] += 1
+    counts["exact (integers)"] += (linear_fingerprint(total, tag) != expected) != bool(plant)
+
+
+def _beyond_bound(parts, result, tag) -> tuple[bool, float]:
+    """Whether the bound is exceeded, and its largest limit; as sums.judge decides."""
+    cuts = float_bound.bins_of(SHAPE, float_bound.most_bins(len(parts)))
+    key = sketch_key(tag, SHAPE, result.dtype.itemsize)
+    own = np.stack([project_block(x, None, cuts, key).sums for x in parts])
+    there = project_block(result, result, cuts, key).sums[3:]
+    limit = float_bound.limits(own[:, 2], np.diff(cuts), len(parts), result.dtype)
+    with np.errstate(invalid="ignore"):
+        far = ~(np.abs(float_bound.excess(own, there)) <= limit)
+    return bool(far.any()), float(limit.max())

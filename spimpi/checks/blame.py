@@ -123,7 +123,7 @@ def _common(check, own, others, words) -> int:
 
 def findings(comm, check, reports, history):
     """What localisation finds. Collective."""
-    from spimpi.checks.localise import localise  # rarely needed, hence here
+    from spimpi.checks.localisation.localise import localise  # rarely needed, hence here
 
     contributed, held = check.contributed, check.held
     regions = _regions(reports) if check.n_loose else None

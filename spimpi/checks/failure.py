@@ -2,7 +2,7 @@
 
 First the words of all ranks, then, for the first few checks at fault, what each rank gave: its
 shapes and places, or its error. That tells a wrong call (UsageError, the same on every rank) from
-corruption, whose rank and elements are then found (checks/blame.py, checks/localise.py).
+corruption, whose rank and elements are then found (checks/blame.py, checks/localisation/localise.py).
 Everything here is collective over the session's ranks and runs only after a failure.
 """
 

@@ -4,7 +4,8 @@ import json
 
 from spimpi.cli.registry import subcommand
 
-NAMES = ("fingerprint", "inference", "startup")
+NAMES = ("fingerprint", "inference", "checks", "confusion", "startup")
+ALONE = ("confusion", "startup")  # of one process, that starts others itself where it needs them
 
 
 def add_arguments(parser) -> None:
@@ -12,12 +13,12 @@ def add_arguments(parser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-@subcommand("bench", "measure: fingerprint, inference (mpirun -n 2), startup", add_arguments)
+@subcommand("bench", "measure: fingerprint, inference and checks (mpirun -n 2), confusion, startup", add_arguments)
 def bench(args) -> int:
     from importlib import import_module
 
     measure = import_module(f"spimpi.bench.{args.benchmark}").measure
-    if args.benchmark == "startup":
+    if args.benchmark in ALONE:
         figures = measure()
         speaks = True
     else:

@@ -329,9 +329,9 @@ def test_localisation_is_asked_once_with_what_was_given_and_got(comm, monkeypatc
                     elements.append(ElementError(place, part[i].tobytes(), array[i].tobytes(), rank))
         return Found(tuple(elements[:limit]), f"{len(elements)} elements")
 
-    stand_in = ModuleType("spimpi.checks.localise")
+    stand_in = ModuleType("spimpi.checks.localisation.localise")
     stand_in.localise = localise
-    monkeypatch.setitem(sys.modules, "spimpi.checks.localise", stand_in)
+    monkeypatch.setitem(sys.modules, "spimpi.checks.localisation.localise", stand_in)
     for part in worlds(comm):
         x = data((6, 5), np.int32)
         p = TensorPartition(1, part.size, part.rank, 5)

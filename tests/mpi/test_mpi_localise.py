@@ -6,7 +6,7 @@ from localise_cases import DTYPES, Counted, check_findings, plant, random_layout
 from mpi4py import MPI
 
 from spimpi import Slab, Tag, TensorPartition, UsageError
-from spimpi.checks.localise import localise
+from spimpi.checks.localisation.localise import localise
 from spimpi.fingerprint import fingerprint
 from spimpi.partition import whole
 

@@ -10,8 +10,8 @@ from mpi_helpers import first_ranks
 
 import spimpi
 from spimpi import CorruptionError, Tag, TensorPartition, UsageError
-from spimpi.checks import sums
-from spimpi.checks.sums import verify_allreduce, verify_reduce_scatter
+from spimpi.checks.sums import verify as sums
+from spimpi.checks.sums.verify import verify_allreduce, verify_reduce_scatter
 from spimpi.exact_sum import exact_allreduce, rounded_back
 from spimpi.partition import balanced_sizes
 from spimpi.trace.schema import Established

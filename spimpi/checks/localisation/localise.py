@@ -11,12 +11,12 @@ from itertools import chain, zip_longest
 import numpy as np
 from mpi4py import MPI
 
-from spimpi.checks.borders import borders
-from spimpi.checks.boxes import WAYS, around, joined, pieces_of
-from spimpi.checks.describe import describe
-from spimpi.checks.findings import BlockFacts, CaseFacts, Findings
-from spimpi.checks.patterns import add_patterns
-from spimpi.checks.questions import Case, Part, Question, Sources
+from spimpi.checks.localisation.borders import borders
+from spimpi.checks.localisation.boxes import WAYS, around, joined, pieces_of
+from spimpi.checks.localisation.describe import describe
+from spimpi.checks.localisation.findings import BlockFacts, CaseFacts, Findings
+from spimpi.checks.localisation.patterns import add_patterns
+from spimpi.checks.localisation.questions import Case, Part, Question, Sources
 from spimpi.checks.verdict import ElementError
 from spimpi.partition import Slab
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spimpi.checks import float_bound, sum_exact, sum_words
-from spimpi.checks.sketch import combine_sketches, compare_sketches, sketch
+from spimpi.checks.sums import float_bound, exact as sum_exact, words as sum_words
+from spimpi.checks.sums.sketch import combine_sketches, compare_sketches, sketch
 from spimpi.errors import UsageError
 from spimpi.fingerprint import Tag, fingerprint, projections
 from spimpi.fingerprint.tag import GOLDEN, LINEAR, MASK, SKETCH, mix

@@ -11,11 +11,11 @@ from itertools import islice
 import numpy as np
 from mpi4py import MPI
 
-from spimpi.checks.borders import first_elements
-from spimpi.checks.boxes import Box, bounding, flat_index, flat_range
-from spimpi.checks.describe import n_nan
-from spimpi.checks.findings import BlockFacts, CaseFacts, Origin, Unwritten
-from spimpi.checks.questions import Case, Question, Sources
+from spimpi.checks.localisation.borders import first_elements
+from spimpi.checks.localisation.boxes import Box, bounding, flat_index, flat_range
+from spimpi.checks.localisation.describe import n_nan
+from spimpi.checks.localisation.findings import BlockFacts, CaseFacts, Origin, Unwritten
+from spimpi.checks.localisation.questions import Case, Question, Sources
 from spimpi.fingerprint import fingerprint
 from spimpi.fingerprint.tag import mix
 from spimpi.partition import Slab, whole

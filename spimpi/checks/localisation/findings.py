@@ -5,7 +5,7 @@ Pure: no MPI, no arrays. All places are global.
 
 from dataclasses import dataclass
 
-from spimpi.checks.boxes import Box
+from spimpi.checks.localisation.boxes import Box
 from spimpi.checks.verdict import ElementError
 from spimpi.fingerprint.tag import Tag
 from spimpi.partition import Slab

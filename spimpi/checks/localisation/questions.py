@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from mpi4py import MPI
 
-from spimpi.checks.boxes import Box
+from spimpi.checks.localisation.boxes import Box
 from spimpi.errors import UsageError
 from spimpi.fingerprint import arrays, as_array, fingerprint
 from spimpi.fingerprint.tag import Tag

@@ -1,14 +1,14 @@
 """A corruption in words. Every phrase is a fact that was checked; where there is none, it says so.
 
-Pure: facts in (spimpi.checks.findings), text out. The table of phrases is in docs/localisation.md.
+Pure: facts in (spimpi.checks.localisation.findings), text out. The table of phrases is in docs/localisation.md.
 """
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from spimpi.checks.boxes import Box, joined, name_of
-from spimpi.checks.findings import BlockFacts, CaseFacts
+from spimpi.checks.localisation.boxes import Box, joined, name_of
+from spimpi.checks.localisation.findings import BlockFacts, CaseFacts
 from spimpi.checks.verdict import ElementError
 from spimpi.fingerprint.tag import Tag
 

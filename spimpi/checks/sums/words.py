@@ -10,7 +10,7 @@ from math import prod
 
 import numpy as np
 
-from spimpi.checks.float_bound import bins_of
+from spimpi.checks.sums.float_bound import bins_of
 from spimpi.errors import UsageError
 from spimpi.fingerprint import arrays, as_array, fingerprint, projections
 from spimpi.fingerprint.cpu import _pool

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from mpi4py import MPI
 
-from spimpi.checks import float_bound, sum_exact, sum_words
-from spimpi.checks.sum_words import Blocks
+from spimpi.checks.sums import float_bound, exact as sum_exact, words as sum_words
+from spimpi.checks.sums.words import Blocks
 from spimpi.fingerprint import projections
 from spimpi.fingerprint.tag import LINEAR
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from mpi4py import MPI
 
-from spimpi.checks import float_bound, sum_words
+from spimpi.checks.sums import float_bound, words as sum_words
 from spimpi.errors import UsageError
 from spimpi.fingerprint.tag import Tag
 from spimpi.partition import Slab, TensorPartition, whole

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spimpi.checks import float_bound, sum_words
+from spimpi.checks.sums import float_bound, words as sum_words
 from spimpi.fingerprint import Tag
 
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in

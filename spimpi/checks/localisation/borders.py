@@ -1,7 +1,7 @@
 """Where the wrong part of a block begins and ends, in rounds of 16 questions an end."""
 
-from spimpi.checks.boxes import WAYS, Box, pieces_of
-from spimpi.checks.questions import Case, Part, Question, Sources
+from spimpi.checks.localisation.boxes import WAYS, Box, pieces_of
+from spimpi.checks.localisation.questions import Case, Part, Question, Sources
 
 Search = tuple[Case, Box, int, bool]
 

@@ -8,8 +8,8 @@ from math import fsum, prod
 
 import numpy as np
 
-from spimpi.checks.float_bound import format_of
-from spimpi.checks.sum_words import flat, pieces_of, widened
+from spimpi.checks.sums.float_bound import format_of
+from spimpi.checks.sums.words import flat, pieces_of, widened
 from spimpi.fingerprint import linear_fingerprint_counted, projections
 from spimpi.fingerprint.tag import LINEAR, MASK
 from spimpi.partition import Slab

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from localise_cases import DTYPES, check_findings, on_threads, plant, random_layout
 
 from spimpi import Tag, UsageError
-from spimpi.checks.boxes import Box, around, flat_index, flat_range, joined, pieces_of
-from spimpi.checks.localise import localise
+from spimpi.checks.localisation.boxes import Box, around, flat_index, flat_range, joined, pieces_of
+from spimpi.checks.localisation.localise import localise
 from spimpi.fingerprint import cpu  # noqa: F401  (kernels compiled before threads start)
 from spimpi.partition import Slab, whole
 
@@ -40,7 +40,7 @@ def test_exactly_the_planted_elements_are_named(
         return localise(comm, *layout.arguments(comm.rank), TAG, limit=limit)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("spimpi.checks.localise.MAX_PARTS", max_parts)
+        patch.setattr("spimpi.checks.localisation.localise.MAX_PARTS", max_parts)
         every = on_threads(n_ranks, work)
     assert all(one == every[0] for one in every)
     check_findings(every[0], layout, limit)

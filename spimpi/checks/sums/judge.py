@@ -7,8 +7,14 @@ collective: what is exchanged further depends on these words alone, so that all 
 import numpy as np
 from mpi4py import MPI
 
-from spimpi.checks import float_bound, sum_exact, sum_report, sum_search, sum_words
-from spimpi.checks.sum_call import (
+from spimpi.checks.sums import (
+    float_bound,
+    exact as sum_exact,
+    report as sum_report,
+    search as sum_search,
+    words as sum_words,
+)
+from spimpi.checks.sums.call import (
     BAD, HEADER, HIGH, INTEGRAL, LARGEST, LINEAR, LOW, OWN, PIECES, RESULT, regions,
 )  # fmt: skip
 from spimpi.checks.verdict import Verdict

@@ -9,8 +9,8 @@ from math import fsum, isfinite, sqrt
 
 import numpy as np
 
-from spimpi.checks import float_bound, sum_words
-from spimpi.checks.sum_exact import global_runs
+from spimpi.checks.sums import float_bound, words as sum_words
+from spimpi.checks.sums.exact import global_runs
 from spimpi.errors import UsageError
 from spimpi.fingerprint import arrays, as_array, fingerprint, projections
 from spimpi.fingerprint.tag import SKETCH, Tag

@@ -6,9 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spimpi import Tag
-from spimpi.checks.boxes import Box, around, name_of
-from spimpi.checks.describe import describe
-from spimpi.checks.findings import BlockFacts, CaseFacts, Origin, Unwritten
+from spimpi.checks.localisation.boxes import Box, around, name_of
+from spimpi.checks.localisation.describe import describe
+from spimpi.checks.localisation.findings import BlockFacts, CaseFacts, Origin, Unwritten
 from spimpi.checks.verdict import ElementError
 
 F4 = np.dtype(np.float32)

@@ -10,13 +10,13 @@ from hashlib import blake2b
 import numpy as np
 from mpi4py import MPI
 
-from spimpi.checks import sum_exact, sum_words
+from spimpi.checks.sums import exact as sum_exact, words as sum_words
 from spimpi.checks.session import session_of
-from spimpi.checks.sum_call import (
+from spimpi.checks.sums.call import (
     BAD, CALL, FAILED, HEADER, HIGH, INTEGRAL, LARGEST, LINEAR, LOW, OWN, PIECES, RESULT, SumCall,
     n_words, prepare, regions,
 )  # fmt: skip
-from spimpi.checks.sum_judge import JUDGES
+from spimpi.checks.sums.judge import JUDGES
 from spimpi.checks.verdict import Verdict
 from spimpi.errors import CorruptionError, SpimpiError, UsageError
 from spimpi.fingerprint import fingerprint
