@@ -1,14 +1,14 @@
 """Directives of the reference pages: they are made from the code, and nothing may be left out.
 
-    .. public-names:: spimpi.partition      documents the names that spimpi takes from this module
-    .. command-line::                       what `spimpi COMMAND --help` says, for every command
+    .. public-names:: Slab TensorPartition      documents these names of `spimpi`
+    .. command-line::                           what `spimpi COMMAND --help` says, of all commands
 
-A module in ``spimpi._HOMES`` that no page documents is a warning, and so is one documented twice.
+A public name that no page documents is a warning, and so is one that two pages document.
 """
 
 import argparse
 import os
-from importlib import import_module
+from types import ModuleType
 from unittest import mock
 
 from docutils import nodes
@@ -22,41 +22,37 @@ logger = logging.getLogger(__name__)
 
 
 class PublicNames(Directive):
-    """autodoc of a module's public names, as users type them: ``spimpi.NAME``."""
+    """autodoc of public names, as users type them: ``spimpi.NAME``."""
 
     required_arguments = 1
+    final_argument_whitespace = True
 
     def run(self):
-        home = self.arguments[0]
-        if home not in spimpi._HOMES:
-            raise self.error(f"{home} is not in spimpi._HOMES")
         env = self.state.document.settings.env
-        pages = env.spimpi_homes = getattr(env, "spimpi_homes", {})
-        if pages.setdefault(home, env.docname) != env.docname:
-            raise self.error(f"{home} is documented on {pages[home]} too")
-        lines = StringList(_lines(home), source=f"{home}, in spimpi._HOMES")
+        pages = env.spimpi_names = getattr(env, "spimpi_names", {})
+        lines = [".. currentmodule:: spimpi", ""]
+        for name in self.arguments[0].split():
+            if name not in spimpi._HOME_OF:
+                raise self.error(f"{name} is not a public name of spimpi")
+            if name in pages:
+                raise self.error(f"{name} is documented on {pages[name]} too")
+            pages[name] = env.docname
+            lines += _lines(name)
         container = nodes.container()
-        self.state.nested_parse(lines, self.content_offset, container)
+        text = StringList(lines, source="the public names of spimpi")
+        self.state.nested_parse(text, self.content_offset, container)
         return container.children
 
 
-def _lines(home: str) -> list[str]:
-    lines = [".. currentmodule:: spimpi", ""]
-    for name in spimpi._HOMES[home]:
-        value = getattr(import_module(home), name)
-        # spimpi.fingerprint is also a package: there the function is documented by its home's name.
-        if getattr(spimpi, name) is not value:
-            lines += [f".. autofunction:: {home}.{name}", ""]
-        elif isinstance(value, type):
-            exception = issubclass(value, BaseException)
-            directive = "autoexception" if exception else "autoclass"
-            lines += [f".. {directive}:: spimpi.{name}", "   :members:"]
-            lines += ["   :show-inheritance:", ""] if exception else [""]
-        elif callable(value):
-            lines += [f".. autofunction:: spimpi.{name}", ""]
-        else:
-            lines += [f".. autodata:: spimpi.{name}", ""]
-    return lines
+def _lines(name: str) -> list[str]:
+    value = getattr(spimpi, name)
+    if isinstance(value, ModuleType):  # spimpi.fingerprint: a package and its function of that name
+        return [f".. autofunction:: {spimpi._HOME_OF[name]}.{name}", ""]
+    if not isinstance(value, type):
+        return [f".. autofunction:: spimpi.{name}", ""]
+    if issubclass(value, BaseException):
+        return [f".. autoexception:: spimpi.{name}", "   :show-inheritance:", ""]
+    return [f".. autoclass:: spimpi.{name}", "   :members:", ""]
 
 
 class CommandLine(Directive):
@@ -80,16 +76,13 @@ class CommandLine(Directive):
 
 
 def _forget(app, env, docname):
-    homes = getattr(env, "spimpi_homes", {})
-    env.spimpi_homes = {home: page for home, page in homes.items() if page != docname}
+    names = getattr(env, "spimpi_names", {})
+    env.spimpi_names = {name: page for name, page in names.items() if page != docname}
 
 
 def _check_complete(app, env):
-    for home in spimpi._HOMES:
-        if home not in getattr(env, "spimpi_homes", {}):
-            names = ", ".join(spimpi._HOMES[home])
-            msg = f"{home} ({names}) is on no page: add `.. public-names:: {home}` in docs/api"
-            logger.warning(msg)
+    for name in spimpi._HOME_OF.keys() - getattr(env, "spimpi_names", {}).keys():
+        logger.warning("%s is on no page: add `.. public-names:: %s` in docs/api", name, name)
 
 
 def setup(app):
