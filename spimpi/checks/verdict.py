@@ -4,9 +4,6 @@ from dataclasses import dataclass, field
 
 from spimpi.trace.schema import Established
 
-SHOWN_ELEMENTS = 3
-
-
 @dataclass(frozen=True)
 class ElementError:
     """One wrong element: its GLOBAL index, its bytes (little-endian) as they should be and as they
@@ -89,6 +86,9 @@ class Where:
         more = len(self.elements) - SHOWN_ELEMENTS
         shown = [*map(str, self.elements[:SHOWN_ELEMENTS]), *[f"{more} more"] * (more > 0)]
         return "; ".join([text, *shown])
+
+
+SHOWN_ELEMENTS = 3  # of a failure, in words
 
 
 @dataclass(frozen=True)
