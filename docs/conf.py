@@ -1,6 +1,6 @@
 """Sphinx settings; the directives of the reference pages are in public_names.py.
 
-    python -m sphinx -E -a -n -W --keep-going docs build/site
+To build the site: python -m sphinx -E -a -n -W --keep-going docs build/site
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The tutorial's commands print what the page shows, and its five lines are five."""
+"""The tutorial's commands print what the page shows, its five lines are five; the examples' page."""
 
 import difflib
 import re
@@ -52,6 +52,13 @@ def test_five_lines_are_added_and_none_is_changed():
         (ROOT / "examples" / name).read_text().splitlines()
         for name in ("tutorial.py", "tutorial_checked.py")
     )
-    changes = [line for line in difflib.ndiff(before, after) if line[0] in "+-"]
-    assert len(changes) == 5
-    assert all(line.startswith("+ ") for line in changes)
+    _, _, *lines = difflib.unified_diff(before, after, n=1, lineterm="")
+    lines = ["" if line.startswith("@@") else line.rstrip() for line in lines]
+    assert PAGE.split("```diff\n")[1].split("\n```")[0] == "\n".join(lines).strip("\n")
+    assert [line[0] for line in lines if line and line[0] != " "] == ["+"] * 5
+
+
+def test_every_example_is_on_the_examples_page():
+    page = (ROOT / "docs" / "examples.md").read_text()
+    for file in (ROOT / "examples").glob("*.py"):
+        assert f"{{literalinclude}} ../examples/{file.name}\n" in page, file.name
