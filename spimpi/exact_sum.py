@@ -46,9 +46,10 @@ def exact_allreduce(comm, sendbuf, recvbuf=None, tag=None, *, ctx=None) -> np.nd
     ``sendbuf``: a float64, float32, float16, bfloat16 or complex array, or a list of them where
     this rank has several addends; all of one shape and dtype. ``recvbuf``: an array for the result
     (it may be sendbuf itself), returned; else a new one. ``tag``: the sum's name in messages.
-    Error of an element: A * 2**-b of the largest |x| of its row (last axis) over all A addends, b
-    = 52 up to 1024 addends, and one rounding. Checked with zero tolerance: CorruptionError on every
-    rank. UsageError on every rank for NaN or Inf, and for arrays that do not fit. Collective.
+    Error of an element: A * 2**-b times the largest absolute value of its row (last axis) over all
+    A addends, b = 52 up to 1024 addends, and one rounding. Checked with zero tolerance:
+    CorruptionError on every rank. UsageError on every rank for NaN or Inf, and for arrays that do
+    not fit. Collective.
     Proof and sources: docs/sums.md.
     """
     session = session_of(comm, ctx)

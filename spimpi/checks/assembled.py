@@ -1,7 +1,8 @@
 """Results that several ranks put together, and replicas that should be equal.
 
 Both take one reduction of a record (reduction.RECORD), and a second, small exchange only where
-they fail, to name the rank.
+they fail, to name the rank. The run's own checks; those of the library are made by check.py, for
+arrays of anybody's.
 """
 
 from dataclasses import dataclass
@@ -21,35 +22,24 @@ class Comparison:
     rank: int = -1
 
 
-class Comparisons:
-    """Several comparisons over one group of ranks, in one reduction under way.
+def compare_assembled(records, comm, share, result) -> Comparison:
+    """A result put together from owners' parts: XOR of their shares == everybody's result.
 
-    Each is (share, result, absent): the XOR of all shares must be everybody's result. share (a
-    uint64 fingerprint of what this rank contributed) may be None: then all results must only be
-    equal. absent(), asked for on a failure alone, is the fingerprint of what stands in the result
-    where this rank's contribution is missing. Starting and finishing are collective over ``comm``.
+    ``records`` is a RecordReduction; share and result are uint64 fingerprints of what this rank
+    contributed and of all that it got. Collective over ``comm``.
     """
-
-    def __init__(self, records, comm, pairs):
-        self.comm, self.pairs = comm, pairs
-        self._own = empty_records(len(pairs))
-        for record, (share, result, _) in zip(self._own, pairs):
-            record["xor"] = 0 if share is None else share
-            record["every"], record["none"] = result, ~np.uint64(result)
-        self._merged = np.empty_like(self._own)
-        self._request = records.start(comm, self._own, self._merged)
-
-    def finish(self) -> list[Comparison]:
-        """What was found, one Comparison for each pair."""
-        self._request.Wait()
-        return [
-            judge(self.comm, merged, *pair) for merged, pair in zip(self._merged, self.pairs)
-        ]
+    own = empty_records(1)
+    own["xor"], own["every"], own["none"] = share, result, ~np.uint64(result)
+    return judge(comm, records.merge(comm, own)[0], share, result, lambda: 0)
 
 
 def judge(comm, merged, share, result, absent) -> Comparison:
-    """What a merged record says of one comparison (see Comparisons). Collective where it failed:
-    all ranks see the same record."""
+    """What a merged record says of one comparison; collective where it failed.
+
+    The XOR of all shares must be everybody's result. share may be None: then all results must only
+    be equal. absent(), asked for on a failure alone, is the fingerprint of what stands in the
+    result where this rank's contribution is missing.
+    """
     differ = merged["every"] != ~merged["none"]
     expected = merged["every"] if share is None else merged["xor"]
     if not differ and expected == merged["every"]:
@@ -66,16 +56,3 @@ def judge(comm, merged, share, result, absent) -> Comparison:
         # All agree on a wrong result: a contribution that is missing from it is what differs.
         odd = np.flatnonzero(words[:, 0] == expected ^ words[0, 1])
     return Comparison(True, expected, int(odd[0]) if odd.size == 1 else -1)
-
-
-def nothing() -> int:
-    """The share of a contribution that leaves nothing behind where it is missing."""
-    return 0
-
-
-def compare_assembled(records, comm, share, result, absent=nothing) -> Comparison:
-    """A result put together from owners' parts: XOR of their shares == everybody's result.
-
-    ``records`` is a RecordReduction; the words are as for Comparisons. Collective over ``comm``.
-    """
-    return Comparisons(records, comm, [(share, result, absent)]).finish()[0]

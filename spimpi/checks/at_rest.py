@@ -106,9 +106,10 @@ def at_rest(array, tag, where=None, threads=1) -> AtRest:
         raise UsageError(msg)
     slab = place_of(array.shape, where)
     axis = int(np.argmax(array.shape)) if array.ndim else 0
-    n = min(MOST_BLOCKS, max(1, array.nbytes // BLOCK_BYTES), array.shape[axis] if array.ndim else 1)
+    length = array.shape[axis] if array.ndim else 1
+    n = min(MOST_BLOCKS, max(1, array.nbytes // BLOCK_BYTES), length)
     first, words = 0, []
-    for size in balanced_sizes(array.shape[axis] if array.ndim else 1, max(n, 1)):
+    for size in balanced_sizes(length, max(n, 1)):
         last = first + size
         words.append((first, last, _word(array, tag, slab, axis, first, last, threads)))
         first = last

@@ -95,7 +95,8 @@ def _flat(data, datatype) -> np.ndarray:
     if isinstance(datatype, str):
         return data.view(np.dtype(datatype))
     if not datatype.is_predefined:
-        msg = f"checked collectives take predefined datatypes, found {datatype.name or 'a derived one'}"
+        found = datatype.name or "a derived one"
+        msg = f"checked collectives take predefined datatypes, found {found}"
         raise UsageError(msg)
     if datatype.Get_size() == data.itemsize:
         return data

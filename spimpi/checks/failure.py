@@ -131,7 +131,8 @@ def _refuse(c: Check, reports) -> None:
         if any(v != values[0] for v in values):
             msg = f"{_title(reports[0])}: ranks differ in {field}: {_grouped(values, words.format)}"
             raise UsageError(msg)
-    msg = f"{_title(reports[0])}: the ranks' digests differ, and nothing else: a record was corrupted"
+    title = _title(reports[0])
+    msg = f"{title}: the ranks' digests differ, and nothing else: a record was corrupted"
     raise SpimpiError(msg)
 
 

@@ -113,8 +113,8 @@ def _wrong_rows(x, y, weight) -> list[int]:
     if y.dtype.kind == "f" and bound * weight.largest > EXACT.get(y.itemsize, 0.0):
         msg = (
             f"sums of this product may round in {y.dtype}: Σ|x|·max|w| is up to "
-            f"{bound * weight.largest:.3g}, integers are exact up to {EXACT.get(y.itemsize, 0):.3g}; "
-            f"{ELSEWHERE}"
+            f"{bound * weight.largest:.3g}, integers are exact up to "
+            f"{EXACT.get(y.itemsize, 0):.3g}; {ELSEWHERE}"
         )
         raise UsageError(msg)
     return bad

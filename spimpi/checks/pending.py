@@ -49,6 +49,9 @@ class Group:
     def judge(self, merged: list[int]) -> list[Verdict]:
         """One verdict for each check; UsageError on every rank where one could not be made."""
         if merged[:5] == self.clean:
+            for c in self.checks:
+                if len(c.contributed) == 1 and not c.n_loose:
+                    self.session.remember(c.tag, c.contributed[0][1], c.given)
             return [holding(c) for c in self.checks]
         return explain(self.session, self.checks)
 

@@ -154,7 +154,10 @@ def _words(kind, link, c: Check, microbatch, layers) -> dict:
     except UsageError as error:
         c.error = c.error or error
     except (TypeError, ValueError):
-        msg = f"layers are (first, last) and a microbatch a number, found {layers!r}, {microbatch!r}"
+        msg = (
+            f"layers are (first, last) and a microbatch is a number, found {layers!r} and "
+            f"{microbatch!r}"
+        )
         c.error = c.error or UsageError(msg)
     if isinstance(c.tag, Tag):
         words |= {"step": c.tag.step, "layer": c.tag.layer, "seed": c.tag.seed}

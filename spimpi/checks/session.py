@@ -125,7 +125,7 @@ def _kept(comm) -> dict:
 
 
 def session_of(comm, ctx=None) -> Session:
-    """The session of a communicator, or of a context if it is the context's. Collective at first."""
+    """A communicator's session, or the context's if it is over its ranks. Collective at first."""
     if ctx is not None and ctx.is_over(comm):
         return ctx.session
     kept = _kept(comm)

@@ -4,8 +4,6 @@ from dataclasses import dataclass, field
 
 from spimpi.trace.schema import Established
 
-SHOWN_ELEMENTS = 3
-
 
 @dataclass(frozen=True)
 class ElementError:
@@ -26,32 +24,8 @@ class ElementError:
     def __str__(self):
         bits = ", ".join(map(str, self.bits))
         return (
-            f"element {list(self.index)} on rank {self.rank}: expected 0x{self.expected[::-1].hex()}, "
-            f"found 0x{self.found[::-1].hex()} (bits {bits})"
-        )
-
-
-@dataclass(frozen=True)
-class ElementError:
-    """One wrong element: its GLOBAL index, its bytes (little-endian) as they should be and as they
-    are, and the rank that holds it."""
-
-    index: tuple[int, ...]
-    expected: bytes
-    found: bytes
-    rank: int
-
-    @property
-    def bits(self) -> tuple[int, ...]:
-        """Which bits differ, 0 being the lowest of the element's first byte."""
-        mask = int.from_bytes(self.expected, "little") ^ int.from_bytes(self.found, "little")
-        return tuple(i for i in range(mask.bit_length()) if mask >> i & 1)
-
-    def __str__(self):
-        bits = ", ".join(map(str, self.bits))
-        return (
-            f"element {list(self.index)} on rank {self.rank}: expected 0x{self.expected[::-1].hex()}, "
-            f"found 0x{self.found[::-1].hex()} (bits {bits})"
+            f"element {list(self.index)} on rank {self.rank}: expected "
+            f"0x{self.expected[::-1].hex()}, found 0x{self.found[::-1].hex()} (bits {bits})"
         )
 
 
@@ -89,6 +63,9 @@ class Where:
         more = len(self.elements) - SHOWN_ELEMENTS
         shown = [*map(str, self.elements[:SHOWN_ELEMENTS]), *[f"{more} more"] * (more > 0)]
         return "; ".join([text, *shown])
+
+
+SHOWN_ELEMENTS = 3  # of a failure, in words
 
 
 @dataclass(frozen=True)

@@ -142,10 +142,10 @@ def attend(
     sequence parallelism the others are other ranks'; else kv_rows is qkv.
 
     settings = (head_dim, kv heads here, bits of q·k, bits of p·v, checked, columns of qkv, first
-    column of attn here, columns of attn, the key of qkv (tensors.QKV, or QK_NORMED after a QK
-    norm), window: how many positions a row sees, its own included). fault = (row, product,
-    index): adds one to one integer of a product (0: scores with the first key that it sees, index
-    = head; 1: output, index = head·head_dim + column); row -1 means none. words receives: 0, 1 the two
+    column of attn here, columns of attn, qkv's key (tensors.QKV; QK_NORMED after a QK norm),
+    window: how many positions a row sees, its own included). fault = (row, product, index): adds
+    one to one integer of a product (0: scores with the first key that the row sees, index = head;
+    1: output, index = head·head_dim + column); row -1 means none. words receives: 0, 1 the two
     sides of the scores' check; 2, 3 those of the output's; 4, 5 the wrong rows of each; 6 rows
     with NaN or Inf. This is the last use of the layer's qkv and makes attn: segments_found[layer]
     gets the words of qkv's column segments, made[layer] that of attn (step_keys: Keys.of_step).

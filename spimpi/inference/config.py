@@ -166,7 +166,8 @@ def load_config(directory) -> ModelConfig:
     """The model of a Hugging Face directory, from its config.json.
 
     Reads what transformers 4 and 5 write; what is missing has the defaults of Hugging Face's
-    LlamaConfig, Olmo2Config or Olmo3Config. Raises UsageError for anything that this inference would compute wrongly.
+    LlamaConfig, Olmo2Config or Olmo3Config. Raises UsageError for anything that this inference
+    would compute wrongly.
     """
     directory = Path(directory)
     if not directory.is_dir():

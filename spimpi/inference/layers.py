@@ -174,8 +174,9 @@ class Layers:
         self._fault("attn", name, space.attn, b)
         self._reduce("attn_out", 0, i, space.attn, layer.o, b)
         self._fault("resid", name, space.delta, b, replica=True)
+        delta = self._added(layer.attn_norm, b)
         kernels.add_residual(
-            x, self._added(layer.attn_norm, b), space.resid, b.keys, i, b.first_row, 0, self.checked,
+            x, delta, space.resid, b.keys, i, b.first_row, 0, self.checked,
             results.rest_found, results.rest_expected, results.hidden,
         )  # fmt: skip
         self._fault("resid", name, space.resid, b)
@@ -188,8 +189,9 @@ class Layers:
         self._fault("ffn", name, space.ffn, b)
         self._reduce("ffn_out", 1, i, space.ffn, layer.down, b)
         self._fault("hidden", name, space.delta, b, replica=True)
+        delta = self._added(layer.ffn_norm, b)
         kernels.add_residual(
-            space.resid, self._added(layer.ffn_norm, b), out, b.keys, i, b.first_row, 1, self.checked,
+            space.resid, delta, out, b.keys, i, b.first_row, 1, self.checked,
             results.rest_found, results.rest_expected, results.hidden,
         )  # fmt: skip
         self._fault("hidden", name, out, b)

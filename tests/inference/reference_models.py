@@ -53,8 +53,9 @@ def make(
 ) -> Path:
     """Write a random model with save_pretrained; the same for the same arguments.
 
-    model_type: as in config.json; facts: more of its fields. rope: a rope_parameters dict (LLAMA3_ROPE, for one); max_shard_size: "50KB" gives several
-    shards and an index. Needs torch and transformers.
+    model_type: as in config.json; facts: more of its fields. rope: a rope_parameters dict
+    (LLAMA3_ROPE, for one); max_shard_size: "50KB" gives several shards and an index. Needs
+    torch and transformers.
     """
     import torch
 

@@ -1,14 +1,20 @@
+import hashlib
 import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
-from reference_models import config_json, tiny_config
+from reference_models import classes, config_json, tiny_config
 
 from spimpi.errors import UsageError
+from spimpi.inference.checkpoint import config_digest
 from spimpi.inference.config import (
     EMBEDDED_MODEL,
+    FULL,
+    SLIDING,
     Llama3Scaling,
+    YarnScaling,
     checkpoint_tensors,
     load_config,
     published,
@@ -128,6 +134,7 @@ def test_a_config_that_is_no_json_object_is_named(tmp_path, text):
         ({"rope_parameters": {"rope_type": "yarn", "factor": 4}}, ["yarn", "default", "llama3"]),
         ({"rope_parameters": ..., "rope_scaling": {"type": "linear", "factor": 2}}, ["linear"]),
         ({"rope_parameters": {"full": {"rope_type": "default"}}}, ["layer type"]),
+        ({"architectures": ["OlmoForCausalLM"]}, ["OlmoForCausalLM", "Olmo2ForCausalLM"]),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, ["partial_rotary_factor", "0.5"]),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8}}, ["low_freq_factor", "None"]),
         ({"quantization_config": {"quant_method": "gptq"}}, ["quantization_config", "gptq"]),
@@ -148,6 +155,8 @@ def test_what_would_be_computed_wrongly_is_refused_by_name(tmp_path, changes, wo
 def test_published_shapes_have_the_published_number_of_parameters():
     # 1,235,814,400 and 3,212,749,824: the totals on the models' pages (1.24 and 3.21 billion)
     totals = {"llama-3.2-1b": 1_235_814_400, "llama-3.2-3b": 3_212_749_824}
+    # safetensors' totals there: 1.48, 7.30 and 7.30 billion
+    totals |= {"olmo-2-1b": 1_484_916_736, "olmo-2-7b": 7_298_617_344, "olmo-3-7b": 7_298_011_136}
     for name, total in totals.items():
         assert sum(map(math.prod, checkpoint_tensors(published(name)).values())) == total
 
@@ -163,13 +172,15 @@ def test_an_unknown_published_name_gets_the_list():
         published("llama-9")
 
 
-def test_the_tensors_are_those_that_transformers_makes():
-    transformers = pytest.importorskip("transformers", reason="transformers is the reference")
+@pytest.mark.parametrize("model_type", ["llama", "olmo2", "olmo3"])
+def test_the_tensors_are_those_that_transformers_makes(model_type):
+    pytest.importorskip("transformers", reason="transformers is the reference")
+    make_config, make_model = classes(model_type)
     for tied in (False, True):
-        config = tiny_config(tie_word_embeddings=tied, head_dim=4)
+        config = tiny_config(tie_word_embeddings=tied, head_dim=4, model_type=model_type)
         values = config_json(config)
         values.pop("architectures")
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**values))
+        model = make_model(make_config(**values, pad_token_id=None))
         theirs = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
         assert checkpoint_tensors(config) == theirs
 
@@ -187,6 +198,145 @@ def test_tensors_come_in_program_order():
             *(f"mlp.{x}_proj" for x in ("gate", "up", "down")),
         )
     ]
+
+
+def test_olmo_s_tensors_come_in_program_order():
+    names = list(checkpoint_tensors(tiny_config(model_type="olmo2")))
+    assert names[1:12] == [
+        f"model.layers.0.{name}.weight"
+        for name in (
+            *(f"self_attn.{x}" for x in ("q_proj", "k_proj", "v_proj", "q_norm", "k_norm")),
+            "self_attn.o_proj", "post_attention_layernorm",
+            *(f"mlp.{x}_proj" for x in ("gate", "up", "down")), "post_feedforward_layernorm",
+        )
+    ]  # fmt: skip
+
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "attention_factor": 1.2079441541679836,
+    "original_max_position_embeddings": 8192,
+}
+PLAIN = {"rope_type": "default", "rope_theta": 500000.0}
+
+
+def olmo3_with(tmp_path, **changes):
+    """A directory with a small OLMo 3 of four layers, its window 5, and changes."""
+    facts = dict(n_layers=4, model_type="olmo3", sliding_window=5, rope_theta=500000.0)
+    values = config_json(tiny_config(**facts, layer_types=(SLIDING, SLIDING, SLIDING, FULL)))
+    values = {k: v for k, v in (values | changes).items() if v is not ...}
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    return tmp_path
+
+
+def test_olmo_shapes_are_those_of_the_published_configurations():
+    two, three = published("olmo-2-7b"), published("olmo-3-7b")
+    for config in (two, three):
+        assert (config.n_layers, config.n_heads, config.n_kv_heads, config.head_dim) == (
+            32, 32, 32, 128
+        )  # fmt: skip
+        assert (config.rms_norm_eps, config.rope_theta) == (1e-6, 500000.0)
+    assert (two.model_type, two.rope_scaling, two.max_position_embeddings) == ("olmo2", None, 4096)
+    assert not any(map(two.is_sliding, range(32)))
+    assert three.rope_scaling == YarnScaling(8.0, 32.0, 1.0, 1.2079441541679836, 8192)
+    assert (three.sliding_window, three.max_position_embeddings) == (4096, 65536)
+    assert [i for i in range(32) if not three.is_sliding(i)] == list(range(3, 32, 4))
+    assert published("olmo-3-7b", 5).layer_types == three.layer_types[:5]
+
+
+def test_three_ways_to_write_olmo_3_s_rope_describe_the_same_model(tmp_path):
+    by_layer = olmo3_with(tmp_path, rope_parameters={FULL: YARN, SLIDING: PLAIN})
+    found = load_config(by_layer)
+    assert found.rope_scaling == YarnScaling(8.0, 32.0, 1.0, 1.2079441541679836, 8192)
+    assert found.layer_types == (SLIDING, SLIDING, SLIDING, FULL) and found.sliding_window == 5
+    four = {field: value for field, value in YARN.items() if field != "rope_theta"}
+    for changes in (
+        dict(rope_parameters=..., rope_theta=500000, rope_scaling=four),  # transformers 4.57
+        dict(rope_parameters=YARN),  # transformers 5.0
+        dict(rope_parameters=YARN, layer_types=...),  # every fourth is full
+        dict(rope_parameters={FULL: YARN | {"attention_factor": None}, SLIDING: PLAIN}),
+    ):
+        assert load_config(olmo3_with(tmp_path, **changes)) == found
+
+
+def test_missing_values_of_olmo_have_the_defaults_of_hugging_face(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is the reference")
+    for model_type, theirs in (
+        ("olmo2", transformers.Olmo2Config()), ("olmo3", transformers.Olmo3Config()),
+    ):  # fmt: skip
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+        config = load_config(tmp_path)
+        assert (config.vocab_size, config.hidden_size, config.intermediate_size) == (
+            theirs.vocab_size, theirs.hidden_size, theirs.intermediate_size
+        )  # fmt: skip
+        assert (config.n_layers, config.n_heads) == (
+            theirs.num_hidden_layers, theirs.num_attention_heads
+        )  # fmt: skip
+        assert config.n_kv_heads == theirs.num_key_value_heads
+        assert config.rms_norm_eps == theirs.rms_norm_eps
+        assert config.max_position_embeddings == theirs.max_position_embeddings
+        rope = theirs.rope_parameters
+        assert config.rope_theta == rope.get(FULL, rope)["rope_theta"]
+        if model_type == "olmo3":
+            assert list(config.layer_types) == theirs.layer_types
+            assert config.sliding_window == theirs.sliding_window
+        else:
+            assert (config.layer_types, config.sliding_window) == ((), None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"layer_types": [FULL]}, ["layer_types", "4 layers"]),
+        ({"layer_types": [FULL] * 3 + ["linear_attention"]}, ["linear_attention", SLIDING]),
+        ({"sliding_window": None}, ["sliding_window", "null"]),
+        ({"sliding_window": 0}, ["sliding_window", "0"]),
+        ({"rope_parameters": {"rope_type": "llama3", **LLAMA3}}, ["llama3", "Olmo3", "yarn"]),
+        ({"rope_parameters": {SLIDING: YARN, FULL: YARN}}, ["yarn", SLIDING]),
+        ({"rope_parameters": {SLIDING: PLAIN | {"rope_theta": 1e4}, FULL: PLAIN}}, ["rope_theta"]),
+        ({"rope_parameters": {"chunked_attention": PLAIN}}, ["chunked_attention"]),
+        ({"rope_parameters": YARN | {"truncate": False}}, ["truncate", "yarn"]),
+        ({"rope_parameters": YARN | {"mscale": 0.7}}, ["mscale"]),
+        ({"rope_parameters": YARN | {"factor": 0.5}}, ["factor", "0.5"]),
+        ({"rope_parameters": YARN | {"factor": None}}, ["factor", "None"]),
+        ({"rope_parameters": YARN | {"beta_fast": 0.5}}, ["beta_fast", "0.5"]),
+        ({"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"]}, ["by layer type"]),
+        ({"model_type": "olmo2", "architectures": ["Olmo2ForCausalLM"], "rope_parameters": YARN},
+         ["yarn", "Olmo2ForCausalLM"]),
+        ({"attention_bias": True}, ["attention_bias"]),
+    ],
+)  # fmt: skip
+def test_what_would_be_computed_wrongly_of_olmo_is_refused_by_name(tmp_path, changes, words):
+    message = refusal(olmo3_with(tmp_path, **changes))
+    assert [word for word in words if word not in message] == []
+
+
+def test_windows_matter_only_where_a_layer_slides(tmp_path):
+    config = load_config(olmo3_with(tmp_path, layer_types=[FULL] * 4, sliding_window=None))
+    assert config.sliding_window is None and not config.is_sliding(0)
+
+
+def test_what_only_olmo_has_does_not_rename_a_llama():
+    """Golden files name their model by a digest: the shipped one is from before there was OLMo."""
+    llama = tiny_config()
+    assert config_digest(llama).hexdigest() == config_digest(tiny_config(name="x")).hexdigest()
+    facts = asdict(llama)
+    for field in ("name", "model_type", "layer_types", "sliding_window"):
+        del facts[field]
+    before = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    assert config_digest(llama).hexdigest() == before.hexdigest()
+    digests = {
+        config_digest(tiny_config(**facts)).hexdigest()
+        for facts in (
+            {}, {"model_type": "olmo2"}, {"model_type": "olmo3"},
+            {"model_type": "olmo3", "sliding_window": 3},
+        )
+    }  # fmt: skip
+    assert len(digests) == 4
 
 
 def ulps(a, b):
@@ -222,6 +372,31 @@ def test_rotary_frequencies_agree_with_transformers(name):
     # theirs is a chain of float32 operations here, whose differences lose bits; ours rounds once
     assert middle.any()
     assert ulps(found[middle], theirs[middle]) <= 6
+
+
+def test_yarn_frequencies_agree_with_transformers_and_leave_sliding_layers_alone():
+    pytest.importorskip("transformers", reason="transformers is the reference")
+    from transformers import Olmo3Config
+    from transformers.models.olmo3.modeling_olmo3 import Olmo3RotaryEmbedding
+
+    config = published("olmo-3-7b")
+    theirs = Olmo3RotaryEmbedding(Olmo3Config(**config_json(config)))
+    found = rope_inverse_frequencies(config)
+    stretched = theirs.full_attention_inv_freq.numpy()
+    # theirs is a chain of float32 operations, whose differences lose bits where two are blended
+    assert ulps(found, stretched) <= 8
+    plain = rope_inverse_frequencies(config, sliding=True)
+    assert ulps(plain, theirs.sliding_attention_inv_freq.numpy()) <= 1
+    assert (found[:5] == plain[:5]).all()
+    assert ulps(found[-1:], plain[-1:] / np.float32(8)) <= 1
+    assert ((found > plain / 8.1) & (found <= plain)).all() and (np.diff(found) < 0).all()
+    assert rope_factor(config) == np.float32(theirs.full_attention_attention_scaling)
+    assert rope_factor(config, sliding=True) == 1 == theirs.sliding_attention_attention_scaling
+
+
+def test_the_recommended_attention_factor_is_yarn_s():
+    assert yarn_attention_factor(8.0) == 1.2079441541679836
+    assert yarn_attention_factor(1.0) == 1
 
 
 def test_llama3_stretches_long_waves_only():

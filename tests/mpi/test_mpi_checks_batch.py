@@ -305,7 +305,7 @@ class Found:
 
 def test_localisation_is_asked_once_with_what_was_given_and_got(comm, monkeypatch):
     """Its interface, with a stand-in that gathers everything."""
-    asked = []
+    asked, histories = [], []
 
     def localise(comm, contributed, held, tag, *, history=None, limit=16):
         def told(blocks):
@@ -313,6 +313,7 @@ def test_localisation_is_asked_once_with_what_was_given_and_got(comm, monkeypatc
 
         everyone = comm.allgather((told(contributed), told(held)))
         asked.append(tag)
+        histories.append(history)
         shape = next(s.global_shape for given, got in everyone for s, _ in (*given, *got))
         truth = None
         for given, _ in everyone:
@@ -326,7 +327,8 @@ def test_localisation_is_asked_once_with_what_was_given_and_got(comm, monkeypatc
                 for index in np.argwhere(part != array):
                     place = tuple(int(i) + a for i, a in zip(index, slab.offset))
                     i = tuple(index)
-                    elements.append(ElementError(place, part[i].tobytes(), array[i].tobytes(), rank))
+                    words = part[i].tobytes(), array[i].tobytes()
+                    elements.append(ElementError(place, *words, rank))
         return Found(tuple(elements[:limit]), f"{len(elements)} elements")
 
     stand_in = ModuleType("spimpi.checks.localisation.localise")
@@ -345,6 +347,9 @@ def test_localisation_is_asked_once_with_what_was_given_and_got(comm, monkeypatc
             spimpi.verify_allgather(part, cut(x, p), seen, p, _tag(0))
         (element,) = caught.value.verdict.where.elements
         assert (element.index, element.rank, element.bits) == ((2, 3), victim, (9,))
+        # What this rank gave to earlier checks comes along, to recognise a stale block by.
+        own = spimpi.fingerprint(cut(x, p), _tag(0), p)
+        assert histories[-1][_tag(0), p.slab(cut(x, p).shape)] == own
         assert asked == [_tag(0)] and "1 elements" in str(caught.value)
         assert f"element [2, 3] on rank {victim}" in str(caught.value)
         # A ring's blocks are given places of their own; elements come as (sender, index…).

@@ -143,6 +143,16 @@ def test_an_element_of_the_product_that_is_no_integer_is_wrong(comm, value):
     assert caught.value.verdict.where.elements[0].index == (1, 1)
 
 
+def test_a_fraction_where_the_product_is_zero_is_wrong(comm):
+    """As an integer it would be 0, and right."""
+    x, w, y = _product(0)
+    x[3], y[3] = 0, 0
+    y[3, 0] = 0.5
+    with corruption(comm, 0, "matmul") as caught:
+        spimpi.verify_matmul(comm, x, w, y, TAG)
+    assert caught.value.verdict.where.elements[0].index == (3, 0)
+
+
 @pytest.mark.parametrize("name", ["flip", "swap", "shift", "zeros", "stale"])
 def test_faults_of_a_product_are_found(comm, name):
     for part in worlds(comm):

@@ -26,7 +26,7 @@ from spimpi.fingerprint.tag import MASK
 def verify_allreduce(
     comm, contribution, result, tag, *, op=MPI.SUM, check=True, ctx=None, threads=1
 ) -> Verdict:
-    """Check an allreduce after it ran: ``result`` on every rank is the sum of ``contribution``s.
+    """Check an allreduce after it ran: ``result`` on every rank is the sum of all that ranks gave.
 
     Arrays of one shape and dtype on all ranks: with MPI.SUM float64, float32, float16, bfloat16,
     complex or integers; with MPI.MAX and MPI.MIN no complex ones; with MPI.BXOR integers and bools.

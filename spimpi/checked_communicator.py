@@ -44,7 +44,7 @@ class CheckedComm(CheckedMessages):
 
     def __init__(self, comm, ctx, check, threads):
         self.comm, self.ctx, self.check, self.threads = comm, ctx, check, threads
-        self.verdict = None
+        self.verdict, self._given = None, comm
         self._session = session_of(comm, ctx)
         self._seed = DEFAULT_SEED if ctx is None else ctx.seed
         self._tag, self._calls = None, 0
@@ -274,7 +274,7 @@ class CheckedComm(CheckedMessages):
     def _sum(self, name, sent, recvbuf, counts, op, tag, comm=None):
         """What checks a sum, to be called when it is complete."""
         tag = self._next_tag(name, tag)
-        on, ctx = (self.comm, self.ctx) if comm is None else (comm, None)
+        on, ctx = (self._given, self.ctx) if comm is None else (comm, None)
 
         def settle():
             from spimpi.checks.sums.verify import verify_allreduce, verify_reduce_scatter

@@ -1,0 +1,282 @@
+"""The manifest file: versioned JSON with a checksum of its own (docs/manifest.md)."""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from pathlib import Path
+
+from spimpi.errors import UsageError
+from spimpi.fingerprint.tag import CONTENT, DEFAULT_SEED, MASK, Tag
+from spimpi.manifest.dtypes import StoredType, stored_type
+
+FORMAT_VERSION = 1
+FINGERPRINT_VERSION = 1
+_WORD = re.compile(r"[0-9a-f]{16}")
+
+
+@dataclass(frozen=True)
+class TensorFacts:
+    """A tensor as it is stored: safetensors' name of its dtype, global shape, content fingerprint
+    (None where it is not known yet)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    fingerprint: int | None = None
+
+    @property
+    def stored(self) -> StoredType:
+        return stored_type(self.dtype)
+
+    @property
+    def word_shape(self) -> tuple[int, ...]:
+        """The shape in words: a complex number is two, along a new last axis."""
+        words = self.stored.words
+        return self.shape if words == 1 else (*self.shape, words)
+
+    @property
+    def n_elements(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def n_bytes(self) -> int:
+        return prod(self.word_shape) * self.stored.wordsize
+
+    def same_kind(self, other: "TensorFacts") -> bool:
+        """Whether both have one dtype and shape; only then can fingerprints be compared."""
+        return (self.dtype, self.shape) == (other.dtype, other.shape)
+
+    def __str__(self):
+        return f"{self.dtype} {list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The fingerprints of a checkpoint's tensors, by name, taken with one seed."""
+
+    tensors: dict[str, TensorFacts]
+    seed: int = DEFAULT_SEED
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(facts.n_bytes for facts in self.tensors.values())
+
+    @cached_property
+    def checksum(self) -> str:
+        """SHA-256 of the manifest without this, in 64 hex digits."""
+        return _checksum(self._facts())
+
+    def tag(self, name: str) -> Tag:
+        """The tag of a tensor's fingerprint."""
+        return Tag(self.seed, name)
+
+    def key(self, name: str) -> int:
+        """The key of a tensor's content stream."""
+        return content_key(self.seed, name, self.tensors[name])
+
+    def dumps(self) -> str:
+        """The file's text, one line a tensor."""
+        facts = self._facts()
+        lines = [f"{json.dumps(n)}: {json.dumps(v)}" for n, v in facts.pop("tensors").items()]
+        head = "".join(f"{json.dumps(k)}: {json.dumps(v)},\n" for k, v in facts.items())
+        tensors = ",\n".join(lines)
+        return f'{{\n{head}"tensors": {{\n{tensors}\n}},\n"checksum": "{self.checksum}"\n}}\n'
+
+    def _facts(self) -> dict:
+        return {
+            "spimpi_manifest": FORMAT_VERSION,
+            "fingerprint": FINGERPRINT_VERSION,
+            "seed": self.seed,
+            "tensors": {
+                name: [facts.dtype, list(facts.shape), f"{facts.fingerprint:016x}"]
+                for name, facts in self.tensors.items()
+            },
+        }
+
+
+def content_key(seed: int, name: str, facts: TensorFacts) -> int:
+    """The key of a tensor's content stream, for its shape in words."""
+    return Tag(seed, name).key(CONTENT, facts.word_shape, facts.stored.wordsize)
+
+
+def read_manifest(path) -> Manifest:
+    """The manifest in a file.
+
+    Raises UsageError where there is none, it is of a newer version, or its checksum does not fit.
+    """
+    path = Path(path)
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        msg = f"the manifest {path} cannot be read: {error.strerror}"
+        raise UsageError(msg) from None
+    return parse(text, path)
+
+
+def parse(text: bytes | str, path="the manifest") -> Manifest:
+    """The manifest in a text; ``path`` names it in errors."""
+    try:
+        values = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        msg = (
+            f"{path} is not a manifest, or cut short: expected JSON as `spimpi manifest make` "
+            f"writes it, found {error}"
+        )
+        raise UsageError(msg) from None
+    if not isinstance(values, dict) or "spimpi_manifest" not in values:
+        msg = f"{path} is not a manifest: expected a JSON object with the field spimpi_manifest"
+        raise UsageError(msg)
+    version = values["spimpi_manifest"]
+    if not _is_number(version) or version < 1:
+        msg = f"{path}: expected a version from 1 on in spimpi_manifest, found {version!r}"
+        raise UsageError(msg)
+    if version > FORMAT_VERSION:
+        msg = (
+            f"{path} is a manifest of version {version}, this spimpi reads version "
+            f"{FORMAT_VERSION}: update spimpi"
+        )
+        raise UsageError(msg)
+    found = values.pop("checksum", None)
+    expected = _checksum(values)
+    if found != expected:
+        msg = (
+            f"the manifest {path} is damaged: its checksum is {found}, that of its content "
+            f"{expected}; copy it again"
+        )
+        raise UsageError(msg)
+    return _manifest(values, path)
+
+
+def _manifest(values: dict, path) -> Manifest:
+    """From facts whose checksum fits: what is wrong now was made wrong."""
+    if values.get("fingerprint") != FINGERPRINT_VERSION:
+        msg = (
+            f"{path} holds fingerprints of version {values.get('fingerprint')!r}, this spimpi "
+            f"takes version {FINGERPRINT_VERSION}: update spimpi, or make the manifest again"
+        )
+        raise UsageError(msg)
+    seed, tensors = values.get("seed"), values.get("tensors")
+    if not _is_number(seed) or not 0 <= seed <= MASK or not isinstance(tensors, dict):
+        msg = f"{path}: expected a seed of 64 bits and an object of tensors, found seed {seed!r}"
+        raise UsageError(msg)
+    return Manifest({name: _tensor(name, v, path) for name, v in tensors.items()}, seed)
+
+
+def _tensor(name, value, path) -> TensorFacts:
+    require_text(name, path)
+    fits = isinstance(value, list) and len(value) == 3
+    dtype, shape, word = value if fits else (None, None, None)
+    fits = fits and isinstance(dtype, str) and is_shape(shape)
+    if not fits or not isinstance(word, str) or not _WORD.fullmatch(word):
+        msg = (
+            f"{path}: tensor {name}: expected [dtype, shape, 16 hex digits], found "
+            f"{json.dumps(value)}"
+        )
+        raise UsageError(msg)
+    facts = TensorFacts(dtype, tuple(shape), int(word, 16))
+    try:
+        facts.stored  # noqa: B018  it raises for an unknown dtype
+    except UsageError as error:
+        msg = f"{path}: tensor {name}: {error}"
+        raise UsageError(msg) from None
+    return facts
+
+
+def require_text(name: str, path) -> None:
+    """UsageError for a tensor's name that is no text (JSON can hold half a character)."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        msg = f"{path}: the tensor name {ascii(name)} is not valid Unicode"
+        raise UsageError(msg) from None
+
+
+def is_shape(value) -> bool:
+    """Whether a JSON value is a list of sizes."""
+    return isinstance(value, list) and all(_is_number(n) and n >= 0 for n in value)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _unique(pairs) -> dict:
+    """A JSON object whose names are all different; Python would keep the last of equal ones."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        msg = f"the name {twice!r} twice in one object"
+        raise ValueError(msg)
+    return values
+
+
+def _checksum(facts: dict) -> str:
+    text = json.dumps(facts, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_can_write(path, overwrite: bool = False) -> None:
+    """Raise UsageError where a manifest can't be written; asked before the checkpoint is read."""
+    path = Path(path)
+    if path.is_dir():
+        msg = f"cannot write {path}: it is a directory; name a file (-o)"
+        raise UsageError(msg)
+    if not overwrite and (path.exists() or path.is_symlink()):
+        _refuse_existing(path)
+    try:
+        # Only writing tells: to root every directory looks writable.
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        msg = (
+            f"cannot write {path}: no file can be made in {path.parent} ({error.strerror}); "
+            "name another file (-o)"
+        )
+        raise UsageError(msg) from None
+
+
+def write_manifest(path, manifest: Manifest, overwrite: bool = False) -> None:
+    """Write a manifest so that the file is there as a whole or not at all.
+
+    Raises UsageError where it cannot be written, or exists and is not to be replaced.
+    """
+    path = Path(path)
+    check_can_write(path, overwrite)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        try:
+            with open(draft, "x", encoding="utf-8") as file:
+                file.write(manifest.dumps())
+                file.flush()
+                os.fsync(file.fileno())
+            _publish(draft, path, overwrite)
+        finally:
+            draft.unlink(missing_ok=True)
+    except OSError as error:
+        msg = f"cannot write {path}: {error.strerror}"
+        raise UsageError(msg) from None
+
+
+def _publish(draft: Path, path: Path, overwrite: bool) -> None:
+    if overwrite:
+        os.replace(draft, path)
+        return
+    try:
+        os.link(draft, path)  # a rename would replace what came there in the meantime
+    except FileExistsError:
+        _refuse_existing(path)
+    except OSError:  # file systems without links
+        if path.exists():
+            _refuse_existing(path)
+        os.replace(draft, path)
+
+
+def _refuse_existing(path: Path):
+    msg = f"{path} exists; name another file (-o) or use --overwrite"
+    raise UsageError(msg)
