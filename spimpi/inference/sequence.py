@@ -67,7 +67,9 @@ class SequenceGroup:
         width = int(self.segments[:, 2].sum())
         self.width = width
         most = max(split.most_rows for split in splits)
-        self.n_gathered = [[sum(b - a for a, b in piece) for piece in split.pieces] for split in splits]
+        self.n_gathered = [
+            [sum(b - a for a, b in piece) for piece in split.pieces] for split in splits
+        ]
         first, s = splits[0].rows.sequence[0], self.rank
         self._rows = [
             [Gathered.of(split, m, s, first) for m in range(len(split.pieces))] for split in splits

@@ -1,4 +1,4 @@
-"""The grid of ranks: tensor × sequence × pipeline × data; how one is chosen or read from text."""
+"""The grid of ranks, tensor × sequence × pipeline × data: how one is chosen, or read from text."""
 
 import math
 from dataclasses import dataclass
@@ -74,7 +74,7 @@ class Grid:
         return ((d * self.pp + p) * self.sp + s) * self.tp + t
 
     def text(self) -> str:
-        """The canonical form, which ``parse`` reads: ``tp=2,pp=2,dp=2``; sp only where it is not 1."""
+        """The canonical form, which ``parse`` reads: ``tp=2,pp=2,dp=2``; sp where it is not 1."""
         sequence = f"sp={self.sp}," if self.sp > 1 else ""
         return f"tp={self.tp},{sequence}pp={self.pp},dp={self.dp}"
 

@@ -68,7 +68,7 @@ def split_rows(lengths, grid, d: int, step: int = 0) -> Split:
 
 
 def prompts_of(n_prompts: int, sp: int) -> list[tuple[int, int]]:
-    """The (start, stop) of each sequence rank's prompts in decoding, of a data rank's ``n_prompts``."""
+    """The (start, stop) of each sequence rank's prompts in decoding; of ``n_prompts`` in all."""
     return _cut(0, n_prompts, sp)
 
 

@@ -30,6 +30,14 @@ OLMO = dict(
 IDS = ("3,1,4,1,5,9,2", "6,5", "35,8,9,7,9,3,2,3,8,4,6", "2,6,4,3", "3,8,32", "7,9,5,0", "2", "8,8")
 
 
+both_families = pytest.mark.parametrize("facts", [GROUPED, OLMO], ids=["llama", "olmo"])
+
+
+def named(model, facts):
+    """The directory of the random model of these facts."""
+    return str(model("grouped" if facts is GROUPED else "olmo3", **facts))
+
+
 @contextmanager
 def first_ranks(comm, n):
     """A communicator of the first ``n`` ranks; None on the others, which sleep until it is done.
