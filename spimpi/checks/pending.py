@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from mpi4py import MPI
 
-from spimpi.checks.check import Check, Rule, fold
+from spimpi.checks.check import Check, fold
 from spimpi.checks.failure import explain, holding
 from spimpi.checks.session import Session, session_of
 from spimpi.checks.verdict import Verdict
