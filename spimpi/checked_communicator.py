@@ -49,8 +49,10 @@ class CheckedComm(CheckedMessages):
         self._seed = DEFAULT_SEED if ctx is None else ctx.seed
         self._tag, self._calls = None, 0
         self._requests = request_session_of(comm)
-        self._queue = Queue(self._requests)
-        super().__init__()
+        if self._requests.queue is None:
+            self._requests.queue = Queue(self._requests)
+        self._queue = self._requests.queue
+        super().__init__(self._session)
 
     def __getattr__(self, name):
         return getattr(self.comm, name)

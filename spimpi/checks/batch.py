@@ -35,6 +35,8 @@ class Batch:
         self.ctx.open_batch = None
         if kind is None:
             self._settle()
+        else:  # hand-offs may be under way: their buffers stay until the communicator goes
+            self.ctx.session.kept.append(self._handoffs)
 
     def add(self, session, check: Check, raises: bool) -> PendingVerdict:
         """Take a check whose words are known. Local."""
@@ -119,7 +121,7 @@ def _judged(group: Group, merged, entries):
     """Give every pending verdict its own; returns the error to raise, or None."""
     try:
         verdicts = group.judge(merged)
-    except UsageError as error:
+    except SpimpiError as error:
         return error
     for (_, pending, _), verdict in zip(entries, verdicts):
         pending._verdict = verdict

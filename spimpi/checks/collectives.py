@@ -5,6 +5,8 @@ rank: CorruptionError where the check fails (unless ``check=False``), UsageError
 ranks gave does not fit together. docs/checks.md has what they promise and what they do not.
 """
 
+import numpy as np
+
 from spimpi.checks.check import Check, Rule, cut_of
 from spimpi.checks.pending import settle
 from spimpi.checks.verdict import Verdict
@@ -103,7 +105,7 @@ def verify_alltoall(
 
 def _is_root(c: Check, comm, root) -> bool:
     """Whether this rank is the root; UsageError for a root outside the communicator."""
-    if isinstance(root, bool) or not isinstance(root, int) or not 0 <= root < comm.size:
+    if isinstance(root, bool) or not isinstance(root, (int, np.integer)) or not 0 <= root < comm.size:
         msg = f"a root is a rank of the communicator, 0..{comm.size - 1}, found {root!r}"
         raise UsageError(msg)
     c.root = root

@@ -20,10 +20,9 @@ MESSAGE = np.dtype([("sequence", "<i8"), ("n", "<i8"), ("dtype", "S16"), ("word"
 class CheckedMessages:
     """The point-to-point part of a CheckedComm, which has the communicators."""
 
-    def __init__(self):
-        self._sent: dict = {}  # (destination, tag) -> how many
-        self._received: dict = {}
-        self._records: list = []  # sends of records under way, with what they send
+    def __init__(self, session):
+        self._sent, self._received = session.sent, session.received
+        self._records = session.kept  # sends of records under way, with what they send
 
     def Send(self, buf, dest, tag=0):
         self._send_record(buf, dest, tag)

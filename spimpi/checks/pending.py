@@ -66,6 +66,8 @@ def built(check: Check, build: Callable) -> Check:
         check.seal()
     except SpimpiError as error:
         check.error = error
+    except (TypeError, ValueError, OverflowError, MemoryError) as error:
+        check.error = UsageError(f"{type(error).__name__}: {error}")
     return check
 
 

@@ -63,6 +63,8 @@ def _verify(comm, name, contribution, result, partition, tag, op, check, ctx, th
         _fill(local, words, threads, comm)
     except (SpimpiError, OSError) as caught:
         error = caught
+    except (TypeError, ValueError, OverflowError, MemoryError) as caught:
+        error = UsageError(f"{type(caught).__name__}: {caught}")
     words[FAILED] = error is not None
     words[CALL] = _digest(call)
     everyone = np.empty((comm.size, words.size), np.uint64)
