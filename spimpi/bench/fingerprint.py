@@ -27,10 +27,27 @@ def _read_threads(words, pool, threads):
     return list(pool.map(_read, np.array_split(words, threads)))
 
 
+def _torch_hash(data):
+    """torch.hash_tensor of float32 data on so many threads; None without a torch that has it."""
+    try:
+        import torch
+
+        hash_tensor = torch.hash_tensor
+    except (ImportError, AttributeError):
+        return None
+    tensor = torch.from_numpy(data.view(np.float32))
+
+    def digest(threads):
+        torch.set_num_threads(threads)
+        return hash_tensor(tensor)
+
+    return digest
+
+
 def measure(comm) -> dict:
     """GB/s and elements/s on one and two threads. Every rank measures; rank 0's are printed."""
     data = np.random.default_rng(1069).integers(0, 1 << 63, N_BYTES // 8, dtype=np.uint64)
-    figures = {}
+    figures, torch_hash = {}, _torch_hash(data)
     with ThreadPoolExecutor(2) as pool:
         for threads in (1, 2):
             best = {}
@@ -40,8 +57,14 @@ def measure(comm) -> dict:
                 for size in (8, 4, 2, 1):
                     words = data.view(f"u{size}")
                     _time(best, size, lambda w=words, t=threads: xor_flat(w, 1, 0, t))
+                if torch_hash:
+                    _time(best, "torch", lambda t=threads: torch_hash(t))
             bandwidth = N_BYTES / best["read"] / 1e9
             figures[f"read, {threads} thread(s), GB/s"] = round(bandwidth, 1)
+            if torch_hash:
+                faster = best["torch"] / best[4]
+                name = f"torch.hash_tensor / fingerprint, float32, {threads} thread(s), time"
+                figures[name] = round(faster, 2)
             for size in (8, 4, 2, 1):
                 rate = N_BYTES / best[size] / 1e9
                 name = f"fingerprint of {size}-byte items, {threads} thread(s)"
