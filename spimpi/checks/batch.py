@@ -36,7 +36,7 @@ class Batch:
         if kind is None:
             self._settle()
         else:  # hand-offs may be under way: their buffers stay until the communicator goes
-            self.ctx.session.kept.append(self._handoffs)
+            self.ctx.session.abandoned.append(self._handoffs)
 
     def add(self, session, check: Check, raises: bool) -> PendingVerdict:
         """Take a check whose words are known. Local."""

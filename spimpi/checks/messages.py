@@ -22,7 +22,7 @@ class CheckedMessages:
 
     def __init__(self, session):
         self._sent, self._received = session.sent, session.received
-        self._records = session.kept  # sends of records under way, with what they send
+        self._under_way = session.under_way  # (request, record) of sends
 
     def Send(self, buf, dest, tag=0):
         self._send_record(buf, dest, tag)
@@ -64,7 +64,7 @@ class CheckedMessages:
 
     def _send_record(self, buf, dest, tag) -> None:
         """Start sending the record; small, so that it does not wait for the receiver."""
-        self._records = [kept for kept in self._records if not kept[0].Test()]
+        self._under_way[:] = [kept for kept in self._under_way if not kept[0].Test()]
         if dest == MPI.PROC_NULL:
             return
         data = message_of(buf).whole()
@@ -73,7 +73,7 @@ class CheckedMessages:
         word = fingerprint(data, self._message_tag(sequence), None, self.threads)
         record[0] = (sequence, data.size, data.dtype.name.encode()[:16], word)
         request = self._requests.comm.Isend([record.view(np.uint8), MPI.BYTE], dest, tag)
-        self._records.append((request, record))
+        self._under_way.append((request, record))
 
     def _check_received(self, buf, status) -> None:
         source, tag = status.Get_source(), status.Get_tag()

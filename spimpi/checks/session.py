@@ -38,11 +38,12 @@ class Session:
         self.calls = 0
         self.pairs: dict = {}
         # Of checked communicators, however many stand for the user's: how many messages went to
-        # and came from (rank, tag), what must live while it is under way, requests in order.
+        # and came from (rank, tag), records under way with their requests, requests in order.
         self.sent: dict = {}
         self.received: dict = {}
-        self.kept: list = []
+        self.under_way: list = []
         self.queue = None
+        self.abandoned: list = []  # what a batch left under way when an exception ended it
         self._owned = owned
         own, merged = empty_records(1), empty_records(1)
         self._own, self._merged = own.view(np.uint64), merged.view(np.uint64)

@@ -369,3 +369,30 @@ def test_calls_in_a_batch_are_pending(comm):
             with ctx.batch():
                 checked.Allgather(np.ones(2), np.zeros(2 * comm.size))
                 checked.Bcast(np.ones(2))
+
+
+@two
+def test_a_wrapper_made_anew_for_each_message_counts_on(comm):
+    for part in worlds(comm, 2):
+        for i in range(3):
+            if part.rank == 0:
+                spimpi.checked(part).Send(np.full(5, i), 1)
+            elif part.rank == 1:
+                received = np.empty(5, int)
+                checked = spimpi.checked(part)
+                checked.Recv(received, 0)
+                assert checked.verdict and (received == i).all()
+        session = spimpi.checked(part)._session
+        assert len(session.under_way) <= 1  # kept until sent, by the communicator
+
+
+@two
+def test_two_wrappers_of_a_communicator_share_the_order_of_their_requests(comm):
+    for part in worlds(comm, 2):
+        first, second = (np.empty(part.size) for _ in range(2))
+        own = np.full(1, float(part.rank))
+        a = spimpi.checked(part).Iallgather(own, first)
+        b = spimpi.checked(part).Iallgather(own, second)
+        for request in (a, b) if part.rank % 2 else (b, a):
+            request.Wait()
+        assert a.verdict and b.verdict
