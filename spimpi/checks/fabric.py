@@ -15,6 +15,7 @@ from mpi4py import MPI
 
 from spimpi.fingerprint import fill_colours, linear_flat, xor_flat
 from spimpi.fingerprint.tag import COLOUR, CONTENT, LINEAR, MASK, Tag
+from spimpi.launch import wait_asleep
 from spimpi.partition import balanced_sizes
 from spimpi.reduction import RECORD, blocks
 from spimpi.trace.schema import Established, Op, Stage
@@ -95,6 +96,7 @@ def probes(ctx) -> list[Probe]:
 def check_fabric(ctx, recorder, progress=None, sizes=SIZES) -> int:
     """Run every probe at every size; returns this rank's failures. Collective over the world."""
     failures = 0
+    wait_asleep(ctx.world.Ibarrier())  # who is here first would take the core from who loads
     room = np.empty((2, max(sizes)), np.uint64)
     for probe in probes(ctx):
         for step, n in enumerate(sizes[: probe.n_sizes]):

@@ -1,5 +1,6 @@
 """An MPI session of the command line: start-up, errors on any rank, the end."""
 
+import gc
 import sys
 import time
 import traceback
@@ -22,6 +23,7 @@ def session(
     A SpimpiError that all ranks raise passes on. One that some raise alone ends the whole job by
     MPI_Abort, with its own status, since the others would wait; any other exception with status 4.
     """
+    gc.disable()  # numba makes half a million objects that stay; walking over them is a tenth of start-up
     MPI = initialised_mpi()
     from spimpi.launch import check_world
     from spimpi.watchdog import Watchdog
@@ -34,6 +36,8 @@ def session(
         with Watchdog(timeout, world.rank, host, world.Abort) as watchdog:
             watchdog.at("compiling kernels")
             import_kernels(world, seeded, sequence)
+            gc.freeze()
+            gc.enable()
             yield world, watchdog
         ending.Free()
     except SpimpiError as error:

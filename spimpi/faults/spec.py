@@ -3,7 +3,6 @@
 ``parse`` knows the words, ``validate`` the run. Neither touches a payload.
 """
 
-import difflib
 from dataclasses import dataclass
 
 from spimpi.errors import UsageError
@@ -194,6 +193,8 @@ def _example(kind):
 
 
 def _hint(word, known):
+    import difflib
+
     close = difflib.get_close_matches(word, list(known), n=1)
     guess = f": did you mean {close[0]}?" if close else ";"
     return f"{guess} known are {', '.join(known)}"

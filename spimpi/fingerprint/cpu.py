@@ -7,7 +7,6 @@ Keys are uint64 and wrap: ``axes[:, 2]`` holds steps of the element key, not of 
 """
 
 import os
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 
 import numpy as np
@@ -319,7 +318,9 @@ def _each(kernel_, jobs, threads: int) -> list:
 
 
 @lru_cache(maxsize=4)
-def _pool(threads: int) -> ThreadPoolExecutor:
+def _pool(threads: int):
+    from concurrent.futures import ThreadPoolExecutor
+
     return ThreadPoolExecutor(threads, thread_name_prefix="spimpi-fingerprint")
 
 
