@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit
 
 from spimpi.inference.elementary import bits_of, exp, power_of_two, rounded
-from spimpi.inference.exact import bits, is_sum
+from spimpi.inference.exact import bits, row_input, row_product
 from spimpi.inference.kernels import block_words, segment_words
 from spimpi.inference.tensors import ATTN, REST
 from spimpi.jit import inlined, kernel
@@ -205,16 +205,11 @@ def attend(
             if fault[0] == row and fault[1] == 0 and fault[2] == head:
                 probabilities[first_key] += 1.0
             if checked:
-                found = np.int64(0)
-                wanted = np.int64(0)
-                for j in range(first_key, n_keys):
-                    bad_scores |= not is_sum(probabilities[j])
-                    found += np.int64(probabilities[j]) * r[j]
-                for i in range(head_dim):
-                    wanted += np.int64(row_buffer[i]) * key_sums[sequence, kv, i]
+                found, n_wrong = row_product(probabilities[first_key:n_keys], r[first_key:])
+                wanted = row_input(row_buffer, key_sums[sequence, kv])
                 words[0] += np.uint64(found)
                 words[1] += np.uint64(wanted)
-                bad_scores |= found != wanted
+                bad_scores |= found != wanted or n_wrong > 0
 
             largest = -np.inf
             for j in range(first_key, n_keys):
@@ -239,16 +234,12 @@ def attend(
             if fault[0] == row and fault[1] == 1 and fault[2] // head_dim == head:
                 result[fault[2] % head_dim] += 1.0
             if checked:
-                found = np.int64(0)
-                wanted = np.int64(0)
-                for i in range(head_dim):
-                    bad_output |= not is_sum(result[i])
-                    found += np.int64(result[i]) * r[i]
-                for j in range(first_key, n_keys):
-                    wanted += np.int64(probabilities[j]) * value_sums[sequence, kv, j]
+                found, n_wrong = row_product(result, r)
+                seen = probabilities[first_key:n_keys]
+                wanted = row_input(seen, value_sums[sequence, kv, first_key:])
                 words[2] += np.uint64(found)
                 words[3] += np.uint64(wanted)
-                bad_output |= found != wanted
+                bad_output |= found != wanted or n_wrong > 0
             back = _power_of_two(weight_exponent - 2 * value_bits)
             for i in range(head_dim):
                 out[row, at + i] = np.float32(result[i] * back) + np.float32(0.0)

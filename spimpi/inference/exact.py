@@ -320,6 +320,26 @@ def is_sum(v):
 
 
 @inlined
+def row_product(values, r):
+    """(values r mod 2**64, elements of values that are not integers of at most 2**53)."""
+    total, n_wrong = 0, 0
+    for i in range(values.size):
+        good = is_sum(values[i])
+        total += np.int64(values[i] if good else 0.0) * r[i]
+        n_wrong += not good
+    return total, n_wrong
+
+
+@inlined
+def row_input(values, wr):
+    """values (W^T r) mod 2**64, for a row of what was multiplied."""
+    total = 0
+    for i in range(values.size):
+        total += np.int64(values[i]) * wr[i]
+    return total
+
+
+@inlined
 def check_product(xq, wr, y, r):
     """Check y float64[R, N] = xq W^T by y r == xq (W^T r) mod 2**64, row by row.
 
@@ -332,15 +352,8 @@ def check_product(xq, wr, y, r):
     n_bad, first, n_not_integer = 0, -1, 0
     all_left = all_right = 0
     for row in range(y.shape[0]):
-        left, right, n_wrong = 0, 0, 0
-        values = y[row]
-        for i in range(values.size):
-            good = is_sum(values[i])
-            left += np.int64(values[i] if good else 0.0) * r[i]
-            n_wrong += not good
-        values = xq[row]
-        for i in range(values.size):
-            right += np.int64(values[i]) * wr[i]
+        left, n_wrong = row_product(y[row], r)
+        right = row_input(xq[row], wr)
         if left != right or n_wrong > 0:
             n_bad += 1
             first = row if first < 0 else first
