@@ -34,8 +34,9 @@ def verify_weights(comm, tensors, manifest, *, check=True, ctx=None, threads=1) 
     ``manifest``: a Manifest, or the file's name, which rank 0 reads.
 
     Slices at the same place are replicas: they count once and are compared. Tensors that the
-    slices do not cover are in the verdict's ``missing``: not verified. Establishes expected, and
-    agreed where there were replicas. docs/manifest.md has what each outcome means.
+    slices do not cover are in the verdict's ``missing``: not verified; derived tensors are
+    checked where some rank gives them. Establishes expected, and agreed where there were
+    replicas. docs/manifest.md has what each outcome means.
 
     Collective over ``comm``. Raises on all ranks: UsageError for names, shapes and dtypes that
     are not the manifest's, and for slices that overlap without being the same; with ``check``
@@ -44,7 +45,11 @@ def verify_weights(comm, tensors, manifest, *, check=True, ctx=None, threads=1) 
     comm = session_of(comm, ctx).comm
     manifest = _common_manifest(comm, manifest)
     own = patiently(comm, lambda: _own_slices(tensors, manifest, threads))
-    judged = [judge(name, manifest.tensors[name], s) for name, s in _exchanged(comm, manifest, own)]
+    judged = [
+        judge(name, manifest.all_tensors[name], slices)
+        for name, slices in _exchanged(comm, manifest, own)
+        if slices or name in manifest.tensors
+    ]
     verdict = _verdict(comm, manifest, judged)
     if check and verdict.missing and verdict.where is None:
         raise IncompleteError(str(verdict))
@@ -83,7 +88,7 @@ def _own_slices(tensors, manifest: Manifest, threads: int) -> list[tuple[str, He
         raise UsageError(msg)
     own = []
     for name, held in tensors.items():
-        facts = manifest.tensors.get(name)
+        facts = manifest.all_tensors.get(name)
         if facts is None:
             msg = (
                 f"tensor {name!r} is not in the manifest, which has {len(manifest.tensors)} "
@@ -129,9 +134,9 @@ def _exchanged(comm, manifest: Manifest, own):
     Tensor i is judged by rank i modulo the number of ranks. A slice travels as its tensor's
     number, its word, its offset and its shape, padded to the most axes that a tensor has.
     """
-    names = list(manifest.tensors)
+    names = list(manifest.all_tensors)
     number = {name: i for i, name in enumerate(names)}
-    axes = max((len(facts.shape) for facts in manifest.tensors.values()), default=0)
+    axes = max((len(facts.shape) for facts in manifest.all_tensors.values()), default=0)
     own = sorted(own, key=lambda one: number[one[0]] % comm.size)
     rows = np.zeros((len(own), 2 + 2 * axes), np.uint64)
     counts = np.zeros(comm.size, np.int64)
@@ -151,7 +156,7 @@ def _exchanged(comm, manifest: Manifest, own):
     slices = {name: [] for name in names[comm.rank :: comm.size]}
     for rank, row in zip(np.repeat(np.arange(comm.size), incoming).tolist(), received.tolist()):
         name = names[row[0]]
-        n = len(manifest.tensors[name].shape)
+        n = len(manifest.all_tensors[name].shape)
         offset, shape = tuple(row[2 : 2 + n]), tuple(row[2 + axes : 2 + axes + n])
         slices[name].append(HeldSlice(rank, offset, shape, row[1]))
     return list(slices.items())
@@ -161,7 +166,7 @@ def _verdict(comm, manifest: Manifest, judged: list[Judged]) -> Verdict:
     """The verdict on all tensors, the same on all ranks. Collective."""
     problems = [j for j in judged if j.failed or j.uncovered or j.refused]
     everyone = comm.allgather((any(j.copied for j in judged), problems))
-    order = {name: i for i, name in enumerate(manifest.tensors)}
+    order = {name: i for i, name in enumerate(manifest.all_tensors)}
     found = [(j, judge_) for judge_, (_, own) in enumerate(everyone) for j in own]
     found.sort(key=lambda one: order[one[0].name])
     refused = [j.refused for j, _ in found if j.refused]
@@ -185,7 +190,7 @@ def _verdict(comm, manifest: Manifest, judged: list[Judged]) -> Verdict:
 
 
 def _uncovered(manifest: Manifest, j: Judged) -> str:
-    total = manifest.tensors[j.name].n_elements
+    total = manifest.all_tensors[j.name].n_elements
     if j.uncovered == total:
         return f"tensor {j.name} is on no rank"
     return f"of tensor {j.name} {j.uncovered} of {total} elements are on no rank"

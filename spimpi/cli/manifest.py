@@ -21,6 +21,11 @@ def add_arguments(parser) -> None:
     make.add_argument("model", metavar="MODEL", help="directory, .safetensors file or its index")
     make.add_argument("-o", "--output", required=True, metavar="FILE", help="manifest to write")
     make.add_argument("--seed", type=int, help="of the fingerprints (default: 1069)")
+    text = (
+        "also of the scaled integers and exponents that exact arithmetic derives from the matrices "
+        "(BF16, F16, F32), for `spimpi verify --manifest`"
+    )
+    make.add_argument("--derived", action="store_true", help=text)
     make.add_argument("--overwrite", action="store_true", help="replace an existing manifest")
     make.set_defaults(run_manifest=run_make)
 
@@ -69,17 +74,23 @@ def run_make(args) -> int:
         if world is None:
             from spimpi.manifest.make import make_manifest
 
-            made = make_manifest(args.model, seed=seed, threads=args.threads, progress=progress)
+            made = make_manifest(
+                args.model, seed=seed, threads=args.threads, progress=progress,
+                derived=args.derived,
+            )  # fmt: skip
         else:
             from spimpi.manifest.over_ranks import make_over
 
             made = make_over(
-                world, args.model, seed=seed, threads=args.threads, progress=progress
-            )
+                world, args.model, seed=seed, threads=args.threads, progress=progress,
+                derived=args.derived,
+            )  # fmt: skip
     _on_rank_0(world, lambda: write_manifest(args.output, made, args.overwrite))
     if _speaks(world):
         _say_left_out(args.model)
-        print(f"wrote {args.output}: {len(made.tensors):,} tensors, {in_bytes(made.n_bytes)}")
+        more = f", {len(made.derived.tensors):,} derived ones" if made.derived else ""
+        size = in_bytes(made.n_bytes)
+        print(f"wrote {args.output}: {len(made.tensors):,} tensors, {size}{more}")
         sys.stdout.flush()
     return 0
 
@@ -186,12 +197,15 @@ def _world(args):
 
     world = initialised_mpi().COMM_WORLD
     check_world(world, args.expect_ranks)
-    leader_first(world, _import_kernels)
+    leader_first(world, lambda: _import_kernels(getattr(args, "derived", False)))
     return world
 
 
-def _import_kernels():
+def _import_kernels(derived: bool):
     from spimpi.fingerprint import cpu  # noqa: F401
+
+    if derived:
+        from spimpi.inference import exact  # noqa: F401
 
 
 def _on_rank_0(world, work):

@@ -99,7 +99,7 @@ class Reporter:
         self._texts(job, outcome)
         if tracer:
             self._print(f"trace      {tracer.path} ({outcome.n_events} events)")
-        self._verdict(outcome)
+        self._verdict(job, outcome)
 
     def _print(self, text, style=None):
         self.console.print(text, style=style, markup=False)
@@ -152,7 +152,7 @@ class Reporter:
             prompt = repr(asked) if asked is not None else f"prompt {i}"
             self._print(f"  {prompt} -> {shown}")
 
-    def _verdict(self, outcome):
+    def _verdict(self, job, outcome):
         verdict: Verdict = outcome.verdict
         self._print("")
         if outcome.n_failed:
@@ -174,6 +174,9 @@ class Reporter:
             self._print(f"           expected fingerprints: {outcome.expected_from}")
         else:
             self._print("           'expected' is not established: no golden run to compare with")
+        if job.known:
+            more = " and what is derived from them" if job.has_derived else ""
+            self._print(f"weights    expected: they{more} equal {job.known.file}")
 
 
 def _on_terminal() -> bool:

@@ -27,6 +27,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--exo-rule", default="exo", choices=("exo", "exo-1.0", "exo-0", "gay"), help="how exo gives out layers (default: exo)")
     parser.add_argument("--arith", default="exact", choices=("exact", "blas"), help="exact arithmetic, or plain float32 BLAS for comparison")
     parser.add_argument("--golden", metavar="FILE", help="fingerprints that every tensor must reproduce (spimpi golden)")
+    parser.add_argument("--manifest", metavar="FILE", help="fingerprints that the weights must equal, in place of a second read (spimpi manifest make)")
     parser.add_argument("--inject", action="append", default=[], metavar="FAULT", help="KIND:key=value,…; repeatable; see below")
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="run the inference N times in this job")
     trace = parser.add_mutually_exclusive_group()
@@ -67,7 +68,7 @@ def _verify(args, comm, watchdog):
         model=args.model, config=args.config, layers=args.layers, topology=args.topology,
         memory=args.memory, rule=args.exo_rule, prompts=tuple(args.prompt),
         prompt_ids=tuple(args.prompt_ids), tokens=args.tokens, seed=args.seed, arith=args.arith,
-        golden=args.golden, faults=tuple(args.inject), repeat=args.repeat,
+        golden=args.golden, manifest=args.manifest, faults=tuple(args.inject), repeat=args.repeat,
     )  # fmt: skip
     watchdog.at("reading the request")
     run_id = comm.bcast(new_run_id())
@@ -103,6 +104,7 @@ def as_json(job, outcome, tracer) -> str:
             "verdict": names[outcome.exit_status],
             "established": outcome.verdict.kinds,
             "expected_from": outcome.expected_from or None,
+            "weights_expected_from": job.known.file if job.known else None,
             "where": where,
             "missing": list(outcome.verdict.missing),
             "topology": job.grid.text(),

@@ -9,7 +9,7 @@ from spimpi.topology.data import rows_of
 from spimpi.topology.pipeline import n_microbatches
 from spimpi.topology.tensor import TensorShard
 
-TENSORS_OF_A_LAYER, NORMS_OF_A_LAYER = 9, 2
+TENSORS_OF_A_LAYER, NORMS_OF_A_LAYER, MATRICES_OF_A_LAYER = 9, 2, 7
 QK_NORMS = 2  # tensors more, of which the keys' has shared heads
 
 
@@ -22,6 +22,8 @@ def expected_events(ctx, job, n_runs: int, has_golden: bool) -> int:
     )  # fmt: skip
     shared = [h for h in range(config.n_kv_heads) if len(shard.holders(h)) > 1]
     count = _fabric(grid) + _weights(ctx, job, shard, shared)
+    if job.has_derived:
+        count += 2 * _derived(ctx, shard, shared)  # after loading, after the last step
     steps = range(job.n_tokens)
     held = sum(head in shard.kv_heads for head in shared)
     count += n_runs * sum(_step(ctx, job, held, step) for step in steps)
@@ -54,6 +56,15 @@ def _weights(ctx, job, shard, shared) -> int:
     copies = layers * (NORMS_OF_A_LAYER + (2 + qk) * held) + ctx.is_last_stage
     maxima = 2 * layers if job.exact else 0
     return tensors + copies + maxima
+
+
+def _derived(ctx, shard, shared) -> int:
+    layers = len(ctx.layers)
+    count = 2 * (MATRICES_OF_A_LAYER * layers + ctx.is_last_stage)  # integers and exponents
+    if ctx.grid.tp > 1:
+        held = sum(head in shard.kv_heads for head in shared)
+        count += layers * (2 + 2 * 2 * held)  # exponents of o and down; both of keys and of values
+    return count
 
 
 def _step(ctx, job, n_shared, step) -> int:

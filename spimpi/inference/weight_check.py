@@ -1,7 +1,7 @@
 """The weights check: what the ranks read XORs to the fingerprints of the checkpoint's tensors.
 
-The expected fingerprints come from a second read, cut by bytes over all ranks instead of by
-owner, through other code: the same read twice would prove nothing.
+The expected fingerprints come from a manifest, or from a second read, cut by bytes over all ranks
+instead of by owner, through other code: the same read twice would prove nothing.
 """
 
 from time import perf_counter
@@ -38,33 +38,52 @@ def second_read(ctx, checkpoint) -> dict[str, int]:
     return shares
 
 
-def check_weights(ctx, config, checkpoint, loader, expected_shares, recorder) -> int:
-    """Compare both reads, an event a tensor that this rank holds; returns failures here.
+def from_rank_0(ctx, names, words) -> dict[str, int]:
+    """Words that are known beforehand, as shares over the world: rank 0's count. Local."""
+    return {name: words[name] if ctx.rank == 0 else 0 for name in names}
 
-    Collective over the world. Where a tensor differs, its holders read their slices once more,
-    and those whose bits changed are named.
+
+def check_weights(ctx, config, checkpoint, loader, expected_shares, recorder, known=False) -> int:
+    """Compare what was read with what was expected, an event a tensor that this rank holds.
+
+    ``expected_shares``: XOR over the world to the expected words, which ``known`` says were known
+    beforehand. Returns failures here. Collective over the world. Where a tensor differs, its
+    holders read their slices once more, and those whose bits changed are named.
     """
-    part = loader.part
+    part, again = loader.part, loader.read_again
     names = weight_names(checkpoint, config, ctx.grid)
+    shares = {n: expected_shares[SOURCE_OF_COPY if n == TIED_COPY else n] for n in names}
+    failed = compare_slices(ctx, names, part, shares, again, recorder, known)
+    if ctx.tensor.size > 1:
+        universe = copy_universe(config, ctx.layers, ctx.is_last_stage, part.shard)
+        failed += check_copies(ctx, universe, part, again, recorder)
+    return failed + _check_maxima(ctx, part, recorder)
+
+
+def compare_slices(ctx, names, held, expected_shares, is_intact, recorder, known, step=0) -> int:
+    """What the ranks of a replica hold of each tensor XORs to the expected word.
+
+    ``held``: shares and bytes_of by name; ``is_intact(name)``: whether this rank's slice of a
+    failing tensor, made again, is what it holds. Returns failures here. Collective over the world.
+    """
     start = perf_counter()
-    found = reduce_fingerprints(ctx.replica, [part.shares.get(n, 0) for n in names])
-    shares = [expected_shares[SOURCE_OF_COPY if n == TIED_COPY else n] for n in names]
-    expected = reduce_fingerprints(ctx.world, shares)
+    found = reduce_fingerprints(ctx.replica, [held.shares.get(n, 0) for n in names])
+    expected = reduce_fingerprints(ctx.world, [expected_shares[n] for n in names])
     differs = np.array([f != e for f, e in zip(found, expected)], np.uint8)
     anywhere = np.array(reduce_flags(ctx.world, differs))
     failing = [name for name, bad in zip(names, anywhere) if bad]
-    culprits = _name_holders(ctx, ctx.replica, failing, loader) if failing else {}
-    seconds = (perf_counter() - start) / max(len(part.shares), 1)
+    culprits = _name_holders(ctx, ctx.replica, failing, held, is_intact) if failing else {}
+    seconds = (perf_counter() - start) / max(len(held.shares), 1)
+    kinds = Established.MOVED | (Established.EXPECTED if known else Established(0))
     for i, name in enumerate(names):
-        if name in part.shares:
+        if name in held.shares:
             recorder.one(
-                name, Op.CONTENT, Stage.WEIGHTS, Established.MOVED, found[i], expected[i],
-                bool(differs[i]), t_start=perf_counter() - seconds, bytes=part.bytes_of[name],
-                layer=_layer_of(name), peer=culprits.get(name, -1) if differs[i] else -1,
+                name, Op.CONTENT, Stage.WEIGHTS, kinds, found[i], expected[i],
+                bool(differs[i]), t_start=perf_counter() - seconds, bytes=held.bytes_of[name],
+                layer=_layer_of(name), step=step,
+                peer=culprits.get(name, -1) if differs[i] else -1,
             )  # fmt: skip
-    failed = int(differs.sum())
-    failed += _check_copies(ctx, config, loader, recorder) + _check_maxima(ctx, part, recorder)
-    return failed
+    return int(differs.sum())
 
 
 def reduce_flags(comm, flags: np.ndarray) -> np.ndarray:
@@ -79,24 +98,29 @@ def _layer_of(name: str) -> int:
     return int(pieces[2]) if len(pieces) > 2 and pieces[1] == "layers" else -1
 
 
-def _name_holders(ctx, comm, failing, loader) -> dict[str, int]:
-    """The lowest world rank whose slice of a failing tensor reads differently now.
+def _name_holders(ctx, comm, failing, held, is_intact) -> dict[str, int]:
+    """The lowest world rank whose slice of a failing tensor comes out differently now.
 
     Collective over ``comm``, whose ranks all give the same names.
     """
     own = np.full(len(failing), ctx.world.size, np.int64)
     for i, name in enumerate(failing):
-        if name in loader.part.shares and not loader.read_again(name):
+        if name in held.shares and not is_intact(name):
             own[i] = ctx.world.rank
     lowest = np.empty_like(own)
     comm.Allreduce(own, lowest, op=MPI.MIN)
     return {n: int(r) for n, r in zip(failing, lowest) if r < ctx.world.size}
 
 
+def shared_heads(config, shard) -> list[int]:
+    """The key/value heads that several tensor ranks hold."""
+    return [h for h in range(config.n_kv_heads) if len(shard.holders(h)) > 1]
+
+
 def copy_universe(config, stage_layers, is_last_stage, shard) -> list[tuple[str, int]]:
     """(tensor, key/value head or -1) of all that several tensor ranks of a stage hold."""
     copies = []
-    shared = [h for h in range(config.n_kv_heads) if len(shard.holders(h)) > 1]
+    shared = shared_heads(config, shard)
     for layer in stage_layers:
         prefix = f"model.layers.{layer}."
         for name in layer_norms(config):
@@ -108,30 +132,32 @@ def copy_universe(config, stage_layers, is_last_stage, shard) -> list[tuple[str,
     return copies
 
 
-def _check_copies(ctx, config, loader, recorder) -> int:
-    """Replicas of norms and shared key/value heads agree over the tensor ranks. Collective."""
-    if ctx.tensor.size == 1:
-        return 0
-    part, start = loader.part, perf_counter()
-    universe = copy_universe(config, ctx.layers, ctx.is_last_stage, part.shard)
+def check_copies(ctx, universe, held, is_intact, recorder, step=0) -> int:
+    """What several tensor ranks hold agrees. Collective over ctx.tensor.
+
+    ``universe``: (tensor, key/value head or -1) of all such copies of the stage; ``held.copies``:
+    the words of those that this rank has. Returns failures here.
+    """
+    start = perf_counter()
     records = empty_records(len(universe))
-    held = [i for i, copy in enumerate(universe) if copy in part.copies]
-    for i in held:
-        word = np.uint64(part.copies[universe[i]])
+    own = [i for i, copy in enumerate(universe) if copy in held.copies]
+    for i in own:
+        word = np.uint64(held.copies[universe[i]])
         records[i]["every"], records[i]["none"] = word, ~word
     merged = ctx.records.merge(ctx.tensor, records)
     wrong = merged["every"] != ~merged["none"]
     failing = sorted({universe[i][0] for i in np.flatnonzero(wrong)})
-    culprits = _name_holders(ctx, ctx.tensor, failing, loader) if failing else {}
-    seconds = (perf_counter() - start) / max(len(held), 1)
-    for i in held:
+    culprits = _name_holders(ctx, ctx.tensor, failing, held, is_intact) if failing else {}
+    seconds = (perf_counter() - start) / max(len(own), 1)
+    for i in own:
         name, _ = universe[i]
         recorder.one(
             name, Op.AGREEMENT, Stage.WEIGHTS, Established.AGREED, records[i]["every"],
             merged[i]["every"], bool(wrong[i]), t_start=perf_counter() - seconds,
-            layer=_layer_of(name), bytes=8, peer=culprits.get(name, -1) if wrong[i] else -1,
+            layer=_layer_of(name), bytes=8, step=step,
+            peer=culprits.get(name, -1) if wrong[i] else -1,
         )  # fmt: skip
-    return int(wrong[held].sum())
+    return int(wrong[own].sum())
 
 
 def _check_maxima(ctx, part, recorder) -> int:

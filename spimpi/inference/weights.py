@@ -96,8 +96,9 @@ class Part:
         return sum(m.n_bytes for m in matrices) + sum(a.nbytes for a in plain)
 
 
-def _offset(shape, rows, cols) -> tuple[int, ...]:
-    return tuple(r[0] if r else 0 for r in (rows, cols)[: len(shape)])
+def slab_of(shape, rows, cols) -> Slab:
+    """The place of a slice of a stored tensor; None: all rows, all columns."""
+    return Slab(shape, tuple(r[0] if r else 0 for r in (rows, cols)[: len(shape)]))
 
 
 class Loader:
@@ -203,15 +204,15 @@ class Loader:
         if self.faults:
             raw = self.faults.weights(short, layer, raw)
         key = share_as or name
-        slab = Slab(record.shape, _offset(record.shape, rows, cols))
-        share, copies = self._share(name, raw, slab, kv_heads)
+        slab = slab_of(record.shape, rows, cols)
+        share, copies = self.share_of(name, raw, slab, kv_heads)
         self.part.copies.update(copies)
         self.reads.append((key, name, rows, cols, kv_heads, share, copies))
         self.part.shares[key] = self.part.shares.get(key, 0) ^ share
         self.part.bytes_of[key] = self.part.bytes_of.get(key, 0) + raw.nbytes
         return raw
 
-    def _share(self, name, raw, slab, kv_heads) -> tuple[int, dict]:
+    def share_of(self, name, raw, slab, kv_heads) -> tuple[int, dict]:
         """The slice's share of the tensor's fingerprint; replicas count for the lowest rank.
 
         Second, fingerprints by (name, key/value head or -1) of what several tensor ranks hold
@@ -241,8 +242,8 @@ class Loader:
             if key == wanted:
                 shape = self.checkpoint.tensors[name].shape
                 raw = self.checkpoint.read(name, rows, cols)
-                slab = Slab(shape, _offset(shape, rows, cols))
-                intact &= [*self._share(name, raw, slab, kv_heads)] == first
+                slab = slab_of(shape, rows, cols)
+                intact &= [*self.share_of(name, raw, slab, kv_heads)] == first
         return intact
 
     def _matrix(self, name, layer, pieces, global_inputs, split=False) -> Matrix:

@@ -6,7 +6,7 @@ Nothing here imports MPI, except over_ranks.py.
 from importlib import import_module
 
 _HOMES = {
-    "spimpi.manifest.format": ("Manifest", "TensorFacts", "read_manifest", "write_manifest"),
+    "spimpi.manifest.format": ("Derived", "Manifest", "TensorFacts", "read_manifest", "write_manifest"),
     "spimpi.manifest.make": ("make_manifest",),
     "spimpi.manifest.check": ("check_files",),
 }

@@ -55,16 +55,31 @@ class TensorFacts:
 
 
 @dataclass(frozen=True)
+class Derived:
+    """The fingerprints of what an arithmetic derives from the tensors, by names of their own."""
+
+    arithmetic: str
+    tensors: dict[str, TensorFacts]
+
+
+@dataclass(frozen=True)
 class Manifest:
-    """The fingerprints of a checkpoint's tensors, by name, taken with one seed."""
+    """The fingerprints of a checkpoint's tensors, by name, taken with one seed; on request also
+    those of what exact arithmetic derives from them."""
 
     tensors: dict[str, TensorFacts]
     seed: int = DEFAULT_SEED
+    derived: Derived | None = None
 
     @property
     def n_bytes(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors, without derived ones."""
         return sum(facts.n_bytes for facts in self.tensors.values())
+
+    @cached_property
+    def all_tensors(self) -> dict[str, TensorFacts]:
+        """The tensors, then the derived ones."""
+        return self.tensors | (self.derived.tensors if self.derived else {})
 
     @cached_property
     def checksum(self) -> str:
@@ -77,26 +92,39 @@ class Manifest:
 
     def key(self, name: str) -> int:
         """The key of a tensor's content stream."""
-        return content_key(self.seed, name, self.tensors[name])
+        return content_key(self.seed, name, self.all_tensors[name])
 
     def dumps(self) -> str:
         """The file's text, one line a tensor."""
-        facts = self._facts()
-        lines = [f"{json.dumps(n)}: {json.dumps(v)}" for n, v in facts.pop("tensors").items()]
-        head = "".join(f"{json.dumps(k)}: {json.dumps(v)},\n" for k, v in facts.items())
-        tensors = ",\n".join(lines)
-        return f'{{\n{head}"tensors": {{\n{tensors}\n}},\n"checksum": "{self.checksum}"\n}}\n'
+        return _written(self._facts() | {"checksum": self.checksum}) + "\n"
 
     def _facts(self) -> dict:
-        return {
+        facts = {
             "spimpi_manifest": FORMAT_VERSION,
             "fingerprint": FINGERPRINT_VERSION,
             "seed": self.seed,
-            "tensors": {
-                name: [facts.dtype, list(facts.shape), f"{facts.fingerprint:016x}"]
-                for name, facts in self.tensors.items()
-            },
+            "tensors": _as_lists(self.tensors),
         }
+        if self.derived:
+            tensors = _as_lists(self.derived.tensors)
+            facts["derived"] = {"arithmetic": self.derived.arithmetic, "tensors": tensors}
+        return facts
+
+
+def _as_lists(tensors: dict[str, TensorFacts]) -> dict:
+    return {
+        name: [facts.dtype, list(facts.shape), f"{facts.fingerprint:016x}"]
+        for name, facts in tensors.items()
+    }
+
+
+def _written(value: dict) -> str:
+    """JSON with a line for each member of an object."""
+    lines = (
+        f"{json.dumps(k)}: {_written(v) if isinstance(v, dict) else json.dumps(v)}"
+        for k, v in value.items()
+    )
+    return "{\n" + ",\n".join(lines) + "\n}"
 
 
 def content_key(seed: int, name: str, facts: TensorFacts) -> int:
@@ -164,7 +192,20 @@ def _manifest(values: dict, path) -> Manifest:
     if not _is_number(seed) or not 0 <= seed <= MASK or not isinstance(tensors, dict):
         msg = f"{path}: expected a seed of 64 bits and an object of tensors, found seed {seed!r}"
         raise UsageError(msg)
-    return Manifest({name: _tensor(name, v, path) for name, v in tensors.items()}, seed)
+    derived = _derived(values["derived"], path) if "derived" in values else None
+    return Manifest(_tensors(tensors, path), seed, derived)
+
+
+def _derived(value, path) -> Derived:
+    fits = isinstance(value, dict) and isinstance(value.get("tensors"), dict)
+    if not fits or not isinstance(value.get("arithmetic"), str):
+        msg = f"{path}: expected the name of an arithmetic and an object of tensors in derived"
+        raise UsageError(msg)
+    return Derived(value["arithmetic"], _tensors(value["tensors"], path))
+
+
+def _tensors(values: dict, path) -> dict[str, TensorFacts]:
+    return {name: _tensor(name, value, path) for name, value in values.items()}
 
 
 def _tensor(name, value, path) -> TensorFacts:

@@ -25,7 +25,9 @@ BLOCK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class _Block:
+class Block:
+    """Words of a stored tensor that are read at once."""
+
     name: str
     place: Place
     wordsize: int
@@ -59,26 +61,37 @@ def fingerprint_shares(
     ``progress(done, total)``, in bytes, is called after each block, by any thread. Raises
     UsageError where a file cannot be read, or has another size than when its header was read.
     """
+    keys = {name: content_key(seed, name, p.facts) for name, p in source.tensors.items()}
+
+    def shares_of(block: Block, words: np.ndarray) -> dict[str, int]:
+        return {block.name: xor_flat(words, keys[block.name], block.first)}
+
+    return shares_over(keys, _blocks(source, part, n_parts), shares_of, threads, progress)
+
+
+def shares_over(names, blocks: list[Block], shares_of, threads: int, progress=None):
+    """The XOR of ``shares_of(block, its words)``, a dict by name, over all blocks.
+
+    ``threads`` threads take the blocks one after the other. Names without a share have 0.
+    """
     if threads < 1:
         msg = f"at least one thread is needed, found threads={threads}"
         raise UsageError(msg)
-    queue = _Queue(_blocks(source, part, n_parts), progress)
-    keys = {name: content_key(seed, name, p.facts) for name, p in source.tensors.items()}
+    queue = _Queue(blocks, progress)
 
     def work() -> dict[str, int]:
         shares: dict[str, int] = {}
         try:
             with _Files() as files:
                 for block in queue:
-                    words = files.read(block)
-                    share = xor_flat(words, keys[block.name], block.first)
-                    shares[block.name] = shares.get(block.name, 0) ^ share
+                    for name, share in shares_of(block, files.read(block)).items():
+                        shares[name] = shares.get(name, 0) ^ share
                     queue.finished(block)
             return shares
         finally:
             queue.close()  # after an error the other threads need not go on
 
-    total = dict.fromkeys(source.tensors, 0)
+    total = dict.fromkeys(names, 0)
     for shares in _on_threads(work, threads, queue):
         for name, share in shares.items():
             total[name] ^= share
@@ -98,18 +111,18 @@ def _on_threads(work, threads: int, queue) -> list:
 class _Queue:
     """Blocks that threads take one after the other, and how far they are."""
 
-    def __init__(self, blocks: list[_Block], progress):
+    def __init__(self, blocks: list[Block], progress):
         self._blocks, self._lock, self._progress = iter(blocks), Lock(), progress
         self._done, self._total = 0, sum(block.n_bytes for block in blocks)
 
     def __iter__(self):
         return self
 
-    def __next__(self) -> _Block:
+    def __next__(self) -> Block:
         with self._lock:
             return next(self._blocks)
 
-    def finished(self, block: _Block) -> None:
+    def finished(self, block: Block) -> None:
         if self._progress:
             with self._lock:
                 self._done += block.n_bytes
@@ -120,14 +133,14 @@ class _Queue:
             self._blocks = iter(())
 
 
-def _blocks(source: Source, part: int, n_parts: int) -> list[_Block]:
+def _blocks(source: Source, part: int, n_parts: int) -> list[Block]:
     records = {name: place.record for name, place in source.tensors.items()}
     blocks = []
     for name, start, stop in byte_share(records, part, n_parts):
         place, wordsize = source.tensors[name], records[name].itemsize
         step = BLOCK_BYTES // wordsize
         for first in range(start, stop, step):
-            blocks.append(_Block(name, place, wordsize, first, min(step, stop - first)))
+            blocks.append(Block(name, place, wordsize, first, min(step, stop - first)))
     return blocks
 
 
@@ -144,9 +157,11 @@ class _Files:
     def __exit__(self, *error):
         self._close()
 
-    def read(self, block: _Block) -> np.ndarray:
+    def read(self, block: Block) -> np.ndarray:
         """The block's words; valid until the next call."""
         wordsize, count = block.wordsize, block.n_bytes
+        if count > self._memory.size:  # a row longer than a block
+            self._memory = np.empty(count, np.uint8)
         offset = block.place.offset + block.first * wordsize
         view = memoryview(self._memory)[:count]
         path = block.place.path

@@ -136,6 +136,8 @@ def _where(ctx, event, names, speaker, note, golden_failed) -> Where:
             details.append(f"the golden run confirms rank {pair[1] if golden_failed else pair[0]}")
     if event["nonfinite"]:
         details.append(f"{int(event['nonfinite'])} rows with NaN or Inf")
+    if op == Op.CONTENT and rank is None and event["stage"] == Stage.WEIGHTS:
+        details.append("each rank's slice comes out the same once more")
     if op == Op.CONTENT and rank is None and event["stage"] == Stage.GOLDEN:
         details.append("every check on the ranks held: the wrong value was consistent")
     return Where(

@@ -21,7 +21,7 @@ DEFAULT_TOKENS = 16
 class Request:
     """The command line's wishes, as typed. ``prompt_ids`` are texts such as "84,104,101".
 
-    tokens and seed None: those of the golden file, else the defaults.
+    tokens and seed None: those of the golden file, the seed also of the manifest, else the defaults.
     """
 
     model: str | None = None
@@ -36,6 +36,7 @@ class Request:
     seed: int | None = None
     arith: str = "exact"
     golden: str | None = None
+    manifest: str | None = None
     faults: tuple[str, ...] = ()
     repeat: int = 1
 
@@ -57,6 +58,12 @@ class Job:
     golden_wanted: bool
     faults: tuple
     repeat: int
+    known: object = None  # KnownWeights, where there is a manifest
+
+    @property
+    def has_derived(self) -> bool:
+        """Whether the run checks what it derives from the weights."""
+        return self.exact and self.known is not None and self.known.has_derived
 
     @property
     def origin(self) -> dict:
@@ -83,7 +90,12 @@ def prepare(request: Request, world_size: int, rank: int = 0) -> Job:
     everything that can be known to be wrong before loading.
     """
     golden = golden_runs.read(request.golden) if request.golden is not None else None
-    request = _completed(request, golden)
+    known = None
+    if request.manifest is not None:
+        from spimpi.verification.known_weights import read_known_weights
+
+        known = read_known_weights(request.manifest)
+    request = _completed(request, golden, known)
     directory, config = _model(request)
     for option, found in (("--tokens", request.tokens), ("--repeat", request.repeat)):
         if found < 1:
@@ -115,19 +127,22 @@ def prepare(request: Request, world_size: int, rank: int = 0) -> Job:
         checkpoint = SeededCheckpoint(config, request.seed)
     else:
         checkpoint = open_checkpoint(directory, config)
+    if known is not None:
+        known.require_fit(config, checkpoint, request.seed, request.arith == "exact")
     faults = _faults(request, grid, config, prompts, checkpoint)
     texts = tuple(prompts.texts) if prompts.texts else None
     job = Job(
         config, checkpoint, directory, grid, tuple(prompts.ids), texts, request.tokens,
         request.seed, request.arith == "exact", None, request.golden is not None, faults,
-        request.repeat,
+        request.repeat, known,
     )  # fmt: skip
     return replace(job, golden=_golden_for(job, golden, rank))
 
 
-def _completed(request: Request, golden) -> Request:
-    """The request with what it leaves open taken from the golden file, else from the defaults."""
-    tokens, seed = DEFAULT_TOKENS, DEFAULT_SEED
+def _completed(request: Request, golden, known) -> Request:
+    """The request with what it leaves open taken from the golden file, else the manifest, else from
+    the defaults."""
+    tokens, seed = DEFAULT_TOKENS, known.manifest.seed if known else DEFAULT_SEED
     if golden is not None:
         theirs = golden.workload
         tokens, seed = theirs.n_steps, theirs.seed

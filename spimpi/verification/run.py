@@ -19,7 +19,11 @@ from spimpi.inference.footprint import rank_bytes, require_memory
 from spimpi.inference.model import Stage
 from spimpi.inference.schedule import expected_events
 from spimpi.inference.tensors import program_tensors
-from spimpi.inference.weight_check import check_weights, second_read, weight_names
+from spimpi.inference.derived import derived_names
+from spimpi.inference.derived_check import check_derived, multiplied
+from spimpi.inference.weight_check import (
+    check_weights, from_rank_0, second_read, weight_names,
+)  # fmt: skip
 from spimpi.inference.weights import Loader
 from spimpi.partition import Slab
 from spimpi.reduction import blocks, together
@@ -45,6 +49,8 @@ class Quiet:
 def trace_tensor_names(job: Job) -> list[str]:
     """Names in the trace's table of tensors, in program order."""
     weights = weight_names(job.checkpoint, job.config, job.grid)
+    if job.has_derived:
+        weights += [n for name in multiplied(job.config) for n in derived_names(name)]
     return tensor_names() + weights + program_tensors(job.config.qk_norm)
 
 
@@ -60,8 +66,9 @@ def verify_distributed_inference(comm, job: Job, reporter=None, watchdog=None, t
 def make_golden(job: Job, at=None) -> golden_runs.Golden:
     """The golden run of a job, on this rank alone; ``at`` is told where it is. Local."""
     alone = replace(
-        job, grid=choose(1, job.config.n_heads, job.config.n_layers), golden=None, faults=(), repeat=1
-    )
+        job, grid=choose(1, job.config.n_heads, job.config.n_layers), golden=None, faults=(), repeat=1,
+        known=None,  # the run's own check of the weights tells more
+    )  # fmt: skip
     with DistributedContext(MPI.COMM_SELF, alone.grid, job.seed) as ctx:
         run = _Run(ctx, alone, Quiet(), None)
         with together(ctx.world):
@@ -88,7 +95,7 @@ class _Run:
         self.recorder = Recorder(index, ctx.rank)
         self.seconds: dict[str, float] = {}
         self.injector = self._injector()
-        self.golden = None
+        self.golden, self.loader = None, None
         small = job.checkpoint.total_bytes <= GOLDEN_BYTES
         self.has_golden = job.exact and ctx.world.bcast(job.golden is not None or small)
 
@@ -121,6 +128,10 @@ class _Run:
         part = self._timed("weights", self.weights)
         self._prepare_golden()
         tokens, runs = self._timed("inference", lambda: self._inference(part))
+        if self.job.has_derived:
+            start = perf_counter()
+            self._check_derived(step=self.job.n_tokens - 1)
+            self.seconds["weights"] += perf_counter() - start
         self._at("verdict")
         return self._conclude(tokens, runs)
 
@@ -161,21 +172,34 @@ class _Run:
         )  # fmt: skip
 
     def weights(self):
-        """Load this rank's part and check it against the second read."""
+        """Load this rank's part and check it against the manifest, else against the second read."""
         ctx, job = self.ctx, self.job
-        loader = Loader(ctx, job.config, job.checkpoint, job.exact, self.injector)
+        loader = self.loader = Loader(ctx, job.config, job.checkpoint, job.exact, self.injector)
         with together(ctx.world):
             loader.load(lambda layer: self._at(f"weights of layer {layer}"))
-        self._at("second read of the weights")
-        with together(ctx.world):
-            shares = second_read(ctx, job.checkpoint)
-        failed = check_weights(ctx, job.config, job.checkpoint, loader, shares, self.recorder)
+        if job.known:
+            shares = from_rank_0(ctx, job.checkpoint.tensors, job.known.words)
+        else:
+            self._at("second read of the weights")
+            with together(ctx.world):
+                shares = second_read(ctx, job.checkpoint)
+        failed = check_weights(
+            ctx, job.config, job.checkpoint, loader, shares, self.recorder, bool(job.known)
+        )
+        if job.has_derived:
+            self._check_derived()
         unfit = ctx.world.allreduce(bool(loader.part.problem), op=MPI.LOR)
         if unfit and not ctx.world.allreduce(failed):
             with together(ctx.world):
                 if loader.part.problem:
                     raise UsageError(loader.part.problem)
         return loader.part
+
+    def _check_derived(self, step=0):
+        """What was derived from the weights, as it is in memory now. Collective over the world."""
+        self._at("derived weights")
+        job = self.job
+        check_derived(self.ctx, job.config, self.loader, job.known.words, self.recorder, step)
 
     def stage(self, part) -> Stage:
         job = self.job

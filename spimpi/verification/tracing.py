@@ -107,11 +107,14 @@ def _tensors(job, names) -> list[TensorInfo]:
         "logits": ((n_prompts, config.vocab_size), "float32"),
         "tokens": ((n_prompts,), "int64"),
     }
+    derived = job.known.manifest.derived.tensors if job.has_derived else {}
     infos = []
     for name in names:
         record = records.get(name.split(" ")[0])
         if name in activations:
             shape, dtype = activations[name]
+        elif name in derived:
+            shape, dtype = derived[name].shape, derived[name].stored.numpy_name
         elif record is not None:
             shape, dtype = record.shape, record.dtype
         elif name.startswith("lm_head"):

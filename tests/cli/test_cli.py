@@ -1,6 +1,7 @@
 """The command line as it is typed: what it prints, what it writes, how it ends."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -107,6 +108,66 @@ def test_a_golden_file_with_one_other_fingerprint_is_not_reproduced(spimpi):
     assert (found["where"]["step"], found["where"]["layer"]) == (2, 1)
     expected, actual = (int(found["where"][key], 16) for key in ("expected", "found"))
     assert expected ^ actual == 1
+
+
+@pytest.fixture
+def manifests(spimpi):
+    """good.json, with derived tensors, and model: a copy of the embedded model."""
+    shutil.copytree(EMBEDDED_MODEL, "model")
+    made = spimpi(2, "manifest", "make", "model", "-o", "good.json", "--derived")
+    assert made.returncode == 0 and "75 tensors, 2.9 MiB, 116 derived ones" in made.stdout
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_a_manifest_stands_in_the_place_of_the_second_read(spimpi, manifests, ranks):
+    model = [*SHORT, "--model", "model", "--manifest", "good.json", "--no-trace"]
+    done = spimpi(ranks, "verify", *model)
+    assert done.returncode == 0
+    words = "weights    expected: they and what is derived from them equal good.json"
+    assert done.stdout.rstrip().endswith(words)
+    found = json.loads(spimpi(ranks, "verify", *model, "--json").stdout)
+    assert (found["verdict"], found["weights_expected_from"]) == ("verified", "good.json")
+
+
+def test_a_flipped_byte_of_a_file_is_named_with_its_tensor(spimpi, manifests):
+    data = bytearray(Path("model/model.safetensors").read_bytes())
+    data[-5] ^= 4
+    Path("model/model.safetensors").write_bytes(data)
+    shown = spimpi(3, "verify", *SHORT, "--model", "model", "--manifest", "good.json")
+    assert shown.returncode == 1 and "CORRUPTION FOUND" in shown.stdout
+    assert "tensor    model.norm.weight" in shown.stdout
+    assert "rank      not singled out" in shown.stdout
+    assert "weights    expected" not in shown.stdout
+    (trace,) = [name for name in files() if name.endswith(".h5")]
+    assert json.loads(spimpi(1, "trace", "show", trace, "--json").stdout)["verdict"] == "failed"
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_what_is_no_manifest_of_this_run_ends_with_2_before_anything_is_loaded(
+    spimpi, manifests, ranks
+):
+    text = Path("good.json").read_text()
+    Path("cut.json").write_text(text[:-90])
+    Path("flipped.json").write_text(text.replace("BF16", "F16", 1))
+    Path("newer.json").write_text(text.replace('"spimpi_manifest": 1', '"spimpi_manifest": 2'))
+    words = {
+        "nosuch.json": "the manifest nosuch.json cannot be read",
+        "model/config.json": "is not a manifest",
+        "cut.json": "cut short",
+        "flipped.json": "damaged",
+        "newer.json": "version 2, this spimpi reads version 1",
+    }
+    for file, said in words.items():
+        done = spimpi(ranks, "verify", "--model", "model", "--manifest", file, timeout=60)
+        assert (done.returncode, done.stdout) == (2, ""), file
+        assert said in done.stderr and done.stderr.count("spimpi: ") == 1
+    for wishes, said in {
+        ("--model", "model", "--seed", "7"): "has the seed 1069, the run 7",
+        ("--config", "llama-3.2-1b", "--layers", "2"): "is of another model: ",
+    }.items():
+        done = spimpi(ranks, "verify", *wishes, "--manifest", "good.json", timeout=60)
+        assert (done.returncode, done.stdout) == (2, "") and said in done.stderr
+    assert not [name for name in files() if name.endswith((".h5", ".journal"))]
 
 
 def test_float32_blas_says_that_nothing_was_expected(spimpi):

@@ -37,6 +37,18 @@ def tensors(spec, seed=1) -> dict:
     }
 
 
+def finite(content) -> dict:
+    """The same tensors without NaN and Inf: the highest exponent bit of each float is cleared."""
+    made = {}
+    for name, (dtype, shape, data) in content.items():
+        data = bytearray(data)
+        if dtype in ("BF16", "F16", "F32"):
+            step = WORDS[dtype][0]
+            data[step - 1 :: step] = bytes(b & 0xBF for b in data[step - 1 :: step])
+        made[name] = dtype, shape, bytes(data)
+    return made
+
+
 def write_file(path, content, pad=0, edit=None) -> Path:
     """A safetensors file; ``pad`` spaces after the header put its data at any alignment."""
     header, at = {"__metadata__": {"format": "pt"}}, 0

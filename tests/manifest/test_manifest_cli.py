@@ -4,9 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-from manifest_samples import MIXED, brute_word, flip, tensors, write_file, write_shards
+from manifest_samples import MIXED, brute_word, finite, flip, tensors, write_file, write_shards
 
 CONTENT = tensors(MIXED)
 RUN = [sys.executable, "-m", "spimpi", "manifest"]
@@ -221,3 +222,21 @@ def test_ranks_make_the_same_file_and_find_the_same(made, run_ranks, ranks):
         done = run_ranks(ranks, "spimpi", "manifest", *command)
         assert done.returncode == 2 and done.stderr.count("spimpi: ") == 1, (words, done.stderr)
         assert words in done.stderr
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_ranks_derive_the_same(folder, run_ranks, spimpi, ranks):
+    write_file("x.safetensors", finite(CONTENT))
+    assert spimpi("make", "x.safetensors", "-o", "alone.json", "--derived")[0] == 0
+    make = ("spimpi", "manifest", "make", "x.safetensors", "-o", "ranks.json", "--derived")
+    done = run_ranks(ranks, *make)
+    assert done.returncode == 0, done.stderr
+    assert "wrote ranks.json: 9 tensors, " in done.stdout and ", 4 derived ones" in done.stdout
+    assert Path("ranks.json").read_text() == Path("alone.json").read_text()
+    assert '"derived": {' in Path("alone.json").read_text()
+    # Bits that are no numbers have fingerprints, and no scaled integers.
+    for threads in (1, 2):
+        options = ("-o", "x.json", "--derived", "--threads", threads)
+        status, out, err = spimpi("make", "model", *options)
+        assert (status, out) == (2, "") and "holds NaN or Inf" in err
+    assert not Path("x.json").exists()

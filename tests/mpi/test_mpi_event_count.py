@@ -1,10 +1,13 @@
 """Nothing is sampled: the number of checks is known beforehand, and a missing one is noticed."""
 
 import pytest
-from mpi_helpers import GROUPED, IDS, OLMO, first_ranks, quick_fabric, topologies, verify
+from mpi_helpers import (
+    GROUPED, IDS, OLMO, first_ranks, on_rank_0, quick_fabric, topologies, verify,
+)  # fmt: skip
 
 from spimpi.checks.recorder import Recorder
 from spimpi.inference.schedule import expected_events
+from spimpi.manifest import make_manifest, write_manifest
 from spimpi.verification import run
 
 pytestmark = pytest.mark.mpi
@@ -92,6 +95,32 @@ def test_the_number_of_checks_is_what_counting_by_hand_gives(
             outcome = verify(part, topology=topology, **wishes)
             assert outcome.verdict, str(outcome.verdict)
             assert outcome.n_events == by_hand
+
+
+@pytest.mark.parametrize(
+    ("n", "by_hand"),
+    # After loading and after the last step, on each rank: integers and exponents of seven matrices a
+    # layer and of the head; over tensor ranks o_proj's and down_proj's exponents, which all have,
+    # and integers and exponents of the keys and values of a shared head.
+    [(1, 2 * 2 * (3 * 7 + 1)),
+     (2, 2 * 2 * (2 * (3 * 7 + 1) + 3 * 2)),
+     (3, 2 * (3 * (2 * (3 * 7 + 1) + 3 * 2) + (1 + 2 + 1) * 3 * 4))],
+)  # fmt: skip
+def test_a_manifest_with_derived_tensors_adds_what_counting_by_hand_gives(
+    comm, model, shared_folder, n, by_hand
+):
+    if comm.size < n:
+        pytest.skip(f"needs {n} ranks")
+    wishes, file = _wishes(model), shared_folder / "counted.spi.json"
+    made = on_rank_0(comm, lambda: make_manifest(wishes["model"], derived=True))
+    on_rank_0(comm, lambda: write_manifest(file, made, overwrite=True))
+    with first_ranks(comm, n) as part:
+        if part:
+            counts = [
+                verify(part, topology=f"tp={n}", manifest=given, **wishes).n_events
+                for given in (None, str(file))
+            ]
+            assert counts[1] - counts[0] == by_hand
 
 
 @pytest.mark.parametrize("facts", [GROUPED, OLMO], ids=["llama", "olmo"])

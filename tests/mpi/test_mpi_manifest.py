@@ -6,17 +6,23 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
+from mpi4py import MPI
 from mpi_helpers import first_ranks
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "manifest"))
 
-from manifest_samples import MIXED, brute_word, flip, tensors, write_shards  # noqa: E402
+from manifest_samples import (  # noqa: E402
+    MIXED, brute_word, finite, flip, tensors, write_file, write_shards,
+)  # fmt: skip
 
 import spimpi  # noqa: E402
 from spimpi.context import DistributedContext  # noqa: E402
 from spimpi.errors import CorruptionError, IncompleteError, UsageError  # noqa: E402
 from spimpi.fingerprint import fingerprint  # noqa: E402
-from spimpi.manifest import Manifest, TensorFacts, read, read_manifest, write_manifest  # noqa: E402
+from spimpi.inference.derived import derived_names  # noqa: E402
+from spimpi.manifest import (  # noqa: E402
+    Derived, Manifest, TensorFacts, derive, read, read_manifest, write_manifest,
+)  # fmt: skip
 from spimpi.manifest.over_ranks import check_over, make_over  # noqa: E402
 from spimpi.partition import Slab, TensorPartition  # noqa: E402
 from spimpi.topology.tensor import TensorShard  # noqa: E402
@@ -319,6 +325,53 @@ def test_an_empty_manifest_holds_of_nothing(comm):
     assert spimpi.verify_weights(comm, {}, Manifest({}))
 
 
+# Derived tensors, which are checked where some rank gives them.
+
+WEIGHTS = {name: MODEL[name].astype(np.float32) for name in ("0.q", "1.o")}
+
+
+def derived_of(name):
+    """(integers float32, exponents int32) of a matrix, by ldexp and frexp."""
+    w = WEIGHTS[name].astype(float)
+    exponents = np.frexp(np.abs(w).max(1))[1].astype(np.int32)
+    return np.rint(np.ldexp(w, 24 - exponents[:, None])).astype(np.float32), exponents
+
+
+def with_derived() -> Manifest:
+    facts = {}
+    for name in WEIGHTS:
+        for derived, array in zip(derived_names(name), derived_of(name)):
+            word = fingerprint(array, spimpi.Tag(1069, derived))
+            dtype = "F32" if array.ndim == 2 else "I32"
+            facts[derived] = TensorFacts(dtype, array.shape, word)
+    return Manifest(MANIFEST.tensors, 1069, Derived("exact-1", facts))
+
+
+def test_derived_tensors_are_checked_where_they_are_given(comm):
+    manifest = with_derived()
+    integers, exponents = derived_names("0.q")
+    part = TensorPartition(0, comm.size, comm.rank, HEADS * WIDTH)
+    rows = slice(part.start, part.stop)
+    for array in (None, 0, 1):
+        held = held_by(0, 1, 1) if comm.rank == 0 else {}
+        assert spimpi.verify_weights(comm, held, manifest)  # none is missed
+        given = [np.array(x[rows]) for x in derived_of("0.q")]
+        held |= {integers: (given[0], part), exponents: (given[1], part)}
+        if array is None:
+            assert spimpi.verify_weights(comm, held, manifest)
+            continue
+        if comm.rank == comm.size - 1:
+            given[array][-1] += 1
+        raises_alike(
+            comm, CorruptionError, f"tensor {(integers, exponents)[array]}",
+            lambda held=held: spimpi.verify_weights(comm, held, manifest),
+        )  # fmt: skip
+    only = {exponents: (derived_of("0.q")[1][:5], Slab((HEADS * WIDTH,), (0,)))}
+    verdict = spimpi.verify_weights(comm, only, manifest, check=False)
+    assert f"of tensor {exponents} 19 of 24 elements are on no rank" in verdict.missing
+    assert not any(integers in one for one in verdict.missing)
+
+
 # Files, shared over the ranks.
 
 
@@ -343,6 +396,35 @@ def test_ranks_that_share_the_reading_make_the_same_manifest(comm, shards, monke
         assert sum(read_here) == made.n_bytes  # each byte by one rank
         assert max(read_here) - min(read_here) <= 16
         assert check_over(part, made, shards, threads=1).exit_status == 0
+
+
+def test_ranks_that_share_the_rows_derive_the_same(comm, shared_folder, monkeypatch):
+    path = shared_folder / "finite.safetensors"
+    if comm.rank == 0:
+        write_file(path, finite(CONTENT))
+    comm.Barrier()
+    alone = make_over(MPI.COMM_SELF, path, seed=4, derived=True)
+    monkeypatch.setattr(derive, "BLOCK_BYTES", 64)
+    for part in worlds(comm):
+        done = []
+        made = make_over(
+            part, path, seed=4, threads=2, derived=True, progress=lambda *at: done.append(at)
+        )
+        assert made == alone and len(made.derived.tensors) == 4
+        assert done or part.rank
+
+
+def test_a_row_that_is_not_finite_is_named_on_every_rank(comm, shared_folder):
+    path = shared_folder / "inf.safetensors"
+    if comm.rank == 0:
+        x = np.ones((9, 4), np.float32)
+        x[8, 1] = np.inf
+        write_file(path, {"w": ("F32", x.shape, x.tobytes())})
+    comm.Barrier()
+    raises_alike(
+        comm, UsageError, "row 8 of tensor w holds NaN or Inf",
+        lambda: make_over(comm, path, seed=1, derived=True),
+    )  # fmt: skip
 
 
 def test_every_rank_learns_what_is_corrupted(comm, shards):

@@ -7,15 +7,20 @@ from pathlib import Path
 
 import pytest
 
+from spimpi.checks.recorder import Recorder
 from spimpi.context import DistributedContext
 from spimpi.errors import UsageError
 from spimpi.inference import footprint
 from spimpi.inference.checkpoint import open_checkpoint
 from spimpi.inference.config import load_config
+from spimpi.inference.derived import derived_names
+from spimpi.inference.derived_check import check_derived, multiplied
 from spimpi.inference.footprint import rank_bytes
 from spimpi.inference.weight_check import second_read
 from spimpi.inference.weights import Loader
+from spimpi.manifest.over_ranks import make_over
 from spimpi.topology.grid import parse
+from spimpi.trace.schema import Stage
 from spimpi.verification.job import Request, prepare
 from spimpi.verification.run import verify_distributed_inference
 
@@ -88,6 +93,41 @@ def test_a_tensor_rank_reads_and_holds_a_quarter(comm, large):
         promised = rank_bytes(ctx, config, 2, 1, 2, 1)
         assert peak < promised
         assert promised < 2 * total  # a whole model would take 4 bytes a weight
+
+
+@pytest.mark.mpi(min_size=2)
+def test_what_was_derived_is_checked_where_it_lies(comm, large):
+    """Nothing is copied or gathered: not a slice where all is well, one where it is not."""
+    config = load_config(large)
+    checkpoint = open_checkpoint(large, config)
+    names = [n for name in multiplied(config) for n in derived_names(name)]
+    tp = f"tp={comm.size}"
+    with DistributedContext(comm, parse(tp, comm.size, config.n_heads, config.n_layers)) as ctx:
+        loader = Loader(ctx, config, checkpoint, True)
+        part = loader.load()
+        expected = make_over(comm, large, seed=ctx.seed, derived=True).derived.tensors
+        words = {name: expected[name].fingerprint for name in names}
+        recorder = Recorder({name: i for i, name in enumerate(names)}, ctx.rank)
+
+        def grown_by_a_check():
+            gc.collect()
+            Path("/proc/self/clear_refs").write_text("5")
+            at_first = _peak()
+            check_derived(ctx, config, loader, words, recorder)
+            return _peak() - at_first
+
+        grown_by_a_check()  # a first use allocates what is kept anyway
+        read = checkpoint.bytes_read
+        assert grown_by_a_check() < MIB // 2
+        assert checkpoint.bytes_read == read
+        assert recorder.totals[Stage.WEIGHTS].failed == 0
+        if ctx.rank == comm.size - 1:
+            part.layers[2].down.values[0, 0] += 1
+        slice_bytes = 4 * part.layers[2].down.values.size
+        assert grown_by_a_check() < 3 * slice_bytes + MIB // 2
+        assert checkpoint.bytes_read == read + slice_bytes // 2
+        assert recorder.totals[Stage.WEIGHTS].failed == 1
+        assert recorder.all_failures()["peer"].tolist() == [comm.size - 1]
 
 
 def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(comm, large, monkeypatch):
