@@ -1,47 +1,111 @@
-"""What each check sees and misses: every check × every fault, by planting them.
+"""What each check sees and misses: every check × every fault × dtypes × numbers of ranks.
 
-Serial: a tensor is cut into shards in memory, one of them is corrupted, and each check's own
-functions decide. What is measured are the functions; that the checks apply them to what really
-moved is what the multi-rank tests show. The tables stand in docs/what-pass-means.md.
+Two routes. In one process the public functions are called for all ranks in turn (one_process.py):
+that is fast enough for two million trials. On 8 real ranks (confusion_ranks.py) the same trials go
+through MPI, fewer of them, and verdicts are carried to their end. docs/what-pass-means.md has the
+tables (matrix.py), docs/confusion-matrix.csv every cell.
 """
 
-from collections import Counter
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import chain
+from multiprocessing import get_context
+from pathlib import Path
 
 import numpy as np
 
-from spimpi.bench.planted import MOVEMENT, SHAPE, random_tensors, words_of
-from spimpi.checks.sums import float_bound
-from spimpi.checks.sums.words import project_block, sketch_key
-from spimpi.fingerprint import combine, expected_fingerprint, fingerprint, linear_fingerprint
-from spimpi.fingerprint.painting import color_fingerprint, color_hidden_states
-from spimpi.fingerprint.tag import MASK, Tag
-from spimpi.partition import TensorPartition
+from spimpi.bench.cases import (
+    BOUND, DTYPES, FLOATS, IN_ONE_PROCESS, PAINTED, PAINTING, SHARDS,
+)  # fmt: skip
+from spimpi.bench.matrix import ONE_PROCESS, SIZES, UPPER_BITS, tables, write
+from spimpi.bench.planted import MOVEMENT, words_of
+from spimpi.bench.scenes import CLEAN, Scene
 
-SHARDS = (2, 3, 4, 8)
-DTYPES = ("uint8", "float16", "bfloat16", "float32", "int32", "float64", "int64", "complex64")
-PAINTED = ("float16", "bfloat16", "float32", "float64")
-SUMMED = ("bfloat16", "float32", "float64")
-TRIALS, CLEAN = 1_000_000, 1_000_000
-OTHERS_EVERY = 20  # of so many trials one is also given to today's checksums
+SEED = 1069
+RANKS = 8
+OTHERS = 80, 1600  # trials and clean ones of today's checksums, for each dtype and number of ranks
+PAINTED_ELEMENTS, PAINTED_ROUNDS = 1 << 20, 4
+SIZE_TRIALS = 1000
 
 
-def measure(n_trials: int = TRIALS, n_clean: int = CLEAN) -> dict:
-    """The three tables as Markdown; a cell is missed / tried. Local."""
-    return {
-        "Moved data": markdown(content_trials(n_trials, n_clean)),
-        "Painted data": markdown(painting_trials(n_trials // 5)),
-        "Sums": markdown(sum_trials(n_trials // 20)),
-    }
+def measure(output: str | None = None) -> dict:
+    """The tables as Markdown; ``output``: a file for the whole matrix. Takes minutes. Local."""
+    rows = in_one_process() + on_ranks()
+    if output:
+        write(output, rows)
+    return {title: f"\n\n{table}\n" for title, table in tables(rows).items()}
 
 
-def markdown(table: dict) -> str:
-    """A table {fault: {check: (missed, tried)}} as Markdown."""
-    checks = list(next(iter(table.values())))
-    lines = ["", f"| fault | {' | '.join(checks)} |", "|---" * (len(checks) + 1) + "|"]
-    for fault, row in table.items():
-        cells = (f"{row[c][0]:,} / {row[c][1]:,}" if row[c][1] else "" for c in checks)
-        lines.append(f"| {fault} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def in_one_process(share: float = 1.0) -> list:
+    """Rows (route, check, fault, dtype, ranks, missed, tried); ``share`` of all trials."""
+    jobs = [
+        partial(case_rows, case.name, dtype, share)
+        for case in IN_ONE_PROCESS for dtype in case.dtypes
+    ]  # fmt: skip
+    jobs += [partial(others_rows, dtype, share) for dtype in DTYPES]
+    jobs += [partial(painting_rows, dtype) for dtype in PAINTED]
+    jobs += [partial(size_rows, dtype, share) for dtype in FLOATS]
+    workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        return list(chain.from_iterable(pool.map(_run, jobs)))
+
+
+def _run(job) -> list:
+    with np.errstate(all="ignore"):  # what faults make of floats is not worth a warning
+        return job()
+
+
+def on_ranks() -> list:
+    """As ``in_one_process``, from 8 ranks that the mpirun on PATH starts."""
+    from spimpi.bench.startup import launcher
+    from spimpi.errors import UsageError
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "rows.json"
+        program = [sys.executable, "-m", "mpi4py", "-m", "spimpi.bench.confusion_ranks", str(path)]
+        command = [*launcher(RANKS), *program]
+        done = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
+        if done.returncode:
+            msg = f"{' '.join(command)} ended with status {done.returncode}: {done.stderr[-800:]}"
+            raise UsageError(msg)
+        return [tuple(row) for row in json.loads(path.read_text())]
+
+
+def case_rows(name: str, dtype: str, share: float = 1.0) -> list:
+    """A check's trials with one dtype, on all numbers of ranks."""
+    from spimpi.bench.one_process import Ranks
+
+    case = next(case for case in IN_ONE_PROCESS if case.name == name)
+    rows = []
+    for n in SHARDS:
+        ranks = Ranks(n)
+        for fault in (*case.faults, CLEAN):
+            rng = generator(name, dtype, n, fault)
+            wanted = max(1, round(share * (case.clean if fault == CLEAN else case.trials)))
+            scenes = [Scene(dtype, n, fault, rng) for _ in range(wanted)]
+            if case.hold:
+                held = case.hold(scenes, ranks)
+            else:
+                held = [_holds(ranks, case, s) for s in scenes]
+            counted = [h for h, s in zip(held, scenes) if s.changed]
+            missed = sum(h != (fault == CLEAN) for h in counted)
+            rows.append((ONE_PROCESS, name, fault, dtype, n, missed, len(counted)))
+    return rows
+
+
+def _holds(ranks, case, s: Scene) -> bool:
+    call, callers = case.trial(s)
+    return not s.changed or ranks.holds(call, callers, s.rounds)
+
+
+def generator(*names) -> np.random.Generator:
+    """Random numbers of a cell, the same in every run."""
+    return np.random.default_rng([SEED, *repr(names).encode()])
 
 
 # What people use today
@@ -70,211 +134,89 @@ def todays_checksums() -> dict:
         return checksums
 
     def digest(x):
-        words = words_of(np.ascontiguousarray(x))
+        words = words_of(np.array(x))  # torch takes no read-only array
         signed = words.view(f"i{words.itemsize}" if words.itemsize > 1 else "u1")
         return int(hash_tensor(torch.from_numpy(signed)).numpy())
 
     return {"torch.hash_tensor": digest, **checksums}
 
 
-# Moved data
+def others_rows(dtype: str, share: float = 1.0) -> list:
+    """Today's checksums of a tensor whose shard arrived with a fault."""
+    digests, rows = todays_checksums(), []
+    for n in SHARDS:
+        for fault in (*MOVEMENT, CLEAN):
+            rng = generator("others", dtype, n, fault)
+            missed, tried = dict.fromkeys(digests, 0), 0
+            for _ in range(max(1, round(share * OTHERS[fault == CLEAN]))):
+                s = Scene(dtype, n, fault, rng)
+                wrong = s.wrong_whole()
+                tried += s.changed
+                for name, digest in digests.items():
+                    same = digest(wrong) == digest(s.whole)
+                    missed[name] += s.changed and same != (fault == CLEAN)
+            rows += [
+                (ONE_PROCESS, name, fault, dtype, n, int(missed[name]), tried) for name in digests
+            ]
+    return rows
 
 
-def content_trials(n_trials: int, n_clean: int, seed: int = 1069) -> dict:
-    """Faults on shards of a moved tensor: what fingerprints and today's checksums miss.
-
-    n_trials are shared by faults, dtypes and shard counts. Returns {fault: {check: (missed,
-    tried)}}; trials in which the fault changed no bit are not counted. The last row, "nothing",
-    counts false alarms.
-    """
-    rng = np.random.default_rng(seed)
-    others = todays_checksums()
-    table = {}
-    for fault, plant in {**MOVEMENT, "nothing: false alarms": None}.items():
-        counts, wanted = Counter(), n_trials // len(MOVEMENT) if plant else n_clean
-        per_case = -(-wanted // (len(DTYPES) * len(SHARDS)))
-        for dtype in DTYPES:
-            for n_shards in SHARDS:
-                for i in range(per_case):
-                    asked = {} if i % OTHERS_EVERY else others
-                    _movement(rng, dtype, n_shards, plant, asked, counts)
-        table[fault] = {
-            check: (counts[check], counts[check, "tried"]) for check in ("fingerprint", *others)
-        }
-    return table
+# Painting's rate, and sums by the size of the error
 
 
-def _movement(rng, dtype, n_shards, plant, others, counts) -> None:
-    whole, earlier = random_tensors(dtype, 2, rng)
-    tag = Tag(name="hidden", layer=int(rng.integers(32)), step=int(rng.integers(100)))
-    arrived = _shards(whole, earlier, n_shards, plant, rng)
-    gathered = np.concatenate([shard for shard, _ in arrived])
-    if plant and gathered.tobytes() == whole.tobytes():
-        return
+def painting_rows(dtype: str) -> list:
+    """Random changes of the bits above the colour, in each of many elements, looked at one by one."""
+    from spimpi.fingerprint.arrays import dtype_of
+    from spimpi.fingerprint.painting import check_colors, color_hidden_states, coloured_bits
+    from spimpi.fingerprint.tag import Tag
+    from spimpi.partition import TensorPartition
 
-    def note(check, differs):
-        counts[check, "tried"] += 1
-        counts[check] += differs != bool(plant)
-
-    found = combine(fingerprint(shard, tag, part) for shard, part in arrived)
-    note("fingerprint", found != fingerprint(whole, tag))
-    for name, digest in others.items():
-        note(name, digest(gathered) != digest(whole))
-
-
-def _shards(whole, earlier, n_shards, plant, rng) -> list[tuple[np.ndarray, TensorPartition]]:
-    """Copies of the shards, one of them corrupted."""
-    hit, arrived = int(rng.integers(n_shards)), []
-    for shard_id in range(n_shards):
-        part = TensorPartition(0, n_shards, shard_id, SHAPE[0])
-        rows = slice(part.start, part.stop)
-        shard = whole[rows].copy()
-        if plant and shard_id == hit:
-            plant(shard=shard, whole=whole, earlier=earlier, rows=rows, rng=rng)
-        arrived.append((shard, part))
-    return arrived
+    rows, kind = [], dtype_of(dtype)
+    m = coloured_bits(kind)
+    for n in SHARDS:
+        rng, seen, tried = generator(dtype, n), 0, 0
+        for step in range(PAINTED_ROUNDS):
+            tag = Tag(name="hidden", step=step)
+            x = rng.standard_normal(PAINTED_ELEMENTS).astype(kind)
+            words = words_of(color_hidden_states(x, tag))
+            above = rng.integers(1, 1 << (8 * kind.itemsize - m), x.size, words.dtype)
+            words ^= above << words.dtype.type(m)
+            for rank in range(n):
+                part = TensorPartition(0, n, rank, x.size)
+                seen += check_colors(x[part.start : part.stop], tag, part).n_corrupted
+            tried += x.size
+        rows.append((ONE_PROCESS, PAINTING.name, UPPER_BITS, dtype, n, tried - seen, tried))
+    return rows
 
 
-# Painted data
+def size_rows(dtype: str, share: float = 1.0) -> list:
+    """One wrong element, by how far off it is in units of the size that a clean verdict states."""
+    from spimpi.bench.computed_trials import addends, allreduce
+    from spimpi.bench.one_process import Ranks
+
+    rows = []
+    for n in SHARDS:
+        ranks, rng = Ranks(n), generator("size", dtype, n)
+        counts = {name: [0, 0] for _, name in SIZES}
+        for _ in range(max(1, round(share * SIZE_TRIALS))):
+            s = Scene(dtype, n, CLEAN, rng)
+            parts = addends(s)
+            clean = ranks.verdict(allreduce(s, parts)[0])
+            stated = float(clean.strength.split("more than ")[1].split(")")[0])
+            off = []
+            s.plant = partial(_moved, by=stated * 2 ** rng.uniform(-6, 3), off=off)
+            call, _ = allreduce(s, parts)
+            name = next(name for limit, name in SIZES if off[0] <= limit * stated)
+            counts[name][0] += s.changed and ranks.holds(call, rounds=s.rounds)
+            counts[name][1] += s.changed
+        rows += [(ONE_PROCESS, BOUND.name, name, dtype, n, *counts[name]) for name in counts]
+    return rows
 
 
-def painting_trials(n_trials: int, seed: int = 1069) -> dict:
-    """Faults on painted tensors, by dtype; the last row has the rate that one element should have."""
-    rng = np.random.default_rng(seed)
-    table = {}
-    for fault, plant in {**MOVEMENT, "nothing: false alarms": None}.items():
-        counts = Counter()
-        for dtype in PAINTED:
-            for i in range(-(-n_trials // (len(MOVEMENT) * len(PAINTED)))):
-                _painting(rng, dtype, SHARDS[i % len(SHARDS)], plant, counts)
-        table[fault] = {dtype: (counts[dtype], counts[dtype, "tried"]) for dtype in PAINTED}
-    return table
-
-
-def _painting(rng, dtype, n_shards, plant, counts) -> None:
-    step = int(rng.integers(1, 100))
-    tag, before = (Tag(name="hidden", layer=3, step=s) for s in (step, step - 1))
-    whole, earlier = random_tensors(dtype, 2, rng)
-    color_hidden_states(whole, tag)
-    color_hidden_states(earlier, before)
-    arrived = _shards(whole, earlier, n_shards, plant, rng)
-    if plant and np.concatenate([shard for shard, _ in arrived]).tobytes() == whole.tobytes():
-        return
-    expected = expected_fingerprint(tag.seed, *SHAPE, 3, "hidden", step, dtype)
-    found = combine(color_fingerprint(shard, tag, part) for shard, part in arrived)
-    counts[dtype, "tried"] += 1
-    counts[dtype] += (found != expected) != bool(plant)
-
-
-# Sums
-
-
-def _bit(result, rng, **_):
-    MOVEMENT["1 bit of one element"](shard=result, rng=rng)
-
-
-def _unit(result, rng, **_):
-    place = tuple(int(rng.integers(n)) for n in result.shape)
-    result[place] = np.nextafter(result[place], result.dtype.type(np.inf))
-
-
-SUM_FAULTS = {
-    "1 bit of one element of the result": _bit,
-    "one unit in the last place of one element": _unit,
-    "two elements of the result swapped": lambda result, rng, **_: MOVEMENT[
-        "two elements swapped"
-    ](shard=result, rng=rng),
-    "result shifted": lambda result, rng, **_: MOVEMENT["shard shifted by some elements"](
-        shard=result, rng=rng
-    ),
-    "a contribution dropped": lambda result, parts, add, **_: result.__setitem__(
-        ..., add(parts[1:])
-    ),
-    "a contribution counted twice": lambda result, parts, add, **_: result.__setitem__(
-        ..., add([*parts, parts[0]])
-    ),
-    "zeros for the result": lambda result, **_: result.fill(0),
-    "NaN in one element": lambda result, **_: result.reshape(-1).__setitem__(0, np.nan),
-}
-
-
-FLOATS_ONLY = ("one unit in the last place of one element", "NaN in one element")
-
-
-def sum_trials(n_trials: int, seed: int = 1069) -> dict:
-    """Faults on the result of a sum of 2 to 8 contributions of normal floats.
-
-    Columns: the bound, by dtype (missed, tried); of those, errors in one element above the size
-    that is always seen; the linear fingerprint of integers; agreement of two ranks' results, of
-    which one has the fault.
-    """
-    rng = np.random.default_rng(seed)
-    table = {}
-    for fault, plant in {**SUM_FAULTS, "nothing: false alarms": None}.items():
-        counts = Counter()
-        for dtype in SUMMED:
-            for i in range(-(-n_trials // (len(SUM_FAULTS) * len(SUMMED)))):
-                n_ranks = SHARDS[i % len(SHARDS)]
-                _sum(rng, dtype, n_ranks, plant, counts)
-                if fault not in FLOATS_ONLY:
-                    _integers(rng, n_ranks, plant, counts)
-        names = [f"bound, {d}" for d in SUMMED]
-        names += ["bound, above its stated size", "exact (integers)", "agreement"]
-        table[fault] = {name: (counts[name], counts[name, "tried"]) for name in names}
-    return table
-
-
-def _float_sum(parts):
-    total = parts[0].copy()
-    for part in parts[1:]:
-        total = (total + part).astype(part.dtype)  # rounded after each addition
-    return total
-
-
-def _sum(rng, dtype, n_ranks, plant, counts) -> None:
-    tag = Tag(name="delta", layer=2, step=int(rng.integers(100)))
-    parts = random_tensors(dtype, n_ranks, rng)
-    right = _float_sum([parts[i] for i in rng.permutation(n_ranks)])
-    result = right.copy()
-    if plant:
-        plant(result=result, parts=parts, add=_float_sum, rng=rng)
-    if plant and result.tobytes() == right.tobytes():
-        return
-
-    def note(check, differs):
-        counts[check, "tried"] += 1
-        counts[check] += bool(differs) != bool(plant)
-
-    wrong, limit = _beyond_bound(parts, result, tag)
-    note(f"bound, {dtype}", wrong)
-    with np.errstate(invalid="ignore"):
-        errors = np.abs(result.astype(float) - right.astype(float))
-    if np.count_nonzero(errors) == 1 and errors.max() > 2 * limit:
-        note("bound, above its stated size", wrong)
-    note("agreement", fingerprint(result, tag) != fingerprint(right, tag))
-
-
-def _integers(rng, n_ranks, plant, counts) -> None:
-    tag = Tag(name="delta", layer=2, step=int(rng.integers(100)))
-    parts = [rng.integers(-(2**40), 2**40, SHAPE) for _ in range(n_ranks)]
-    total = np.add.reduce(parts)
-    right = total.copy()
-    if plant:
-        plant(result=total, parts=parts, add=np.add.reduce, rng=rng)
-    if plant and total.tobytes() == right.tobytes():
-        return
-    expected = sum(linear_fingerprint(q, tag) for q in parts) & MASK
-    counts["exact (integers)", "tried"] += 1
-    counts["exact (integers)"] += (linear_fingerprint(total, tag) != expected) != bool(plant)
-
-
-def _beyond_bound(parts, result, tag) -> tuple[bool, float]:
-    """Whether the bound is exceeded, and its largest limit; as sums.judge decides."""
-    cuts = float_bound.bins_of(SHAPE, float_bound.most_bins(len(parts)))
-    key = sketch_key(tag, SHAPE, result.dtype.itemsize)
-    own = np.stack([project_block(x, None, cuts, key).sums for x in parts])
-    there = project_block(result, result, cuts, key).sums[3:]
-    limit = float_bound.limits(own[:, 2], np.diff(cuts), len(parts), result.dtype)
-    with np.errstate(invalid="ignore"):
-        far = ~(np.abs(float_bound.excess(own, there)) <= limit)
-    return bool(far.any()), float(limit.max())
+def _moved(shard, rng, by, off, **_) -> None:
+    """Add ``by`` to one item; ``off`` gets by how much it has then moved."""
+    items = shard.reshape(-1).view(shard.real.dtype)
+    place = int(rng.integers(items.size))
+    before = float(items[place])
+    items[place] += items.dtype.type(by)
+    off.append(abs(float(items[place]) - before))

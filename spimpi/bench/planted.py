@@ -1,8 +1,9 @@
-"""Faults on tensors in memory, for the confusion matrix: each changes a shard in place.
+"""Faults on tensors in memory, for the confusion matrix: each changes a block in place.
 
-A fault gets what it needs by keyword: ``shard``; ``rng``; ``whole``, the tensor, of which the
-shard is ``rows``; ``earlier``, the same tensor a step before. They change bits, not values, so that
-all dtypes have them.
+A fault gets what it needs by keyword: ``shard``, the block; ``rng``; ``whole``, the tensor, of which
+the block is ``rows``; ``earlier``, the same tensor a step before; of a sum, ``without()`` and
+``doubled()``: the sum with one contribution missing, and with one counted twice. Faults of moved
+data change bits, not values, so that all dtypes have them.
 """
 
 from functools import lru_cache, partial
@@ -101,22 +102,48 @@ MOVEMENT = {
 }
 
 
+def another_replica(shard, earlier, rows, **_):
+    shard[:] = earlier[rows]
+
+
+def dropped(shard, rows, without, **_):
+    shard[:] = without()[rows]
+
+
+def counted_twice(shard, rows, doubled, **_):
+    shard[:] = doubled()[rows]
+
+
+def one_unit(shard, rng, **_):
+    """The next larger float of one element."""
+    flat = shard.reshape(-1).view(shard.real.dtype)
+    place = rng.integers(flat.size)
+    flat[place] = np.nextafter(flat[place], flat.dtype.type(np.inf))
+
+
+REPLICA = {"a wrong replica": another_replica}
+CONTRIBUTION = {"a contribution dropped": dropped, "a contribution counted twice": counted_twice}
+ROUNDING = {"one unit in the last place of one element": one_unit}
+# These strike all of a tensor that a rank holds whole, the others a block of it.
+STRIKE_ALL = frozenset({another_replica, dropped, counted_twice})
+
+N_TENSORS = 64
+
+
 @lru_cache
-def _tensors(dtype: str) -> tuple[np.ndarray, ...]:
-    return tuple(_random_tensor(dtype, np.random.default_rng(i)) for i in range(64))
-
-
-def random_tensors(dtype: str, n: int, rng) -> list[np.ndarray]:
-    """n different tensors out of 64, copied: data as activations have them, or small integers."""
-    tensors = _tensors(dtype)
-    return [tensors[i].copy() for i in rng.choice(len(tensors), n, replace=False)]
+def tensors(dtype: str) -> tuple[np.ndarray, ...]:
+    """Tensors of SHAPE, read-only: data as activations have them, or small integers."""
+    return tuple(_random_tensor(dtype, np.random.default_rng(i)) for i in range(N_TENSORS))
 
 
 def _random_tensor(dtype, rng) -> np.ndarray:
     kind = dtype_of(dtype)
     values = rng.standard_normal(SHAPE)
     if kind.kind in "iu":
-        return (40 * values).astype(np.int64).astype(kind)
-    if kind.kind == "c":
-        return (values + 1j * rng.standard_normal(SHAPE)).astype(kind)
-    return values.astype(kind)
+        made = (40 * values).astype(np.int64).astype(kind)
+    elif kind.kind == "c":
+        made = (values + 1j * rng.standard_normal(SHAPE)).astype(kind)
+    else:
+        made = values.astype(kind)
+    made.flags.writeable = False
+    return made

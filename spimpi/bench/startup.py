@@ -13,14 +13,7 @@ BARE = "from mpi4py import MPI; import numpy, numba, h5py; MPI.COMM_WORLD.Barrie
 
 def measure() -> dict:
     """Seconds of both, in turn; the launcher is the mpirun or mpiexec on PATH."""
-    launcher = shutil.which("mpirun") or shutil.which("mpiexec")
-    if launcher is None:
-        msg = "no mpirun or mpiexec on PATH: activate the environment that has one"
-        raise UsageError(msg)
-    help_text = subprocess.run([launcher, "--help"], capture_output=True, text=True).stdout
-    start = [launcher, "-n", str(RANKS)]
-    if "Open MPI" in help_text or "Open RTE" in help_text or "prterun" in help_text:
-        start += ["--oversubscribe", "--bind-to", "none"]
+    start = launcher(RANKS)
     bare = [*start, sys.executable, "-c", BARE]
     verify = [*start, sys.executable, "-m", "spimpi", "verify", "--no-trace"]
     _run(verify)  # compiles the kernels, once
@@ -35,6 +28,19 @@ def measure() -> dict:
         "bare start-up, s": [round(t, 1) for t in times["bare"]],
         "verify, s": [round(t, 1) for t in times["verify"]],
     }
+
+
+def launcher(n_ranks: int) -> list[str]:
+    """The start of a command line for so many ranks, which may share cores."""
+    found = shutil.which("mpirun") or shutil.which("mpiexec")
+    if found is None:
+        msg = "no mpirun or mpiexec on PATH: activate the environment that has one"
+        raise UsageError(msg)
+    help_text = subprocess.run([found, "--help"], capture_output=True, text=True).stdout
+    start = [found, "-n", str(n_ranks)]
+    if "Open MPI" in help_text or "Open RTE" in help_text or "prterun" in help_text:
+        start += ["--oversubscribe", "--bind-to", "none"]
+    return start
 
 
 def _run(command) -> float:

@@ -3,6 +3,7 @@
 import json
 
 from spimpi.cli.registry import subcommand
+from spimpi.errors import UsageError
 
 NAMES = ("fingerprint", "inference", "checks", "confusion", "startup")
 ALONE = ("confusion", "startup")  # of one process, that starts others itself where it needs them
@@ -11,6 +12,7 @@ ALONE = ("confusion", "startup")  # of one process, that starts others itself wh
 def add_arguments(parser) -> None:
     parser.add_argument("benchmark", choices=NAMES, help="what to measure")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--output", metavar="FILE", help="confusion: write the whole matrix there (CSV)")
 
 
 @subcommand("bench", "measure: fingerprint, inference and checks (mpirun -n 2), confusion, startup", add_arguments)
@@ -18,8 +20,11 @@ def bench(args) -> int:
     from importlib import import_module
 
     measure = import_module(f"spimpi.bench.{args.benchmark}").measure
+    if args.output is not None and args.benchmark != "confusion":
+        msg = f"--output is of the confusion matrix, found it with {args.benchmark}"
+        raise UsageError(msg)
     if args.benchmark in ALONE:
-        figures = measure()
+        figures = measure(**({"output": args.output} if args.output else {}))
         speaks = True
     else:
         from spimpi.cli.session import session
