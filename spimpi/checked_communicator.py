@@ -12,7 +12,7 @@ from mpi4py import MPI
 from spimpi.checks.buffers import Message, message_of
 from spimpi.checks.check import Check, Rule
 from spimpi.checks.messages import CheckedMessages
-from spimpi.checks.pending import Group, built, enforce, require_comm
+from spimpi.checks.pending import Group, PendingVerdict, built, enforce, require_comm
 from spimpi.checks.requests import CheckedRequest, Queue
 from spimpi.checks.ring import LONGEST
 from spimpi.checks.session import request_session_of, session_of
@@ -281,7 +281,10 @@ class CheckedComm(CheckedMessages):
         def settle():
             from spimpi.checks.sums.verify import verify_allreduce, verify_reduce_scatter
 
-            kept = {"op": op, "check": False, "ctx": ctx, "threads": self.threads}
+            pending = ctx is not None and ctx.open_batch is not None
+            kept = {
+                "op": op, "check": pending and self.check, "ctx": ctx, "threads": self.threads,
+            }  # fmt: skip
             own, result = _array(sent), _array(_or_error(lambda: message_of(recvbuf)))
             if counts is None:
                 return verify_allreduce(on, own, result, tag, **kept)
@@ -315,7 +318,11 @@ class CheckedComm(CheckedMessages):
         self._keep(Group(self._session, [c]).merge()[0])
 
     def _summed(self, settle) -> None:
-        self._keep(settle())
+        verdict = settle()
+        if isinstance(verdict, PendingVerdict):
+            self.verdict = verdict
+        else:
+            self._keep(verdict)
 
     def _keep(self, verdict) -> None:
         self.verdict = verdict

@@ -120,6 +120,15 @@ def _merge(incoming, inout, datatype):
     np.minimum(b[:, 5], a[:, 5], out=b[:, 5])
 
 
+def merged_here(records: np.ndarray) -> list[int]:
+    """What merging RECORDs of all ranks, uint64[P, 6], gives, where they were gathered."""
+    xor, total, every, none, count, place = records.T
+    return [
+        int(np.bitwise_xor.reduce(xor)), int(total.sum()), int(np.bitwise_and.reduce(every)),
+        int(np.bitwise_and.reduce(none)), int(count.sum()), int(place.min()),
+    ]  # fmt: skip
+
+
 class RecordReduction:
     """The custom MPI_Op that merges RECORDs, with its datatype. Made once, freed by ``free``."""
 

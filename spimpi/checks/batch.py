@@ -1,14 +1,16 @@
 """``with ctx.batch():`` many checks, one reduction at its end.
 
 The checks over the context's world share one reduction of 48 bytes, those over each other
-communicator one more. Hand-offs in a batch are exchanged between their two ends meanwhile; their
-failures travel in the world's record, so that every rank of the context raises the same error.
+communicator one more. Where there are sums, painted tensors or weights, their words follow in one
+Allgather for each of these communicators. Hand-offs in a batch are exchanged between their two ends
+meanwhile; their failures travel in the world's record, so that every rank of the context raises the
+same error.
 """
 
 from operator import itemgetter
 
 from spimpi.checks.check import Check, Rule
-from spimpi.checks.pending import Group, PendingVerdict
+from spimpi.checks.pending import Group, PendingVerdict, error_of
 from spimpi.errors import CorruptionError, SpimpiError, UsageError
 from spimpi.fingerprint.tag import MASK, Tag
 from spimpi.trace.schema import Established
@@ -69,7 +71,8 @@ class Batch:
             msg = f"the tag stands for two tensors in one batch: {was}, and {now}"
             raise UsageError(msg)
         slabs = tuple(slab for _, slab in (*check.contributed, *check.held))
-        words = check.given, check.got
+        gathered = b"" if check.words is None else check.words.tobytes()
+        words = check.given, check.got, gathered
         if self._contents.setdefault((check.tag, check.name, slabs), words) != words:
             msg = (
                 f"the tag stands for two tensors in one batch: two {check.name} checks of other "
@@ -91,11 +94,16 @@ class Batch:
         world = self.ctx.session
         entries = [(world, self._entries.pop(world)), *self._entries.items()]
         entries[0][1].append((_handoff_check(failed, error), PendingVerdict("hand-offs"), True))
-        groups = [(Group(session, [c for c, _, _ in some]), some) for session, some in entries]
+        groups = [
+            (Group(session, [c for c, _, _ in some], alone=False), some)
+            for session, some in entries
+        ]
         for i, (group, _) in enumerate(groups):
             # The lowest place of all ranks tells whether any of them used another communicator.
             group.start(0 if i == 0 and len(groups) > 1 else MASK)
         merged = [group.wait() for group, _ in groups]
+        for (group, _), words in zip(groups, merged):
+            group.follow(words)
         errors = [_judged(group, words, some) for (group, some), words in zip(groups, merged)]
         elsewhere = None
         if merged[0][5] == 0:
@@ -126,7 +134,7 @@ def _judged(group: Group, merged, entries):
     for (_, pending, _), verdict in zip(entries, verdicts):
         pending._verdict = verdict
     bad = [v for (_, _, raises), v in zip(entries, verdicts) if raises and not v]
-    return CorruptionError(bad[0]) if bad else None
+    return error_of(bad[0]) if bad else None
 
 
 def _handoff_check(failed, error) -> Check:

@@ -35,6 +35,7 @@ class Rule(Enum):
     MOVED = "the XOR of what all gave is the XOR of what all got"
     AGREED = "everyone got the same"
     LOCAL = "no rank found a failure of its own"
+    GATHERED = "what follows from everybody's words"
 
 
 @dataclass(eq=False)
@@ -44,6 +45,11 @@ class Check:
     The blocks given, and those got unless everyone gets everything, cover the tensor once; where
     ``n_loose`` is not 0, blocks need only be received as they were given, and so many leading axes
     of the global shape tell them apart. ``complaint``: what a local check found, in keywords.
+
+    With Rule.GATHERED the record carries the digest and errors alone. ``words`` (uint64, as many
+    as the number of ranks says, whatever the arguments are) travel by an Allgather, and
+    ``conclude(session, everyone)`` makes the verdict of them, [ranks, words]. Collective.
+    ``settings``: what else all ranks must say alike, in words.
     """
 
     name: str
@@ -62,6 +68,9 @@ class Check:
     layout: object = None
     root: int | None = None
     n_loose: int = 0
+    settings: str = ""
+    words: np.ndarray | None = None
+    conclude: Callable | None = None
     digest: int = 0
     n_bad: int = 0
     complaint: Callable | None = None
@@ -102,14 +111,16 @@ class Check:
 
     def seal(self) -> None:
         """Bind tag, shape, dtype and cut to the digest that all ranks must have alike."""
-        known = _static_digest(self.name, self.dtype, self.layout, self.root)
+        known = _static_digest(
+            self.name, self.dtype, self.layout, self.root, self.settings
+        )
         shape, itemsize = (self.shape, self.dtype.itemsize) if self.dtype else ((), 0)
         self.digest = mix(known ^ self.tag.key(CONTENT, shape, itemsize))
 
     @property
     def size_words(self) -> tuple[int, int]:
         """(this rank's share of the number of elements, what all shares must add up to)."""
-        if self.rule in (Rule.AGREED, Rule.LOCAL):
+        if self.rule in (Rule.AGREED, Rule.LOCAL, Rule.GATHERED):
             return 0, 0
         if self.n_loose:
             return self.n_given - self.n_got, 0
@@ -145,8 +156,8 @@ def cut_of(where):
 
 
 @lru_cache(maxsize=4096)
-def _static_digest(name, dtype, layout, root) -> int:
-    text = repr((name, dtype and dtype.name, layout, root))
+def _static_digest(name, dtype, layout, root, settings) -> int:
+    text = repr((name, dtype and dtype.name, layout, root, settings))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 

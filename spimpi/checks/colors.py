@@ -1,29 +1,29 @@
-"""Painted tensors over a communicator: every rank looks at its slab, one reduction compares.
+"""Painted tensors over a communicator: every rank looks at its slab, one Allgather compares.
 
-The shares of the colour fingerprint combine by MPI_BXOR to the fingerprint of the colour field.
-That field is computed by all ranks, each a range of element indices that does not depend on
-where the slabs lie: slabs that leave elements out, or hold some twice, do not add up to it.
+The shares of the colour fingerprint combine by XOR to the fingerprint of the colour field. That
+field is computed by all ranks, each a range of element indices that does not depend on where the
+slabs lie: slabs that leave elements out, or hold some twice, do not add up to it.
 docs/painting.md says what a pass proves.
 """
 
-import hashlib
 from dataclasses import dataclass
 from math import prod
 
 import numpy as np
 
-from spimpi.checks.session import session_of
+from spimpi.checks.check import Check, Rule
+from spimpi.checks.pending import settle
 from spimpi.checks.verdict import ElementError, Verdict, Where
-from spimpi.errors import CorruptionError, SpimpiError, UsageError
+from spimpi.errors import UsageError
 from spimpi.fingerprint import as_array, combine, painting
 from spimpi.fingerprint.arrays import check_where, slab_of
 from spimpi.fingerprint.tag import COLOUR, Tag
-from spimpi.reduction import empty_records
 from spimpi.trace.schema import Established
 
 LISTED = 16  # corrupted elements that a verdict lists
 _MOSTLY = 0.7  # of a slab painted otherwise, 1 - 2**-m have a residue: 0.75 or more
 _FEW = 16
+FINGERPRINT, FIELD, ELEMENTS, CORRUPTED = range(4)  # a rank's words
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,10 @@ class CorruptedElement(ElementError):
 @dataclass(frozen=True)
 class Held:
     """What one rank holds and found in it. ``listed``: (global index, bytes) of the first elements
-    with a residue; ``error``: why it could not look."""
+    with a residue."""
 
     rank: int
     host: str = ""
-    error: str = ""
     dtype: str = ""
     global_shape: tuple[int, ...] = ()
     bits: int = 0
@@ -57,12 +56,6 @@ class Held:
     fingerprint: int = 0
     n_corrupted: int = 0
     listed: tuple[tuple[tuple[int, ...], bytes], ...] = ()
-
-    @property
-    def digest(self) -> int:
-        """Of what all ranks must say alike."""
-        said = repr((self.dtype, self.global_shape, self.bits, self.tag))
-        return int.from_bytes(hashlib.blake2b(said.encode(), digest_size=8).digest(), "little")
 
 
 def verify_colors(
@@ -86,35 +79,32 @@ def verify_colors(
     (``check=False`` returns the falsy verdict), UsageError on every rank where the slabs are no
     partition of one tensor, or one of them cannot be looked at.
     """
-    session = session_of(comm, ctx)
-    comm = session.comm
-    held = _look(comm.rank, x, tag, partition, bits, threads)
-    records = empty_records(2)
-    own, field = records
-    own["every"], own["none"] = held.digest, ~np.uint64(held.digest)
-    own["count"] = held.n_corrupted + bool(held.error)
-    own["xor"], own["total"] = held.fingerprint, prod(held.shape) if not held.error else 0
-    if not held.error:
-        field["xor"] = _share_of_field(held, comm.rank, comm.size, threads)
-    own, field = session.records.merge(comm, records)
-    expected = int(field["xor"])
-    if is_clean(own, expected, prod(held.global_shape)):
-        verdict = _verdict(held, expected, expected)
-    else:
-        verdict = judge(comm.allgather(_listed(held, x)), expected)
-    if check and not verdict:
-        raise CorruptionError(verdict)
-    return verdict
+    c = Check("colors", tag, Rule.GATHERED, Established.MOVED, threads)
+    c.words = np.zeros(4, np.uint64)
+
+    def build(c):
+        held = _look(comm.rank, x, c, partition, bits, threads)
+        field = _share_of_field(held, comm.rank, comm.size, threads)
+        c.words[:] = held.fingerprint, field, prod(held.shape), held.n_corrupted
+
+        def conclude(session, everyone):
+            expected = int(np.bitwise_xor.reduce(everyone[:, FIELD]))
+            if is_clean(everyone, prod(held.global_shape)):
+                return _verdict(held, expected, expected)
+            return judge(session.comm.allgather(_listed(held, x)), expected)
+
+        c.conclude = conclude
+
+    return settle(comm, c, build, check, ctx)
 
 
-def is_clean(merged, expected: int, n_elements: int) -> bool:
-    """Whether a merged record needs no second look: all say alike what they hold, it is each
-    element once, none has a residue or an error, and the fingerprint is the colour field's."""
+def is_clean(everyone, n_elements: int) -> bool:
+    """Whether all ranks' words [P, 4] need no second look: they hold each element once, none has
+    a residue, and the fingerprint is the colour field's."""
     return (
-        merged["every"] == ~merged["none"]
-        and int(merged["total"]) == n_elements
-        and int(merged["count"]) == 0
-        and int(merged["xor"]) == expected
+        int(everyone[:, ELEMENTS].sum()) == n_elements
+        and not everyone[:, CORRUPTED].any()
+        and not np.bitwise_xor.reduce(everyone[:, FINGERPRINT] ^ everyone[:, FIELD])
     )
 
 
@@ -123,8 +113,6 @@ def judge(everyone: list[Held], expected: int) -> Verdict:
 
     Raises UsageError where they do not hold one tensor.
     """
-    _refuse_errors(everyone)
-    _refuse_differences(everyone)
     owners = _owners(everyone)
     actual = combine(held.fingerprint for held in owners)
     wrong = [held for held in everyone if held.n_corrupted]
@@ -148,22 +136,20 @@ def judge(everyone: list[Held], expected: int) -> Verdict:
     return _verdict(one, expected, actual, where)
 
 
-def _look(rank, x, tag, where, bits, threads) -> Held:
-    """What this rank holds; its error, if it has one, is kept for all ranks to raise."""
-    try:
-        if not isinstance(tag, Tag):
-            msg = f"tag must be a spimpi.Tag, found {type(tag).__name__}"
-            raise UsageError(msg)
-        check_where(where)
-        x = as_array(x)
-        colors = painting.check_colors(x, tag, where, bits, threads)
-        slab = slab_of(x.shape, where)
-        return Held(
-            rank, "", "", x.dtype.name, slab.global_shape, painting.coloured_bits(x.dtype, bits),
-            tag, slab.offset, x.shape, colors.fingerprint, colors.n_corrupted,
-        )  # fmt: skip
-    except SpimpiError as error:
-        return Held(rank, error=str(error))
+def _look(rank, x, c: Check, where, bits, threads) -> Held:
+    """What this rank holds; the check is told what all ranks must say alike."""
+    check_where(where)
+    x = as_array(x)
+    colors = painting.check_colors(x, c.tag, where, bits, threads)
+    slab = slab_of(x.shape, where)
+    used = painting.coloured_bits(x.dtype, bits)
+    c.of(slab.global_shape, x.dtype)
+    c.settings = f"bits {used}"
+    c.held.append((x, slab))
+    return Held(
+        rank, "", x.dtype.name, slab.global_shape, used, c.tag, slab.offset, x.shape,
+        colors.fingerprint, colors.n_corrupted,
+    )  # fmt: skip
 
 
 def _listed(held: Held, x) -> Held:
@@ -203,29 +189,6 @@ def _verdict(held: Held, expected: int, actual: int, where: Where | None = None)
         strength=f"painted with {held.bits} bits: one corrupted element is missed with "
         f"probability 2**-{held.bits}",
     )
-
-
-def _refuse_errors(everyone: list[Held]) -> None:
-    wrong = [held for held in everyone if held.error]
-    if wrong:
-        ranks = ", ".join([*(str(held.rank) for held in wrong[:8]), *["…"] * bool(wrong[8:])])
-        msg = wrong[0].error
-        if len(everyone) > 1:
-            msg += f" (found by rank {ranks})"
-        raise UsageError(msg)
-
-
-def _refuse_differences(everyone: list[Held]) -> None:
-    first = everyone[0]
-    for name in ("dtype", "global_shape", "bits", "tag"):
-        for other in everyone:
-            a, b = getattr(first, name), getattr(other, name)
-            if a != b:
-                msg = (
-                    f"the ranks must give slabs of one tensor: rank {first.rank} gave {name} {a}, "
-                    f"rank {other.rank} {b}"
-                )
-                raise UsageError(msg)
 
 
 def _owners(everyone: list[Held]) -> list[Held]:

@@ -34,6 +34,7 @@ class Report:
     shape: tuple | None
     partition: object
     root: int | None
+    settings: str
     host: str
     contributed: tuple[tuple[tuple, Slab], ...]
     held: tuple[tuple[tuple, Slab], ...]
@@ -47,8 +48,11 @@ def holding(check: Check) -> Verdict:
     return Verdict(True, check.established, check=check.name, expected=word, actual=word)
 
 
-def explain(session, checks) -> list[Verdict]:
-    """A verdict for each check, or the UsageError that keeps one from being made."""
+def explain(session, checks) -> list[Verdict | None]:
+    """A verdict for each check, or the UsageError that keeps one from being made.
+
+    None for checks of Rule.GATHERED: their words follow.
+    """
     comm = session.comm
     _require_same_number(comm, checks)
     own = np.zeros((len(checks), 6), np.uint64)
@@ -62,6 +66,9 @@ def explain(session, checks) -> list[Verdict]:
         words = everyone[:, i]
         if words[:, ERROR].any() or (words[:, DIGEST] != words[0, DIGEST]).any():
             _refuse(c, _reports(comm, c))
+        if c.rule is Rule.GATHERED:
+            verdicts.append(None)
+            continue
         covered = int(words[:, SIZE].sum()) == c.size_words[1] & MASK
         if covered and _holds(c.rule, words):
             verdicts.append(holding(c))
@@ -109,7 +116,7 @@ def _reports(comm, c: Check) -> list[Report]:
     complaint = c.complaint() if c.complaint and c.n_bad and c.error is None else None
     report = Report(
         c.name, c.tag, c.dtype.name if c.dtype else "", c.shape, c.layout, c.root,
-        MPI.Get_processor_name(), places(c.contributed), places(c.held),
+        c.settings, MPI.Get_processor_name(), places(c.contributed), places(c.held),
         c.error and (type(c.error), str(c.error)), complaint,
     )  # fmt: skip
     return comm.allgather(report)
@@ -124,8 +131,8 @@ def _refuse(c: Check, reports) -> None:
         raise _same_kind(kind, f"{_title(reports[0])}: {told}") from c.error
     for field, words in (
         ("check", "called {}"), ("tag", "gave {}"), ("dtype", "gave dtype {}"),
-        ("shape", "gave blocks of global shape {}"), ("root", "gave root {}"),
-        ("partition", "gave the partition {}"),
+        ("shape", "gave blocks of global shape {}"), ("settings", "gave {}"),
+        ("root", "gave root {}"), ("partition", "gave the partition {}"),
     ):  # fmt: skip
         values = [getattr(r, field) for r in reports]
         if any(v != values[0] for v in values):

@@ -1,36 +1,58 @@
 """Checks that are settled at once, or together at the end of a batch.
 
-All of them go through one reduction of 48 bytes (``Group``). Where the merged record is not
-what clean checks give, and only there, the ranks tell each other more (checks/failure.py).
+All of them go through one reduction of 48 bytes (``Group``), and those that compare everybody's
+words (Rule.GATHERED) through one Allgather after it. Where the merged record is not what clean
+checks give, and only there, the ranks tell each other more (checks/failure.py).
 """
 
 from collections.abc import Callable
 
+import numpy as np
 from mpi4py import MPI
 
-from spimpi.checks.check import Check, fold
+from spimpi.checks.check import Check, Rule, fold
 from spimpi.checks.failure import explain, holding
 from spimpi.checks.session import Session, session_of
 from spimpi.checks.verdict import Verdict
-from spimpi.errors import CorruptionError, SpimpiError, UsageError
+from spimpi.errors import CorruptionError, IncompleteError, SpimpiError, UsageError
 from spimpi.fingerprint.tag import MASK, Tag
+from spimpi.reduction import merged_here
 
 
 class Group:
-    """Checks of one session that share a reduction. All methods are collective over it."""
+    """Checks of one session that share a reduction. All methods are collective over it.
 
-    def __init__(self, session: Session, checks: list[Check]):
+    The words of checks that gather them are as many on all ranks only if these make the same
+    checks, which the record tells: so they follow it. Where ``alone`` (not in a batch) a single
+    check's record and words travel together.
+    """
+
+    def __init__(self, session: Session, checks: list[Check], alone: bool = True):
         self.session, self.checks = session, checks
         self.record, self.clean = fold(checks)
-        self._request = None
+        words = [c.words for c in checks if c.rule is Rule.GATHERED]
+        self._words = np.concatenate(words) if words else None
+        self._alone = alone and len(checks) == 1 and self._words is not None
+        self._request = self._following = self._everyone = None
 
     def merge(self) -> list[Verdict]:
         """Reduce and judge, blocking."""
-        return self.judge(self.session.merge(self.record))
+        if not self._alone:
+            return self.judge(self.session.merge(self.record))
+        own = self._with_record(self.record)
+        everyone = np.empty((self.session.size, own.size), np.uint64)
+        self.session.comm.Allgather(own, everyone)
+        return self.judge(self._split(everyone))
 
     def start(self, place: int = MASK) -> None:
         """Start the reduction; ``place`` is for whoever merges something else by minimum."""
-        self._request = self.session.start([*self.record[:5], place])
+        record = [*self.record[:5], place]
+        if not self._alone:
+            self._request = self.session.start(record)
+            return
+        own = self._with_record(record)
+        everyone = np.empty((self.session.size, own.size), np.uint64)
+        self._request = self.session.comm.Iallgather(own, everyone), own, everyone
 
     def test(self) -> bool:
         """Whether the reduction is complete; only ``finish`` judges."""
@@ -44,16 +66,50 @@ class Group:
         """The merged record."""
         request, _, merged = self._request
         request.Wait()
-        return merged.tolist()
+        return self._split(merged) if self._alone else merged.tolist()
+
+    def follow(self, merged: list[int]) -> None:
+        """Start telling all ranks the words, if the merged record is clean. Never waits, so that
+        ranks may have their groups in any order."""
+        if self._words is not None and not self._alone and merged[:5] == self.clean:
+            self._everyone = np.empty((self.session.size, self._words.size), np.uint64)
+            self._following = self.session.comm.Iallgather(self._words, self._everyone)
 
     def judge(self, merged: list[int]) -> list[Verdict]:
         """One verdict for each check; UsageError on every rank where one could not be made."""
         if merged[:5] == self.clean:
             for c in self.checks:
-                if len(c.contributed) == 1 and not c.n_loose:
+                if len(c.contributed) == 1 and not c.n_loose and c.rule is not Rule.GATHERED:
                     self.session.remember(c.tag, c.contributed[0][1], c.given)
-            return [holding(c) for c in self.checks]
-        return explain(self.session, self.checks)
+            verdicts = [None if c.rule is Rule.GATHERED else holding(c) for c in self.checks]
+        else:
+            verdicts = explain(self.session, self.checks)
+        if self._words is not None:
+            self._conclude(verdicts)
+        return verdicts
+
+    def _with_record(self, record) -> np.ndarray:
+        return np.concatenate([np.array(record, np.uint64), self._words])
+
+    def _split(self, everyone) -> list[int]:
+        """The merged record of all ranks' records and words, which are kept."""
+        n = len(self.record)
+        self._everyone = everyone[:, n:]
+        return merged_here(everyone[:, :n])
+
+    def _conclude(self, verdicts) -> None:
+        """Give the checks that gather words their verdicts."""
+        if self._following is not None:
+            self._following.Wait()
+        if self._everyone is None:
+            self._everyone = np.empty((self.session.size, self._words.size), np.uint64)
+            self.session.comm.Allgather(self._words, self._everyone)
+        at = 0
+        for i, c in enumerate(self.checks):
+            if c.rule is Rule.GATHERED:
+                own = self._everyone[:, at : at + c.words.size]
+                verdicts[i] = c.conclude(self.session, own)
+                at += c.words.size
 
 
 def built(check: Check, build: Callable) -> Check:
@@ -92,10 +148,17 @@ def require_comm(comm) -> None:
 
 
 def enforce(verdict: Verdict, raises: bool) -> Verdict:
-    """The verdict, or CorruptionError where it fails and is to raise."""
+    """The verdict, or its error where it fails and is to raise."""
     if raises and not verdict:
-        raise CorruptionError(verdict)
+        raise error_of(verdict)
     return verdict
+
+
+def error_of(verdict: Verdict) -> SpimpiError:
+    """What a verdict that does not hold raises: IncompleteError where nothing was found wrong."""
+    if verdict.missing and verdict.where is None:
+        return IncompleteError(str(verdict))
+    return CorruptionError(verdict)
 
 
 class PendingVerdict:

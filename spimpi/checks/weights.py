@@ -10,16 +10,17 @@ from collections.abc import Mapping
 import numpy as np
 from mpi4py import MPI
 
-from spimpi.checks.pending import enforce
-from spimpi.checks.session import session_of
+from spimpi.checks.check import Check, Rule
+from spimpi.checks.pending import settle
 from spimpi.checks.verdict import Verdict, Where
-from spimpi.errors import IncompleteError, UsageError
+from spimpi.errors import UsageError
 from spimpi.fingerprint import arrays, as_array, fingerprint
-from spimpi.manifest.agreed import from_rank_0, patiently
+from spimpi.fingerprint.tag import Tag
+from spimpi.manifest.agreed import from_rank_0
 from spimpi.manifest.dtypes import carries
 from spimpi.manifest.format import Manifest, TensorFacts, read_manifest
 from spimpi.manifest.slices import HeldSlice, Judged, judge
-from spimpi.reduction import blocks
+from spimpi.reduction import blocks, together
 from spimpi.trace.schema import Established
 
 _SHOWN = 3
@@ -31,7 +32,8 @@ def verify_weights(comm, tensors, manifest, *, check=True, ctx=None, threads=1) 
     ``tensors``: name in the checkpoint → (array, where), or a list of such pairs; ``where`` is a
     TensorPartition, a Slab, or None for the whole tensor. Arrays are raw slices, of the dtype that
     is stored (or unsigned words that carry its bits). A rank without slices gives {}.
-    ``manifest``: a Manifest, or the file's name, which rank 0 reads.
+    ``manifest``: a Manifest, or the file's name, which rank 0 reads (in a batch at its end, and the
+    slices are fingerprinted then).
 
     Slices at the same place are replicas: they count once and are compared. Tensors that the
     slices do not cover are in the verdict's ``missing``: not verified; derived tensors are
@@ -42,35 +44,55 @@ def verify_weights(comm, tensors, manifest, *, check=True, ctx=None, threads=1) 
     are not the manifest's, and for slices that overlap without being the same; with ``check``
     CorruptionError where the check fails, IncompleteError where tensors are not covered.
     """
-    comm = session_of(comm, ctx).comm
-    manifest = _common_manifest(comm, manifest)
-    own = patiently(comm, lambda: _own_slices(tensors, manifest, threads))
-    judged = [
-        judge(name, manifest.all_tensors[name], slices)
-        for name, slices in _exchanged(comm, manifest, own)
-        if slices or name in manifest.tensors
-    ]
-    verdict = _verdict(comm, manifest, judged)
-    if check and verdict.missing and verdict.where is None:
-        raise IncompleteError(str(verdict))
-    return enforce(verdict, check)
+    c = Check("weights", Tag(name="checkpoint"), Rule.GATHERED, Established.EXPECTED, threads)
+    c.words = np.zeros(1, np.uint64)
+
+    def build(c):
+        own = None
+        if isinstance(manifest, Manifest):
+            own = _own_slices(tensors, manifest, threads)
+            c.words[0] = _word(manifest)
+
+        def conclude(session, everyone):
+            given = everyone[:, 0]
+            common, slices = manifest, own
+            if not given.all() or np.ptp(given):
+                common, slices = _common(session.comm, manifest, given, tensors, threads)
+            return _verdict(
+                session.comm, common, [
+                    judge(name, common.all_tensors[name], held)
+                    for name, held in _exchanged(session.comm, common, slices)
+                    if held or name in common.tensors
+                ],
+            )  # fmt: skip
+
+        c.conclude = conclude
+
+    return settle(comm, c, build, check, ctx)
 
 
-def _common_manifest(comm, manifest) -> Manifest:
-    """Rank 0's manifest on all ranks; refused where another rank holds another one."""
-    given = manifest if isinstance(manifest, Manifest) else None
-    common = from_rank_0(comm, lambda: given or _read(manifest))
+def _word(manifest: Manifest) -> int:
+    """A word of a manifest's checksum; 0 stands for no manifest."""
+    return int(manifest.checksum[:16], 16) or 1
 
-    def compare():
-        if given is not None and given.checksum != common.checksum:
+
+def _common(comm, manifest, given, tensors, threads):
+    """Rank 0's manifest on all ranks, and this rank's slices. Collective.
+
+    Refused where another rank holds another manifest; ``given``: everybody's word of it, or 0.
+    """
+    common = from_rank_0(
+        comm, lambda: manifest if isinstance(manifest, Manifest) else _read(manifest)
+    )
+    with together(comm):
+        if given[comm.rank] not in (0, _word(common)):
             msg = (
                 f"all ranks must give the same manifest: rank 0's has the checksum "
-                f"{common.checksum[:16]}, that of rank {comm.rank} {given.checksum[:16]}"
+                f"{common.checksum[:16]}, that of rank {comm.rank} {manifest.checksum[:16]}"
             )
             raise UsageError(msg)
-
-    patiently(comm, compare)
-    return common
+        slices = _own_slices(tensors, common, threads)
+    return common, slices
 
 
 def _read(path) -> Manifest:

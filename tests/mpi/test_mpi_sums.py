@@ -10,7 +10,6 @@ from mpi_helpers import first_ranks
 
 import spimpi
 from spimpi import CorruptionError, Tag, TensorPartition, UsageError
-from spimpi.checks.sums import verify as sums
 from spimpi.checks.sums.verify import verify_allreduce, verify_reduce_scatter
 from spimpi.exact_sum import exact_allreduce, rounded_back
 from spimpi.partition import balanced_sizes
@@ -343,11 +342,11 @@ def test_bad_input_is_refused_on_every_rank(comm):
     _refused(comm, "spimpi.Tag", x, x, tag="hidden")
     _refused(comm, "expected a numpy array", [1.0], x)
     if comm.size > 1:
-        _refused(comm, f"found by rank {comm.size - 1}", x, x[:2] if last else x)
-        _refused(comm, "do not check the same", *2 * (x[:2] if last else x,))
-        _refused(comm, "do not check the same", *2 * (x.astype("f4") if last else x,))
-        _refused(comm, "do not check the same", x, x, tag=Tag(name="b") if last else TAG)
-        _refused(comm, "do not check the same", x, x, op=MPI.MAX if last else MPI.SUM)
+        _refused(comm, f"rank {comm.size - 1}: contribution and result", x, x[:2] if last else x)
+        _refused(comm, "ranks differ in shape", *2 * (x[:2] if last else x,))
+        _refused(comm, "ranks differ in dtype", *2 * (x.astype("f4") if last else x,))
+        _refused(comm, "ranks differ in tag", x, x, tag=Tag(name="b") if last else TAG)
+        _refused(comm, "ranks differ in settings: rank.* gave op MPI.SUM; rank.* gave op MPI.MAX", x, x, op=MPI.MAX if last else MPI.SUM)
         cut = TensorPartition(0, comm.size, 0, 4)
         with pytest.raises(UsageError, match="one shard a rank"):
             verify_reduce_scatter(comm, x, x[: cut.size], cut, TAG)
@@ -391,8 +390,8 @@ def test_one_collective_of_fixed_size_is_made_where_all_is_well(comm, monkeypatc
         pass
 
     session = Session()
-    session.comm = Counting(comm)
-    monkeypatch.setattr(sums, "session_of", lambda comm, ctx: session)
+    session.comm, session.size = Counting(comm), comm.size
+    monkeypatch.setattr("spimpi.checks.pending.session_of", lambda comm, ctx: session)
     xs = _own(comm, "float64", (300, 300))
     assert verify_allreduce(comm, xs[comm.rank], _added(xs), TAG)
     assert calls == ["Allgather"]

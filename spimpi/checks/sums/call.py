@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from mpi4py import MPI
 
+from spimpi.checks.check import Check, cut_of
 from spimpi.checks.sums import float_bound, words as sum_words
 from spimpi.errors import UsageError
 from spimpi.fingerprint.tag import Tag
@@ -17,7 +18,7 @@ _CHECKED = ("SUM", "MAX", "MIN", "BXOR")
 _REFUSED = ("BAND", "BOR", "PROD", "LAND", "LOR", "LXOR", "MAXLOC", "MINLOC")
 
 # The header of a rank's words, uint64; then P linear words, then the projections.
-FAILED, CALL, RESULT, OWN, INTEGRAL, BAD, LARGEST, LOW, HIGH, PIECES, LINEAR = range(11)
+RESULT, OWN, INTEGRAL, BAD, LARGEST, LOW, HIGH, PIECES, LINEAR = range(9)
 HEADER = 16
 
 
@@ -52,35 +53,32 @@ def regions(everyone: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
     return sums[:, :3], sums[:, 3:]
 
 
-def prepare(comm, name, contribution, result, partition, tag, op) -> tuple[SumCall, str]:
-    """This rank's part of a check, and a description of the call that all ranks must share."""
-    if not isinstance(tag, Tag):
-        msg = f"tag must be a spimpi.Tag, found {type(tag).__name__}"
-        raise UsageError(msg)
+def prepare(comm, c: Check, contribution, result, partition, op) -> SumCall:
+    """This rank's part of a check, which is told what all ranks must say alike."""
     contribution, result = sum_words.same_arrays(contribution, result)
     x, r = sum_words.items(contribution), sum_words.items(result)
     op_name = _name_of(op)
-    kind = _kind(op_name, x.dtype, name, contribution.dtype)
-    if name == "allreduce":
+    kind = _kind(op_name, x.dtype, c.name, contribution.dtype)
+    c.of(contribution.shape, contribution.dtype)
+    c.settings = f"op MPI.{op_name}"
+    if c.name == "allreduce":
         if x.shape != r.shape:
             msg = (
                 f"contribution and result of an allreduce have one shape, "
                 f"found {contribution.shape} and {result.shape}"
             )
             raise UsageError(msg)
-        parts, slabs, own, cut = (x,), (whole(x.shape),), 0, ""
+        parts, slabs, own = (x,), (whole(x.shape),), 0
     else:
         parts, slabs = _shards(comm, x, r, partition)
-        own, cut = comm.rank, f", cut {list(partition.all_sizes)} along axis {partition.dim}"
-    key = sum_words.sketch_key(tag, x.shape, x.dtype.itemsize)
+        own, c.layout = comm.rank, cut_of(partition)
+    key = sum_words.sketch_key(c.tag, x.shape, x.dtype.itemsize)
     most = float_bound.most_bins(comm.size)
     blocks = sum_words.Blocks(parts, slabs, r, own, key, most)
-    call = (
-        f"{name} by MPI.{op_name} of {contribution.dtype}{list(contribution.shape)}"
-        f"{cut} under {tag}"
-    )
+    c.contributed = [(x, whole(x.shape))]
+    c.held = [(r, slabs[own])]
     kind = "one rank" if comm.size == 1 else kind
-    return SumCall(name, op_name, kind, x.dtype, blocks, tag), call
+    return SumCall(c.name, op_name, kind, x.dtype, blocks, c.tag)
 
 
 def _name_of(op) -> str:

@@ -5,22 +5,24 @@ carries every rank's words, so that all ranks reach the same verdict on their ow
 exchanged, is exchanged where something failed or is not finite, on every rank alike.
 """
 
-from hashlib import blake2b
+from collections.abc import Callable
 
 import numpy as np
 from mpi4py import MPI
 
+from spimpi.checks.check import Check, Rule
+from spimpi.checks.pending import require_comm, settle
 from spimpi.checks.sums import exact as sum_exact, words as sum_words
-from spimpi.checks.session import session_of
 from spimpi.checks.sums.call import (
-    BAD, CALL, FAILED, HEADER, HIGH, INTEGRAL, LARGEST, LINEAR, LOW, OWN, PIECES, RESULT, SumCall,
-    n_words, prepare, regions,
+    BAD, HEADER, HIGH, INTEGRAL, LARGEST, LINEAR, LOW, OWN, PIECES, RESULT, SumCall, n_words,
+    prepare, regions,
 )  # fmt: skip
 from spimpi.checks.sums.judge import JUDGES
 from spimpi.checks.verdict import Verdict
-from spimpi.errors import CorruptionError, SpimpiError, UsageError
+from spimpi.errors import UsageError
 from spimpi.fingerprint import fingerprint
 from spimpi.fingerprint.tag import MASK
+from spimpi.trace.schema import Established
 
 
 def verify_allreduce(
@@ -36,7 +38,8 @@ def verify_allreduce(
     Collective. With ``check`` a failure raises CorruptionError on every rank; what cannot be
     checked raises UsageError on every rank.
     """
-    return _verify(comm, "allreduce", contribution, result, None, tag, op, check, ctx, threads)
+    c, build = sum_check(comm, "allreduce", contribution, result, None, tag, op, threads)
+    return settle(comm, c, build, check, ctx)
 
 
 def verify_reduce_scatter(
@@ -49,53 +52,29 @@ def verify_reduce_scatter(
     errors as for ``verify_allreduce``, but there are no replicas to agree. Establishes COMPUTED.
     Collective.
     """
-    return _verify(
-        comm, "reduce_scatter", contribution, result, partition, tag, op, check, ctx, threads
+    c, build = sum_check(
+        comm, "reduce_scatter", contribution, result, partition, tag, op, threads
     )
+    return settle(comm, c, build, check, ctx)
 
 
-def _verify(comm, name, contribution, result, partition, tag, op, check, ctx, threads) -> Verdict:
-    comm = session_of(comm, ctx).comm
-    words = np.zeros(n_words(comm.size), np.uint64)
-    local, error, call = None, None, "nothing that could be checked"
-    try:
-        local, call = prepare(comm, name, contribution, result, partition, tag, op)
-        _fill(local, words, threads, comm)
-    except (SpimpiError, OSError) as caught:
-        error = caught
-    except (TypeError, ValueError, OverflowError, MemoryError) as caught:
-        error = UsageError(f"{type(caught).__name__}: {caught}")
-    words[FAILED] = error is not None
-    words[CALL] = _digest(call)
-    everyone = np.empty((comm.size, words.size), np.uint64)
-    comm.Allgather(words, everyone)
-    if everyone[:, FAILED].any() or np.ptp(everyone[:, CALL]):
-        _refuse(comm, error, call)
-    verdict = JUDGES[local.kind](comm, local, everyone)
-    if check and not verdict:
-        raise CorruptionError(verdict)
-    return verdict
+def sum_check(
+    comm, name: str, contribution, result, partition, tag, op=MPI.SUM, threads=1
+) -> tuple[Check, Callable]:
+    """The check of a sum, and what builds it once the sum is complete: for ``settle`` or a Group.
 
+    ``name``: "allreduce", whose ``partition`` is None, or "reduce_scatter". Local.
+    """
+    require_comm(comm)
+    c = Check(name, tag, Rule.GATHERED, Established.COMPUTED, threads)
+    c.words = np.zeros(n_words(comm.size), np.uint64)
 
-def _refuse(comm, error, call) -> None:
-    """The same UsageError on every rank."""
-    said = comm.allgather((None if error is None else (type(error), str(error)), call))
-    failed = [(rank, *one) for rank, (one, _) in enumerate(said) if one is not None]
-    if failed:
-        rank, kind, text = failed[0]
-        kind = kind if issubclass(kind, UsageError) else UsageError
-        raise kind(f"{text} (found by rank {rank})")
-    calls = [call for _, call in said]
-    other = next(rank for rank, call in enumerate(calls) if call != calls[0])
-    msg = (
-        f"the ranks do not check the same reduction: rank 0 gave {calls[0]}, "
-        f"rank {other} gave {calls[other]}"
-    )
-    raise UsageError(msg)
+    def build(c):
+        local = prepare(comm, c, contribution, result, partition, op)
+        _fill(local, c.words, threads, comm)
+        c.conclude = lambda session, everyone: JUDGES[local.kind](session.comm, local, everyone)
 
-
-def _digest(call: str) -> int:
-    return int.from_bytes(blake2b(call.encode(), digest_size=8).digest(), "little")
+    return c, build
 
 
 # What a rank sends
