@@ -194,8 +194,9 @@ class CheckedComm(CheckedMessages):
 
     def _start(self, name, rule, established, tag, n_loose=0) -> Check:
         return Check(
-            name, self._next_tag(name, tag), rule, established, self.threads, n_loose=n_loose
-        )
+            name, self._next_tag(name, tag), rule, established, self.threads, n_loose=n_loose,
+            tracer=self.ctx and self.ctx.tracer,
+        )  # fmt: skip
 
     def _gathered(self, name, own, recvbuf, tag):
         c = self._start(name, Rule.ASSEMBLED, MOVED | AGREED, tag)

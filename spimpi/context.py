@@ -11,7 +11,7 @@ import numpy as np
 from mpi4py import MPI
 
 from spimpi.checks.session import Session
-from spimpi.errors import UsageError
+from spimpi.errors import SpimpiError, UsageError
 from spimpi.fingerprint.tag import DEFAULT_SEED
 from spimpi.reduction import RecordReduction
 from spimpi.topology.grid import Grid
@@ -23,13 +23,21 @@ class DistributedContext:
     ``replica`` joins the ranks that together hold one copy of the model (all with the same data
     and sequence index). Without a grid all ranks are one tensor group. Collective over ``comm``:
     every rank makes it with the same grid.
+
+    ``trace``: the path of an HDF5 trace (docs/trace.md), on a file system that all ranks share.
+    Every check that is given this context leaves an event in it. Journals are kept while the
+    program runs, and sealed when ``with`` is left normally (or by ``free``); an exception leaves
+    them as they are, and ``spimpi trace show`` reads them. UsageError on every rank where the
+    trace is there already, or can't be written.
     """
 
-    def __init__(self, comm, grid: Grid | None = None, seed: int = DEFAULT_SEED, tracer=None):
+    def __init__(self, comm, grid: Grid | None = None, seed: int = DEFAULT_SEED, trace=None):
         self.grid = grid = grid or Grid(comm.size, 1, 1, (1,))
-        self.seed, self.tracer = seed, tracer
+        self.seed, self.tracer = seed, None
         self._given = comm
         self.world = comm.Dup()
+        if trace is not None:
+            self.tracer = self._opened(trace)
         self.place = grid.coordinates(self.world.rank)
         d, p, s, t = self.place
         self.tensor = self.world.Split((d * grid.pp + p) * grid.sp + s, t)
@@ -41,6 +49,15 @@ class DistributedContext:
         self.records = RecordReduction()
         self.session = Session(self.world, self.records)
         self.open_batch = None
+
+    def _opened(self, trace):
+        from spimpi.checks.program_trace import ProgramTracer
+
+        try:
+            return ProgramTracer(self.world, trace, self.grid.text(), self.seed)
+        except SpimpiError:  # of all ranks
+            self.world.Free()
+            raise
 
     def is_over(self, comm) -> bool:
         """Whether a communicator is this context's: its world, or the one that it was made of."""
@@ -95,9 +112,13 @@ class DistributedContext:
     def __exit__(self, kind, error, traceback):
         if kind is None:
             self.free()
+        elif self.tracer is not None:
+            self.tracer.give_up(error)
 
     def free(self):
-        """Give back the communicators and the reduction. Collective."""
+        """Seal the trace, give back the communicators and the reduction. Collective."""
+        if self.tracer is not None:
+            self.tracer.seal()
         self.session.free()
         self.records.free()
         for comm in (

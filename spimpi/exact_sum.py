@@ -9,13 +9,16 @@ from math import prod
 import numpy as np
 from mpi4py import MPI
 
+from spimpi.checks.check import Check, Rule
 from spimpi.checks.sums import exact as sum_exact, report as sum_report, words as sum_words
 from spimpi.checks.sums.float_bound import format_of
 from spimpi.checks.session import session_of
+from spimpi.checks.verdict import Verdict
 from spimpi.errors import CorruptionError, UsageError
 from spimpi.fingerprint import arrays, as_array, fingerprint, linear_fingerprint
 from spimpi.fingerprint.tag import MASK, Tag
 from spimpi.reduction import minority, together
+from spimpi.trace.schema import Established
 
 _PIECE = 1 << 17  # elements that are widened at a time
 _BITS = 62  # of a sum
@@ -52,11 +55,32 @@ def exact_allreduce(comm, sendbuf, recvbuf=None, tag=None, *, ctx=None) -> np.nd
     not fit. Collective.
     Proof and sources: docs/sums.md.
     """
-    session = session_of(comm, ctx)
-    comm = session.comm
+    comm = session_of(comm, ctx).comm
     tag = Tag(name="exact_allreduce") if tag is None else tag
+    kinds = Established.COMPUTED | Established.AGREED
+    c = Check("exact_allreduce", tag, Rule.GATHERED, kinds)
+    c.tracer = None if ctx is None else ctx.tracer
+    try:
+        result = _summed(comm, sendbuf, recvbuf, c)
+    except CorruptionError as error:
+        if c.tracer is not None:
+            c.tracer.record(c, error.verdict, comm)
+        raise
+    if c.tracer is not None:
+        c.tracer.record(c, Verdict(True, kinds, check=c.name), comm)
+    if recvbuf is None:
+        return result
+    as_array(recvbuf, writable=True)[...] = result
+    return recvbuf
+
+
+def _summed(comm, sendbuf, recvbuf, c: Check) -> np.ndarray:
+    """The sum as a new array, checked. Collective."""
+    tag = c.tag
     with together(comm):
         given, addends = _addends(sendbuf, recvbuf)
+        c.of(given.shape, given.dtype)
+        c.n_bytes = sum(x.nbytes for x in addends)
     _same_everywhere(comm, given, tag)
     x = addends[0]
     exponents = _row_exponents(comm, addends, tag)
@@ -73,11 +97,7 @@ def exact_allreduce(comm, sendbuf, recvbuf=None, tag=None, *, ctx=None) -> np.nd
     comm.Allreduce(own, total, op=MPI.SUM)
     result = rounded_back(total, exponents, b, x.dtype)
     _check(comm, own, total, result, tag, x.dtype)
-    result = result.view(given.dtype).reshape(given.shape)
-    if recvbuf is None:
-        return result
-    as_array(recvbuf, writable=True)[...] = result
-    return recvbuf
+    return result.view(given.dtype).reshape(given.shape)
 
 
 def _addends(sendbuf, recvbuf):

@@ -47,27 +47,31 @@ class AtRest:
         Without ``comm`` local: CorruptionError on this rank alone. With it collective: every rank
         brings a watch of its own (shapes may differ), and all raise, naming the rank that failed.
         """
+        c = Check(NAME, self.tag, Rule.LOCAL, Established.MOVED, self.threads)
         if comm is not None:
-            c = Check(NAME, self.tag, Rule.LOCAL, Established.MOVED, self.threads)
             return settle(comm, c, self._look, check, ctx)
-        changed, now = self._changed()
+        c.n_bytes = self.array.nbytes
+        verdict = self._alone(*self._changed())
+        if ctx is not None and ctx.tracer is not None:
+            ctx.tracer.record(c, verdict, ctx.world, None if verdict else ctx.rank)
+        return enforce(verdict, check)
+
+    def _alone(self, changed, now) -> Verdict:
+        """The verdict of this rank alone."""
         word = self.fingerprint
         if not changed:
-            return enforce(
-                Verdict(True, Established.MOVED, check=NAME, expected=word, actual=now), check
-            )
+            return Verdict(True, Established.MOVED, check=NAME, expected=word, actual=now)
         where = Where(
             NAME, self.tag.name, self.tag.step, self.tag.layer, -1, None, "", 0,
             f"{word:016x}", f"{now:016x}", self._told(changed),
         )  # fmt: skip
-        failed = Verdict(
+        return Verdict(
             False, Established(0), where, check=NAME, expected=word, actual=now
         )
-        return enforce(failed, check)
 
     def _look(self, c: Check) -> None:
         changed, now = self._changed()
-        c.n_bad = len(changed)
+        c.n_bad, c.n_bytes = len(changed), self.array.nbytes
         c.complaint = lambda: {
             "detail": self._told(changed), "expected": self.fingerprint, "actual": now,
         }  # fmt: skip

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
 from math import prod
+from time import perf_counter
 
 import numpy as np
 
@@ -50,6 +51,8 @@ class Check:
     as the number of ranks says, whatever the arguments are) travel by an Allgather, and
     ``conclude(session, everyone)`` makes the verdict of them, [ranks, words]. Collective.
     ``settings``: what else all ranks must say alike, in words.
+
+    ``tracer`` (checks/program_trace.py) takes the verdict; ``n_bytes`` were read for it here.
     """
 
     name: str
@@ -75,6 +78,9 @@ class Check:
     n_bad: int = 0
     complaint: Callable | None = None
     error: SpimpiError | None = None
+    tracer: object = None
+    n_bytes: int = 0
+    started: float = field(default_factory=perf_counter)
 
     def gives(self, array, where) -> Slab:
         """Fingerprint a block that this rank contributed; returns its slab."""
@@ -107,6 +113,7 @@ class Check:
         array = as_array(array)
         slab = place_of(array.shape, where)
         self.of(slab.global_shape, array.dtype)
+        self.n_bytes += array.nbytes
         return array, slab
 
     def seal(self) -> None:

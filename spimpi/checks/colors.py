@@ -146,6 +146,7 @@ def _look(rank, x, c: Check, where, bits, threads) -> Held:
     c.of(slab.global_shape, x.dtype)
     c.settings = f"bits {used}"
     c.held.append((x, slab))
+    c.n_bytes = x.nbytes
     return Held(
         rank, "", x.dtype.name, slab.global_shape, used, c.tag, slab.offset, x.shape,
         colors.fingerprint, colors.n_corrupted,

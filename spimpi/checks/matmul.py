@@ -72,7 +72,7 @@ def verify_matmul(comm, x, w, y, tag, *, check=True, ctx=None) -> Verdict:
         weight = w if isinstance(w, ProjectedWeight) else project_weight(w, tag)
         rows_x, rows_y = _rows(x, y, weight)
         bad = _wrong_rows(rows_x, rows_y, weight)
-        c.n_bad = len(bad)
+        c.n_bad, c.n_bytes = len(bad), rows_x.nbytes + rows_y.nbytes
         c.complaint = lambda: _complaint(rows_x, rows_y, weight, bad, np.shape(y))
 
     return settle(comm, Check(NAME, tag, Rule.LOCAL, Established.COMPUTED), build, check, ctx)

@@ -86,6 +86,9 @@ class Group:
             verdicts = explain(self.session, self.checks)
         if self._words is not None:
             self._conclude(verdicts)
+        for c, verdict in zip(self.checks, verdicts):
+            if c.tracer is not None:
+                c.tracer.record(c, verdict, self.session.comm)
         return verdicts
 
     def _with_record(self, record) -> np.ndarray:
@@ -131,6 +134,7 @@ def settle(comm, check: Check, build: Callable, raises: bool, ctx):
     """Build a check and settle it: at once, or at the end of the context's batch. Collective."""
     require_comm(comm)
     session = session_of(comm, ctx)
+    check.tracer = None if ctx is None else ctx.tracer
     built(check, build)
     if ctx is not None and ctx.open_batch is not None:
         return ctx.open_batch.add(session, check, raises)

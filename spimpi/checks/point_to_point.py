@@ -172,6 +172,7 @@ def _digest(text: str) -> int:
 
 
 def _settled(exchange, check, ctx):
+    exchange.check.tracer = None if ctx is None else ctx.tracer
     if ctx is not None and ctx.open_batch is not None:
         return ctx.open_batch.add_handoff(exchange.order, exchange.finish, check)
     return enforce(exchange.finish(), check)
@@ -227,6 +228,11 @@ class _Exchange:
         if not closing and not problem:
             slab = (self.check.contributed or self.check.held)[0][1]
             self.link.history.append((int(sent["sequence"]), self.check.tag, slab, word))
+        if self.check.tracer is not None:
+            self.check.tracer.record(
+                self.check, verdict, self.pair.comm, self.peer, sequence=self.own["sequence"][0],
+                microbatch=max(int(self.own["microbatch"][0]), -1),
+            )  # fmt: skip
         return verdict
 
     def _require_one_tensor(self, records) -> None:

@@ -6,6 +6,7 @@ needs the others' places, and a rank's memory for them shrinks with the number o
 """
 
 from collections.abc import Mapping
+from math import prod
 
 import numpy as np
 from mpi4py import MPI
@@ -52,6 +53,7 @@ def verify_weights(comm, tensors, manifest, *, check=True, ctx=None, threads=1) 
         if isinstance(manifest, Manifest):
             own = _own_slices(tensors, manifest, threads)
             c.words[0] = _word(manifest)
+            c.n_bytes = sum(_n_bytes(manifest.all_tensors[name], held) for name, held in own)
 
         def conclude(session, everyone):
             given = everyone[:, 0]
@@ -74,6 +76,10 @@ def verify_weights(comm, tensors, manifest, *, check=True, ctx=None, threads=1) 
 def _word(manifest: Manifest) -> int:
     """A word of a manifest's checksum; 0 stands for no manifest."""
     return int(manifest.checksum[:16], 16) or 1
+
+
+def _n_bytes(facts: TensorFacts, held: HeldSlice) -> int:
+    return facts.stored.wordsize * facts.stored.words * prod(held.shape)
 
 
 def _common(comm, manifest, given, tensors, threads):

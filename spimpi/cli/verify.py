@@ -62,7 +62,8 @@ def _verify(args, comm, watchdog):
     from spimpi.reduction import together
     from spimpi.verification.job import Request, prepare
     from spimpi.verification.run import verify_distributed_inference
-    from spimpi.verification.tracing import Tracer, new_run_id
+    from spimpi.trace.journal import new_run_id
+    from spimpi.verification.tracing import Tracer
 
     request = Request(
         model=args.model, config=args.config, layers=args.layers, topology=args.topology,

@@ -23,6 +23,7 @@ import numpy as np
 
 from spimpi.errors import IncompleteError, UsageError
 from spimpi.trace.checksum import BLOCK, RECORD, checksums, pack, text_digest, unpack
+from spimpi.trace.growing import GrowingTable, read_table, table_path
 from spimpi.trace.schema import EVENT, SCHEMA_VERSION, TensorInfo
 
 MAGIC = "spimpi-journal"
@@ -34,6 +35,11 @@ END_RECORD = np.dtype(
     [("number", "<u4"), ("count", "<u8"), ("state", "S66"), ("writer", "<u2"), ("checksum", "<u8")]
 )
 BUFFERED = 4096  # rows held before they are written without being asked to
+
+
+def new_run_id() -> str:
+    """A name of its own for every run; rank 0's is taken."""
+    return f"spimpi-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
 def journal_folder(path) -> Path:
@@ -51,7 +57,8 @@ class Journal:
     ``header`` is what the run is (run_id, command, world, topology, model, …): anything that
     JSON can hold. Schema version, rank, host and pid are added, and ``started`` (seconds since
     the epoch, the zero of t_start) and ``device`` where they are missing. All ranks give the same
-    ``tensors``. UsageError where the file exists or the folder can't be made.
+    ``tensors``, or None: the table then grows (``table.row``, trace/growing.py). UsageError where
+    the file exists or the folder can't be made.
 
     ``append`` belongs to one thread; ``flush`` may be called from any thread and from a signal
     handler.
@@ -68,7 +75,7 @@ class Journal:
         own = {"schema_version": SCHEMA_VERSION, "rank": rank, "pid": os.getpid()}
         own["host"] = socket.gethostname()
         self.header = {"started": time.time(), "device": "cpu", **header, **own}
-        self.tensors = list(tensors)
+        self.tensors = list(tensors or ())
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
@@ -79,6 +86,7 @@ class Journal:
             msg = f"cannot create the trace's journal {self.path}: {error.strerror}"
             raise UsageError(msg) from None
         self._write(_header_bytes(self.header, self.tensors))
+        self.table = GrowingTable(table_path(self.path)) if tensors is None else None
 
     def append(self, events: np.ndarray) -> None:
         """Add rows (dtype EVENT, shape (n,)). They are copied, and written by the next flush."""
@@ -143,7 +151,8 @@ class Journal:
 class JournalContents:
     """What a journal holds. ``events``: all rows before the first damaged or torn one.
 
-    ``fingerprint`` is that of these rows: the XOR of their records' checksums.
+    ``fingerprint`` is that of these rows: the XOR of their records' checksums. ``grows``: whether
+    its table of tensors is a growing one, which other ranks need not share.
     """
 
     path: Path
@@ -153,6 +162,7 @@ class JournalContents:
     fingerprint: int = 0
     complete: bool = False
     end_state: str | None = None
+    grows: bool = False
     problems: list[str] = field(default_factory=list)
 
 
@@ -179,6 +189,13 @@ def read_journal(path) -> JournalContents:
     with path.open("rb") as file:
         if _read_header(file, contents):
             _read_records(file, contents)
+    table = table_path(path)
+    if table.exists():
+        contents.grows = True
+        contents.tensors, problem = read_table(table)
+        if problem:
+            contents.problems.append(problem)
+            contents.complete = False
     return contents
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from spimpi.errors import IncompleteError, UsageError
 from spimpi.trace import layout
 from spimpi.trace.checksum import rows_fingerprint
+from spimpi.trace.growing import merged, renumbered
 from spimpi.trace.journal import OWN_HEADER, journal_folder, read_journal
 from spimpi.trace.schema import EVENT, SCHEMA_VERSION, RankInfo, TensorInfo
 
@@ -252,12 +253,17 @@ class JournalTrace(Trace):
         first = journals[0]
         self.attributes = {k: v for k, v in first.header.items() if k not in OWN_HEADER}
         self.tensors = first.tensors
+        run_id = first.header.get("run_id")
+        others = [j for j in journals if j.header.get("run_id") != run_id]
+        self.problems += [f"{j.path.name}: of another run, left out" for j in others]
+        journals = [j for j in journals if j.header.get("run_id") == run_id]
+        if first.grows:
+            self.tensors, numbers = merged([j.tensors for j in journals])
+            for journal, own in zip(journals, numbers):
+                journal.events = renumbered(journal.events, own)
         offset = 0
         for journal in journals:
             header = journal.header
-            if header.get("run_id") != first.header.get("run_id"):
-                self.problems.append(f"{journal.path.name}: of another run, left out")
-                continue
             rank, count = header["rank"], len(journal.events)
             self.ranks.append(
                 RankInfo(

@@ -9,7 +9,7 @@ SCHEMA_VERSION = 1
 
 
 class Stage(IntEnum):
-    """Which part of the run made the check."""
+    """Which part of the run made the check; PROGRAM: a program that uses the library."""
 
     FABRIC = 0
     WEIGHTS = 1
@@ -19,6 +19,7 @@ class Stage(IntEnum):
     DATA = 5
     GOLDEN = 6
     SEQUENCE = 7
+    PROGRAM = 8
 
 
 class Op(IntEnum):
@@ -36,6 +37,14 @@ class Op(IntEnum):
     AT_REST = 9
     CONTENT = 10
     NONFINITE = 11
+    GATHER = 12
+    SCATTER = 13
+    ALLTOALL = 14
+    RING = 15
+    REDUCE_SCATTER = 16
+    ALLREDUCE_MIN = 17
+    COLOURS = 18
+    MESSAGE = 19
 
 
 class Status(IntEnum):

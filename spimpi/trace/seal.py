@@ -19,6 +19,7 @@ from spimpi.trace import layout
 from spimpi.trace.agreed import agreed
 from spimpi.trace.checksum import rows_fingerprint
 from spimpi.trace.drivers import Plan, old_parts, parts_folder, write_mpio, write_parts
+from spimpi.trace.growing import merged, renumbered, table_path
 from spimpi.trace.journal import OWN_HEADER, Journal, journal_folder, read_journal
 from spimpi.trace.schema import RankInfo
 
@@ -101,6 +102,7 @@ def seal(comm, journal, path, attributes=None, driver="auto", overwrite=False) -
         undo.pop_all()
     with agreed(comm, path):
         journal.unlink()
+        table_path(journal).unlink(missing_ok=True)
     if comm.rank == 0:
         with suppress(OSError):
             journal.parent.rmdir()
@@ -111,13 +113,18 @@ def seal(comm, journal, path, attributes=None, driver="auto", overwrite=False) -
 
 def _plan(comm, contents, path, attributes, driver) -> Plan:
     """Agree on where each rank's rows go and how they are stored. Collective."""
-    header, events = contents.header, contents.events
+    header = contents.header
     run_id = header.get("run_id", "")
-    theirs = comm.bcast((run_id, contents.tensors))
+    grows, theirs = comm.bcast((contents.grows, (run_id, contents.tensors)))
     with agreed(comm, path):
-        if theirs != (run_id, contents.tensors):
+        if theirs != (run_id, theirs[1] if grows else contents.tensors):
             msg = f"its journal is of another run than rank 0's, or of other tensors ({run_id})"
             raise UsageError(msg)
+    if grows:
+        contents.tensors, numbers = merged(comm.allgather(contents.tensors))
+        contents.events = renumbered(contents.events, numbers[comm.rank])
+        contents.fingerprint = rows_fingerprint(contents.events)
+    events = contents.events
     least, most = layout.column_range(events)
     low, high = np.empty_like(least), np.empty_like(most)
     from mpi4py import MPI

@@ -8,8 +8,10 @@ from spimpi.trace.schema import EVENT, Established, Op, RankInfo, Stage, Status,
 
 # Within one tensor: what names the rank at fault comes before what sees the consequence.
 _OPS = (
-    Op.NONFINITE, Op.MATMUL, Op.AT_REST, Op.ALLREDUCE_MAX, Op.ALLREDUCE_SUM, Op.ALLREDUCE_BOR,
-    Op.ALLREDUCE_BXOR, Op.ALLGATHER, Op.BROADCAST, Op.AGREEMENT, Op.HANDOFF, Op.CONTENT,
+    Op.NONFINITE, Op.MATMUL, Op.AT_REST, Op.ALLREDUCE_MAX, Op.ALLREDUCE_MIN, Op.ALLREDUCE_SUM,
+    Op.ALLREDUCE_BOR, Op.ALLREDUCE_BXOR, Op.REDUCE_SCATTER, Op.ALLGATHER, Op.GATHER, Op.SCATTER,
+    Op.ALLTOALL, Op.RING, Op.BROADCAST, Op.AGREEMENT, Op.HANDOFF, Op.MESSAGE, Op.COLOURS,
+    Op.CONTENT,
 )  # fmt: skip
 _PHASES = {Stage.FABRIC: 0, Stage.WEIGHTS: 1}
 _INFERENCE = 2

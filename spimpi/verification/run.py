@@ -59,8 +59,8 @@ def verify_distributed_inference(comm, job: Job, reporter=None, watchdog=None, t
 
     ``tracer`` is a Tracer; None writes no trace. Collective over ``comm``: every rank returns the same outcome or raises the same error.
     """
-    with DistributedContext(comm, job.grid, job.seed, tracer) as ctx:
-        return _Run(ctx, job, reporter or Quiet(), watchdog).whole()
+    with DistributedContext(comm, job.grid, job.seed) as ctx:
+        return _Run(ctx, job, reporter or Quiet(), watchdog, tracer).whole()
 
 
 def make_golden(job: Job, at=None) -> golden_runs.Golden:
@@ -87,8 +87,8 @@ def make_golden(job: Job, at=None) -> golden_runs.Golden:
 
 
 class _Run:
-    def __init__(self, ctx, job, reporter, watchdog):
-        self.ctx, self.job, self.reporter = ctx, job, reporter
+    def __init__(self, ctx, job, reporter, watchdog, tracer=None):
+        self.ctx, self.job, self.reporter, self.tracer = ctx, job, reporter, tracer
         self.watchdog = watchdog or Unwatched()
         self.names = trace_tensor_names(job)
         index = {name: i for i, name in enumerate(self.names)}
@@ -104,22 +104,22 @@ class _Run:
         ctx.hosts, ctx.n_nodes  # noqa: B018  collective on first use, hence here
         with together(ctx.world):
             require_memory(ctx, self.wanted_bytes())
-        if ctx.tracer:
+        if self.tracer:
             self._at("opening the trace")
             with together(ctx.world):
                 if ctx.rank == 0:
-                    ctx.tracer.prepare()
+                    self.tracer.prepare()
             with together(ctx.world):
-                self.recorder.journal = ctx.tracer.open(ctx, job, self.names)
+                self.recorder.journal = self.tracer.open(ctx, job, self.names)
         try:
             outcome = self._verify()
         except SpimpiError:
-            if ctx.tracer:
-                ctx.tracer.give_up()
+            if self.tracer:
+                self.tracer.give_up()
             raise
-        if ctx.tracer:
+        if self.tracer:
             self._at("sealing the trace")
-            ctx.tracer.seal(ctx, outcome)
+            self.tracer.seal(ctx, outcome)
         return outcome
 
     def _verify(self):

@@ -1,7 +1,5 @@
 """The trace of a verification run: journals while it runs, one sealed file at its end."""
 
-import os
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,11 +11,6 @@ from spimpi.trace.seal import check_can_write, choose_driver, prepare, seal
 from spimpi.inference.exact import ARITHMETIC
 
 ENDS = {0: "verified", 1: "failed", 3: "incomplete"}
-
-
-def new_run_id() -> str:
-    """A name of its own for every run; rank 0's is taken."""
-    return f"spimpi-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
 class Tracer:

@@ -77,6 +77,7 @@ def prepare(comm, c: Check, contribution, result, partition, op) -> SumCall:
     blocks = sum_words.Blocks(parts, slabs, r, own, key, most)
     c.contributed = [(x, whole(x.shape))]
     c.held = [(r, slabs[own])]
+    c.n_bytes = x.nbytes + r.nbytes
     kind = "one rank" if comm.size == 1 else kind
     return SumCall(c.name, op_name, kind, x.dtype, blocks, c.tag)
 

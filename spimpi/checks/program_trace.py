@@ -1,0 +1,169 @@
+"""The trace of a program's checks: a journal a rank while it runs, one HDF5 file at its end.
+
+Every check that is given a traced DistributedContext leaves one event on each rank that makes it,
+when its verdict is known. Recording is local; only opening and sealing are collective.
+"""
+
+import sys
+from contextlib import suppress
+from os import PathLike
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+from mpi4py import MPI
+
+from spimpi import __version__
+from spimpi.checks.recorder import Recorder
+from spimpi.errors import CorruptionError, SpimpiError, UsageError
+from spimpi.fingerprint.tag import MASK
+from spimpi.reduction import together
+from spimpi.trace.journal import Journal, journal_folder, new_run_id
+from spimpi.trace.schema import EVENT, Op, Stage, Status, TensorInfo, blank_events
+from spimpi.trace.seal import choose_driver, prepare, seal
+
+OPS = {
+    "allgather": Op.ALLGATHER, "broadcast": Op.BROADCAST, "bcast": Op.BROADCAST,
+    "gather": Op.GATHER, "scatter": Op.SCATTER, "alltoall": Op.ALLTOALL, "ring": Op.RING,
+    "reduce_scatter": Op.REDUCE_SCATTER, "pipeline hand-off": Op.HANDOFF, "send": Op.MESSAGE,
+    "replicas": Op.AGREEMENT, "matmul": Op.MATMUL, "at rest": Op.AT_REST, "colors": Op.COLOURS,
+    "weights": Op.CONTENT, "exact_allreduce": Op.ALLREDUCE_SUM,
+}  # fmt: skip
+SUMS = {
+    "op MPI.SUM": Op.ALLREDUCE_SUM, "op MPI.MAX": Op.ALLREDUCE_MAX, "op MPI.MIN": Op.ALLREDUCE_MIN,
+    "op MPI.BXOR": Op.ALLREDUCE_BXOR,
+}  # fmt: skip
+STATES = {
+    Status.VERIFIED: "verified", Status.NOT_ESTABLISHED: "incomplete", Status.FAILED: "failed",
+}  # fmt: skip
+WORST_LAST = list(STATES)
+
+
+class ProgramTracer:
+    """Where the checks of a context are written down. Made by ``DistributedContext(trace=…)``.
+
+    Collective over ``comm``; UsageError on every rank where the trace can't be written.
+    """
+
+    def __init__(self, comm, path, topology: str, seed: int):
+        self.comm = comm
+        with together(comm):
+            if not isinstance(path, (str, PathLike)):
+                msg = f"expected a path for the trace, found {type(path).__name__}"
+                raise UsageError(msg)
+            self.path = Path(path)
+            self.driver = choose_driver()
+            if comm.rank == 0:
+                prepare(self.path)
+        header = {
+            "run_id": comm.bcast(new_run_id()),
+            "spimpi": __version__,
+            "command": " ".join(sys.argv),
+            "world": comm.size,
+            "topology": topology,
+            "seed": seed,
+        }
+        with together(comm):
+            self.journal = Journal(journal_folder(self.path), comm.rank, header, None)
+        self._recorder = Recorder({}, comm.rank, self.journal)
+        self._worst, self._error = Status.VERIFIED, None
+
+    def record(self, check, verdict, comm, peer=None, **columns) -> None:
+        """Take the verdict of a check over ``comm``. Local.
+
+        ``peer``: rank of ``comm`` at the other end, where there is one; ``columns`` of the event.
+        A journal that can't be written is told by ``seal``: here one rank would raise alone.
+        """
+        event = blank_events(1)
+        tag, where = check.tag, verdict.where
+        status = Status.VERIFIED
+        if not verdict:
+            nothing_wrong = where is None and verdict.missing
+            status = Status.NOT_ESTABLISHED if nothing_wrong else Status.FAILED
+        self._worst = max(self._worst, status, key=WORST_LAST.index)
+        if where is not None:
+            peer = where.rank if peer is None else peer
+            columns.setdefault("microbatch", where.microbatch)
+            columns["element"] = _linear(check, where)
+        columns |= {
+            "step": tag.step, "layer": tag.layer, "stage": Stage.PROGRAM, "op": op_of(check),
+            "verdict": status, "established": int(verdict.established),
+            "fingerprint": (verdict.actual or 0) & MASK, "expected": (verdict.expected or 0) & MASK,
+            "bytes": check.n_bytes, "t_start": check.started, "t_end": perf_counter(),
+            "peer": -1 if peer is None else self._world_rank(comm, peer),
+        }  # fmt: skip
+        try:
+            columns["tensor"] = self.journal.table.row(_tensor(check))
+            for name, value in columns.items():
+                event[name] = _fitting(name, value)
+            spent = columns["t_end"] - columns["t_start"]
+            self._recorder.add(event, {Stage.PROGRAM: spent})
+            self._recorder.flush()
+        except SpimpiError as error:
+            self._error = self._error or error
+
+    def seal(self) -> None:
+        """Make the trace of all ranks' journals. Collective.
+
+        SpimpiError on every rank where that fails; the journals are then kept.
+        """
+        worst = WORST_LAST[self.comm.allreduce(WORST_LAST.index(self._worst), op=MPI.MAX)]
+        with together(self.comm):
+            if self._error is not None:
+                raise self._error
+            self._finish(STATES[worst])
+        attributes = {"end_state": STATES[worst]}
+        seal(self.comm, self.journal, self.path, attributes, self.driver)
+
+    def give_up(self, error) -> None:
+        """The program ended by an exception: the journal stays, to be read as it is. Local."""
+        with suppress(OSError, SpimpiError):
+            self._finish("failed" if isinstance(error, CorruptionError) else "error")
+
+    def _finish(self, state: str) -> None:
+        self._recorder.totals  # noqa: B018  settles what waits
+        self.journal.close(state)
+
+    def _world_rank(self, comm, rank: int) -> int:
+        if rank < 0 or comm == self.comm:
+            return rank
+        ours, theirs = self.comm.Get_group(), comm.Get_group()
+        found = theirs.Translate_ranks([rank], ours)[0]
+        ours.Free()
+        theirs.Free()
+        return -1 if found == MPI.UNDEFINED else found
+
+
+def op_of(check) -> Op:
+    """What a check looked at; the wrapper's checks are named after their call (Iallgatherv)."""
+    name = check.name.lower()
+    for known in (name, name.removesuffix("v"), name.removeprefix("i").removesuffix("v")):
+        if known == "allreduce":
+            return SUMS[check.settings]
+        if known in OPS:
+            return OPS[known]
+    return Op.CONTENT
+
+
+def _tensor(check) -> TensorInfo:
+    shape = (-1,) if check.shape is None or check.n_loose else check.shape
+    return TensorInfo(check.tag.name, shape, check.dtype.name if check.dtype else "")
+
+
+def _linear(check, where) -> int:
+    """The global linear index of the first wrong element; -1 where there is none."""
+    index = where.elements[0].index if where.elements else ()
+    if not index or check.shape is None or check.n_loose or len(index) != len(check.shape):
+        return -1
+    linear = 0
+    for place, length in zip(index, check.shape):
+        linear = linear * length + place
+    return linear
+
+
+def _fitting(name: str, value):
+    """The nearest number that an event's column can hold."""
+    if EVENT[name].kind == "f":
+        return value
+    facts = np.iinfo(EVENT[name])
+    return min(max(int(value), facts.min), facts.max)

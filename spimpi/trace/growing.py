@@ -1,0 +1,105 @@
+"""Tables of tensors that grow while a program runs, and may differ from rank to rank.
+
+A journal's header has the table of a run whose tensors are known before it starts. A program's
+checks name theirs as they come: such a journal has a file beside it, ``rank-00003.tensors``, of
+one line for each row, which is appended before the first event that refers to it. Its shape or
+dtype may change later: a line for the same row then replaces the earlier one. Sealing makes one
+table of all ranks'.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+from spimpi.errors import IncompleteError
+from spimpi.trace.checksum import text_digest
+from spimpi.trace.schema import TensorInfo
+
+MOST = 65535  # rows; the last one stands for all tensors that have none of their own
+OTHERS = TensorInfo("(other tensors)", (-1,), "mixed")
+
+
+def table_path(journal) -> Path:
+    """Where the growing table of a journal is."""
+    return Path(journal).with_suffix(".tensors")
+
+
+class GrowingTable:
+    """Rows by the tensor's name; written as they come. Local."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+        self.rows: dict[str, int] = {}
+        self.tensors: list[TensorInfo] = []
+        self._write("")
+
+    def row(self, tensor: TensorInfo) -> int:
+        """The row of a tensor, which is made where there is none."""
+        if tensor.name not in self.rows and len(self.tensors) >= MOST - 1:
+            tensor = OTHERS
+        row = self.rows.setdefault(tensor.name, len(self.tensors))
+        known = self.tensors[row] if row < len(self.tensors) else None
+        now = tensor if known is None else alike(known, tensor)
+        if now == known:
+            return row
+        self.tensors[row : row + 1] = [now]
+        body = json.dumps([row, now.name, list(now.shape), now.dtype])
+        self._write(f"{text_digest(body.encode())} {body}\n")
+        return row
+
+    def _write(self, text: str) -> None:
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
+        except OSError as error:
+            msg = f"the trace's table {self.path} could not be written: {error.strerror}"
+            raise IncompleteError(msg) from error
+
+
+def alike(one: TensorInfo, other: TensorInfo) -> TensorInfo:
+    """One row for both: -1 for axes that differ, and (-1,) where their numbers of axes do."""
+    shape = (-1,)
+    if len(one.shape) == len(other.shape):
+        shape = tuple(a if a == b else -1 for a, b in zip(one.shape, other.shape))
+    return TensorInfo(one.name, shape, one.dtype if one.dtype == other.dtype else "mixed")
+
+
+def read_table(path) -> tuple[list[TensorInfo], str]:
+    """The rows before the first line that is damaged or torn, and what is wrong with that."""
+    path = Path(path)
+    tensors: list[TensorInfo] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")):
+        digest, _, body = line.partition(" ")
+        if not line:
+            continue
+        if digest != text_digest(body.encode()):
+            return tensors, f"{path.name}: line {number + 1} is damaged or torn"
+        row, name, shape, dtype = json.loads(body)
+        tensors[row : row + 1] = [TensorInfo(name, shape, dtype)]
+    return tensors, ""
+
+
+def merged(tables) -> tuple[list[TensorInfo], list[np.ndarray]]:
+    """One table of many, and for each of these the new number of its rows (uint16)."""
+    rows: dict[str, int] = {}
+    union: list[TensorInfo] = []
+    numbers = []
+    for table in tables:
+        own = np.zeros(len(table), np.uint16)
+        for i, tensor in enumerate(table):
+            if tensor.name not in rows and len(union) >= MOST - 1:
+                tensor = OTHERS
+            row = own[i] = rows.setdefault(tensor.name, len(union))
+            union[row : row + 1] = [tensor if row == len(union) else alike(union[row], tensor)]
+        numbers.append(own)
+    return union, numbers
+
+
+def renumbered(events: np.ndarray, numbers: np.ndarray) -> np.ndarray:
+    """Events whose tensors have these new rows; rows that their table lacks stay."""
+    events = events.copy()
+    old = events["tensor"]
+    known = old < numbers.size
+    events["tensor"][known] = numbers[old[known]]
+    return events

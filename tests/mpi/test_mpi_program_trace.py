@@ -1,0 +1,189 @@
+"""Checks of a traced context: each leaves an event, and a planted failure is found in the trace."""
+
+import numpy as np
+import pytest
+from planted import cut, data, refused, worlds
+
+import spimpi
+import spimpi.trace
+from spimpi import Tag, TensorPartition
+from spimpi.cli import main
+from spimpi.trace.schema import Established, Op, Stage, Status
+from spimpi.trace.summary import summarise
+
+pytestmark = [pytest.mark.mpi, pytest.mark.wheels]
+
+
+def _tag(name, **more):
+    return Tag(name=name, **more)
+
+
+def _checks(ctx, comm, step, wrong=False, **more):
+    """An allgather's check, a sum's and a chain's, of one step."""
+    x = data((6, 10), np.float32, seed=step)
+    rows = TensorPartition(0, comm.size, comm.rank, 6)
+    seen = x.copy()
+    if wrong and comm.rank == comm.size - 1:
+        seen[4, 7] = -1
+    more |= {"ctx": ctx}
+    tag = _tag("hidden", layer=3, step=step)
+    spimpi.verify_allgather(comm, cut(x, rows), seen, rows, tag, **more)
+    spimpi.verify_allreduce(comm, x, comm.size * x, _tag("gradient", step=step), **more)
+    if 0 < comm.size - 1 and comm.rank in (0, comm.size - 1):
+        spimpi.verify_pipeline_handoff(
+            comm, x, 0, comm.size - 1, _tag("act", step=step), microbatch=2, **more
+        )
+
+
+def _path(shared_folder, part, name):
+    return shared_folder / f"{name}-{part.size}.h5"
+
+
+def test_every_check_leaves_an_event_on_each_rank_that_makes_it(comm, shared_folder):
+    for part in worlds(comm):
+        path = _path(shared_folder, part, "clean")
+        with spimpi.DistributedContext(part, trace=path) as ctx:
+            _checks(ctx, part, 0)
+            with ctx.batch():
+                _checks(ctx, part, 1)
+            spimpi.at_rest(np.ones(9), _tag("cache", step=2)).verify(ctx=ctx)
+            spimpi.exact_allreduce(part, np.ones(9), tag=_tag("exact", step=3), ctx=ctx)
+        with spimpi.trace.open(path) as trace:
+            assert trace.complete and not trace.problems and len(trace.ranks) == part.size
+            names = [t.name for t in trace.tensors]
+            assert names == ["hidden", "gradient", *["act"] * (part.size > 1), "cache", "exact"]
+            assert trace.tensors[0].shape == (6, 10) and trace.tensors[0].dtype == "float32"
+            for rank in range(part.size):
+                events = trace.events(rank)
+                ends = part.size > 1 and rank in (0, part.size - 1)
+                step = [(0, "hidden", Op.ALLGATHER), (0, "gradient", Op.ALLREDUCE_SUM)]
+                step += [(0, "act", Op.HANDOFF)] * ends
+                # A batch's hand-offs are finished before its reduction.
+                expected = [*step, *((1, *what) for _, *what in step), (2, "cache", Op.AT_REST)]
+                expected.append((3, "exact", Op.ALLREDUCE_SUM))
+                found = [(int(e["step"]), names[e["tensor"]], int(e["op"])) for e in events]
+                assert sorted(found) == sorted(expected)
+                assert (events["stage"] == Stage.PROGRAM).all()
+                assert (events["verdict"] == Status.VERIFIED).all()
+                first = events[0]
+                assert first["established"] == Established.MOVED | Established.AGREED
+                assert first["layer"] == 3 and first["bytes"] > 240
+                assert first["expected"] == first["fingerprint"] == spimpi.fingerprint(
+                    data((6, 10), np.float32), _tag("hidden", layer=3)
+                )
+                assert (events["t_end"] >= events["t_start"]).all()
+                handed = events[events["op"] == Op.HANDOFF]
+                assert (handed["microbatch"] == 2).all()
+                assert (handed["peer"] == part.size - 1 - rank).all()
+                assert handed["sequence"].tolist() == [0, 1][: len(handed)]
+            assert summarise(trace).exit_status == 0
+
+
+def test_a_planted_failure_is_found_in_the_sealed_trace(comm, shared_folder, capsys):
+    for part in worlds(comm, 2):
+        path = _path(shared_folder, part, "wrong")
+        with spimpi.DistributedContext(part, trace=path) as ctx:
+            _checks(ctx, part, 0)
+            _checks(ctx, part, 1, wrong=True, check=False)
+            _checks(ctx, part, 2)
+        with spimpi.trace.open(path) as trace:
+            summary = summarise(trace)
+            assert (summary.verdict, summary.exit_status, summary.n_failed) == (
+                "failed", 1, part.size,
+            )  # fmt: skip
+            first = summary.failures[0]
+            assert (first.tensor, first.step, first.layer) == ("hidden", 1, 3)
+            assert (first.op, first.peer, first.element) == ("allgather", part.size - 1, 47)
+            assert trace.attributes["end_state"] == "failed"
+        if part.rank == 0:
+            assert main(["trace", "show", str(path)]) == 1
+            text = capsys.readouterr().out
+            assert "program" in text and "step 1, layer 3, hidden: allgather" in text
+
+
+def test_an_exception_communicates_nothing_and_leaves_the_journals(comm, shared_folder, capsys):
+    """One rank leaves by an error of its own; the others go on."""
+    for part in worlds(comm):
+        path = _path(shared_folder, part, "left")
+        last = part.rank == part.size - 1
+        context = spimpi.DistributedContext(part, trace=path)
+        with pytest.raises(KeyError) if last else pytest.raises(SystemExit), context as ctx:
+            _checks(ctx, part, 0)
+            if last:
+                raise KeyError
+            raise SystemExit
+        part.Barrier()
+        assert not path.exists()
+        with spimpi.trace.open(path) as trace:
+            assert not trace.complete and len(trace.ranks) == part.size
+            assert len(trace.events(part.size - 1)) == (3 if part.size > 1 else 2)
+            assert "never sealed" in trace.problems[0]
+        part.Barrier()
+        path = _path(shared_folder, part, "corrupt")
+        if part.size > 1:
+            with pytest.raises(spimpi.CorruptionError):
+                with spimpi.DistributedContext(part, trace=path) as ctx:
+                    _checks(ctx, part, 0)
+                    _checks(ctx, part, 1, wrong=True)
+            part.Barrier()
+            if part.rank == 0:
+                assert main(["trace", "show", str(path)]) == 1
+                text = capsys.readouterr().out
+                assert "INCOMPLETE" in text and "step 1, layer 3, hidden: allgather" in text
+            part.Barrier()
+
+
+@pytest.mark.mpi(min_size=2)
+def test_ranks_with_other_checks_and_other_tensors_share_one_table(comm, shared_folder):
+    path = _path(shared_folder, comm, "groups")
+    with spimpi.DistributedContext(comm, trace=path) as ctx:
+        group = comm.Split(comm.rank % 2, -comm.rank)
+        for step in range(2):  # the shape differs from step to step
+            own = np.full(3 + step, float(comm.rank % 2))
+            if step and comm.rank == 0 and group.size > 1:
+                own[2] = 7
+            tag = _tag(f"g{comm.rank % 2}", step=step)
+            spimpi.verify_replicas(group, own, tag, ctx=ctx, check=False)
+        spimpi.verify_replicas(comm, np.ones(2), _tag("all"), ctx=ctx)
+        group.Free()
+    with spimpi.trace.open(path) as trace:
+        names = [t.name for t in trace.tensors]
+        assert names == ["g0", "all", "g1"]
+        assert trace.tensors[0].shape == (-1,)
+        for rank in range(comm.size):
+            events = trace.events(rank)
+            assert [names[i] for i in events["tensor"]] == [f"g{rank % 2}"] * 2 + ["all"]
+            if comm.size > 2 and rank % 2 == 0:
+                assert events["verdict"].tolist() == [0, 1, 0]
+        if comm.size > 4:  # of two replicas that differ none is named
+            assert trace.events(0)["peer"][1] == 0
+    comm.Barrier()  # before rank 0 may take the folder away
+
+
+def test_a_trace_that_is_there_or_has_no_place_is_refused_on_every_rank(comm, shared_folder):
+    path = _path(shared_folder, comm, "twice")
+    with spimpi.DistributedContext(comm, trace=path):
+        pass
+    with spimpi.trace.open(path) as trace:
+        assert trace.complete and len(trace) == 0
+    with refused(comm, "twice.* exists"):
+        spimpi.DistributedContext(comm, trace=path)
+    with refused(comm, "there is no directory"):
+        spimpi.DistributedContext(comm, trace=shared_folder / "nowhere" / "run.h5")
+    with refused(comm, "expected a path"):
+        spimpi.DistributedContext(comm, trace=7)
+
+
+def test_the_checked_communicator_traces_too(comm, shared_folder):
+    path = _path(shared_folder, comm, "checked")
+    with spimpi.DistributedContext(comm, trace=path) as ctx:
+        checked = spimpi.checked(comm, ctx)
+        checked.Allgather(np.ones(3), np.empty(3 * comm.size))
+        checked.Allreduce(np.ones(3), np.empty(3))
+        request = checked.Iallgather(np.ones(3), np.empty(3 * comm.size))
+        request.Wait()
+    with spimpi.trace.open(path) as trace:
+        for rank in range(comm.size):
+            ops = trace.events(rank)["op"].tolist()
+            assert ops == [Op.ALLGATHER, Op.ALLREDUCE_SUM, Op.ALLGATHER]
+    comm.Barrier()
