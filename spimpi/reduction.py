@@ -17,7 +17,7 @@ from spimpi.launch import wait_asleep
 
 ALL_ONES = np.uint64(0xFFFFFFFFFFFFFFFF)
 
-PATIENCE = 5.0  # seconds for the other ranks to come where one has an error
+PATIENCE = 5.0  # seconds for the other ranks of a run to come where one has an error
 
 # One check's share of a reduction. xor, total: combined over the contributions; every, none:
 # AND of a result and of its complement (they agree exactly where every == ~none); count: failures
@@ -171,13 +171,15 @@ def blocks(buffer: np.ndarray, counts) -> list:
 
 
 @contextmanager
-def together(comm):
+def together(comm, patience: float | None = None):
     """Run a local block on every rank; an error on one becomes the same error on all. Collective.
 
     The block must not communicate, except over groups that agree on their own errors. Only
     SpimpiError and OSError are agreed on: anything else is a bug, and ends the job by its
-    traceback. A rank with an error whose peers do not come within PATIENCE seconds raises alone,
-    and whoever started the job must end it.
+    traceback. A rank waits for the others as long as they work, asleep.
+
+    With ``patience``, a rank with an error whose peers do not come within so many seconds raises
+    alone. For blocks whose peers may wait for it elsewhere: whoever started the job must end it.
     """
     error = None
     try:
@@ -188,9 +190,9 @@ def together(comm):
         error = UsageError(str(caught))
     first = np.array([comm.rank if error is not None else comm.size], np.int64)
     agreement = comm.Iallreduce(MPI.IN_PLACE, first, op=MPI.MIN)
-    if error is None:
+    if error is None or patience is None:
         wait_asleep(agreement)
-    elif not _within(agreement, PATIENCE):
+    elif not _within(agreement, patience):
         raise error  # the others wait for this rank elsewhere: the caller must end the job
     if first[0] == comm.size:
         return

@@ -59,7 +59,7 @@ def verify(args) -> int:
 
 def _verify(args, comm, watchdog):
     from spimpi.cli.output import Reporter
-    from spimpi.reduction import together
+    from spimpi.reduction import PATIENCE, together
     from spimpi.verification.job import Request, prepare
     from spimpi.verification.run import verify_distributed_inference
     from spimpi.trace.journal import new_run_id
@@ -74,7 +74,7 @@ def _verify(args, comm, watchdog):
     watchdog.at("reading the request")
     run_id = comm.bcast(new_run_id())
     path = args.trace or f"{run_id}.h5"
-    with together(comm):
+    with together(comm, PATIENCE):
         # What rank 0 alone imports is imported here, where the others wait asleep.
         reporter = Reporter(comm.rank == 0, args.json)
         job = prepare(request, comm.size, comm.rank)

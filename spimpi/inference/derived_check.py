@@ -18,7 +18,7 @@ from spimpi.inference.weight_check import (
     shared_heads,
 )
 from spimpi.inference.weights import slab_of
-from spimpi.reduction import together
+from spimpi.reduction import PATIENCE, together
 
 JOINED = (
     ("qkv", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
@@ -115,7 +115,7 @@ def _derive_again(loader, read):
     """(integers, exponents) of this rank's slice, from the checkpoint. Collective over ctx.tensor."""
     name, rows, cols, _ = read
     tensor = loader.ctx.tensor
-    with together(tensor):
+    with together(tensor, PATIENCE):
         raw = loader.checkpoint.read(name, rows, cols)
 
     def over_ranks(maxima):

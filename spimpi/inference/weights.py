@@ -16,7 +16,7 @@ from spimpi.inference import exact
 from spimpi.inference.checkpoint import float32
 from spimpi.inference.kernels import pack_maxima, unpack_maxima
 from spimpi.partition import Slab
-from spimpi.reduction import together
+from spimpi.reduction import PATIENCE, together
 from spimpi.topology.tensor import TensorShard
 
 TIED_COPY = "lm_head.weight (tied copy)"
@@ -126,7 +126,7 @@ class Loader:
         vocabulary = self.shard.vocabulary()
         vocab = (vocabulary.start, vocabulary.stop)
         if ctx.is_first_stage:
-            with together(ctx.tensor):
+            with together(ctx.tensor, PATIENCE):
                 raw = self._read("model.embed_tokens.weight", "embed_tokens", -1, vocab)
             part.embed = raw
         for layer in ctx.layers:
@@ -134,7 +134,7 @@ class Loader:
             if progress:
                 progress(layer)
         if ctx.is_last_stage:
-            with together(ctx.tensor):
+            with together(ctx.tensor, PATIENCE):
                 part.norm = float32(self._read("model.norm.weight", "norm", -1))
                 if not config.tie_word_embeddings:
                     raw = self._read("lm_head.weight", "lm_head", -1, vocab)
@@ -146,7 +146,7 @@ class Loader:
 
     def _layer(self, layer) -> Layer:
         config = self.config
-        with together(self.ctx.tensor):
+        with together(self.ctx.tensor, PATIENCE):
             norms, qkv, o, gate_up, down, qk_norms = self._read_layer(layer)
         hidden, attn = config.hidden_size, config.n_heads * config.head_dim
         return Layer(

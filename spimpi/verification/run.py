@@ -26,7 +26,7 @@ from spimpi.inference.weight_check import (
 )  # fmt: skip
 from spimpi.inference.weights import Loader
 from spimpi.partition import Slab
-from spimpi.reduction import blocks, together
+from spimpi.reduction import PATIENCE, blocks, together
 from spimpi.topology.data import rows_of
 from spimpi.topology.grid import choose
 from spimpi.topology.sequence import prompts_of, split_rows
@@ -71,7 +71,7 @@ def make_golden(job: Job, at=None) -> golden_runs.Golden:
     )  # fmt: skip
     with DistributedContext(MPI.COMM_SELF, alone.grid, job.seed) as ctx:
         run = _Run(ctx, alone, Quiet(), None)
-        with together(ctx.world):
+        with together(ctx.world, PATIENCE):
             require_memory(ctx, run.wanted_bytes())
         stage = run.stage(run.weights())
         prompts = [np.asarray(p, np.int64) for p in job.prompts]
@@ -102,14 +102,14 @@ class _Run:
     def whole(self):
         ctx, job = self.ctx, self.job
         ctx.hosts, ctx.n_nodes  # noqa: B018  collective on first use, hence here
-        with together(ctx.world):
+        with together(ctx.world, PATIENCE):
             require_memory(ctx, self.wanted_bytes())
         if self.tracer:
             self._at("opening the trace")
-            with together(ctx.world):
+            with together(ctx.world, PATIENCE):
                 if ctx.rank == 0:
                     self.tracer.prepare()
-            with together(ctx.world):
+            with together(ctx.world, PATIENCE):
                 self.recorder.journal = self.tracer.open(ctx, job, self.names)
         try:
             outcome = self._verify()
@@ -175,13 +175,13 @@ class _Run:
         """Load this rank's part and check it against the manifest, else against the second read."""
         ctx, job = self.ctx, self.job
         loader = self.loader = Loader(ctx, job.config, job.checkpoint, job.exact, self.injector)
-        with together(ctx.world):
+        with together(ctx.world, PATIENCE):
             loader.load(lambda layer: self._at(f"weights of layer {layer}"))
         if job.known:
             shares = from_rank_0(ctx, job.checkpoint.tensors, job.known.words)
         else:
             self._at("second read of the weights")
-            with together(ctx.world):
+            with together(ctx.world, PATIENCE):
                 shares = second_read(ctx, job.checkpoint)
         failed = check_weights(
             ctx, job.config, job.checkpoint, loader, shares, self.recorder, bool(job.known)
@@ -190,7 +190,7 @@ class _Run:
             self._check_derived()
         unfit = ctx.world.allreduce(bool(loader.part.problem), op=MPI.LOR)
         if unfit and not ctx.world.allreduce(failed):
-            with together(ctx.world):
+            with together(ctx.world, PATIENCE):
                 if loader.part.problem:
                     raise UsageError(loader.part.problem)
         return loader.part
@@ -224,7 +224,7 @@ class _Run:
         while not done.Test():
             sleep(0.01)
             self._at("golden run on rank 0")
-        with together(self.ctx.world):
+        with together(self.ctx.world, PATIENCE):
             if error is not None:
                 raise error
 

@@ -1,5 +1,6 @@
 """Fingerprints over a communicator, against what a gather of everybody's words gives."""
 
+import time
 from functools import reduce
 from operator import xor
 
@@ -8,6 +9,8 @@ import pytest
 from mpi4py import MPI
 from mpi_helpers import first_ranks
 
+import spimpi
+from spimpi import reduction as reductions
 from spimpi.context import DistributedContext
 from spimpi.errors import CorruptionError, IncompleteError, SpimpiError, UsageError
 from spimpi.reduction import (
@@ -163,6 +166,29 @@ def test_an_error_on_one_rank_is_raised_on_all(comm, error, kind):
         assert ("found by rank" in said[0][1]) == (culprit > 0)
     # Nothing is left over from the errors.
     assert sum_words(comm, 1) == comm.size
+
+
+@pytest.mark.mpi(min_size=2)
+def test_an_early_error_waits_for_ranks_that_come_late(comm, monkeypatch):
+    """However late: the library's checks look at no clock, and all ranks raise one error."""
+    monkeypatch.setattr(reductions, "_within", None)
+    calls = {
+        "together": lambda x: _together(comm, x),
+        "exact_allreduce": lambda x: spimpi.exact_allreduce(comm, x),
+        "localise": lambda x: spimpi.localise(comm, [(x, None)], [], spimpi.Tag(name="x")),
+    }
+    for call in calls.values():
+        for culprit in range(comm.size):
+            if comm.rank != culprit:
+                time.sleep(0.1)
+            with pytest.raises(UsageError) as caught:
+                call([1.0] if comm.rank == culprit else np.ones(3))
+            assert len(set(comm.allgather(str(caught.value)))) == 1
+
+
+def _together(comm, x):
+    with together(comm):
+        spimpi.as_array(x)
 
 
 def test_the_lowest_rank_speaks_where_several_meet_errors(comm):

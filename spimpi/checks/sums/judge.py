@@ -18,10 +18,10 @@ from spimpi.checks.sums.call import (
     BAD, HEADER, HIGH, INTEGRAL, LARGEST, LINEAR, LOW, OWN, PIECES, RESULT, regions,
 )  # fmt: skip
 from spimpi.checks.verdict import Verdict
+from spimpi.fingerprint import fingerprint
 from spimpi.fingerprint.tag import MASK
 from spimpi.reduction import minority
 from spimpi.trace.schema import Established
-
 
 
 def _verdict(local, strength, missing=()) -> Verdict:
@@ -43,12 +43,23 @@ def _one_rank(comm, local, everyone) -> Verdict:
     return sum_report.failure(local, "exact", detail, rank=0, expected=expected, actual=found)
 
 
-def _disagreement(local, everyone) -> Verdict | None:
-    """The failure of an allreduce whose results are not the same on all ranks."""
+def _disagreement(comm, local, everyone, unsure=None) -> Verdict | None:
+    """The failure of an allreduce whose results are not the same on all ranks.
+
+    Of floats that differ, what MPI may give otherwise on each rank is left out (docs/sums.md).
+    ``unsure``: elements of a maximum or minimum of which nothing can be asked.
+    """
     results = everyone[:, RESULT]
     if local.scattered or not np.ptp(results):
         return None
+    if local.dtype.kind not in "iu":
+        kept = sum_words.comparable(local.blocks.result, local.op, unsure)
+        own = np.array([fingerprint(kept, local.tag)], np.uint64)
+        results = np.empty(comm.size, np.uint64)
+        comm.Allgather(own, results)
     odd = minority(results)
+    if not odd:
+        return None
     rank = odd[0] if len(odd) == 1 else None
     detail = f"the results of ranks {sum_report.listed(odd)} differ from the others'"
     return sum_report.failure(local, "agreement", detail, rank=rank)
@@ -86,7 +97,7 @@ def _floats(comm, local, everyone) -> Verdict:
     wrong = {q: bins for q, bins in failing.items() if bins.size}
     if wrong:
         return _too_far(comm, local, everyone, wrong, own, results, limit)
-    disagreement = _disagreement(local, everyone)
+    disagreement = _disagreement(comm, local, everyone)
     if disagreement is not None:
         return disagreement
     exact = _integral(comm, local, everyone)
@@ -237,7 +248,7 @@ def _integers(comm, local, everyone) -> Verdict:
             return _wrapping(comm, local, everyone, 1 << bits)
     if failure is not None:
         return failure
-    return _disagreement(local, everyone) or _verdict(local, "exact (integers)")
+    return _disagreement(comm, local, everyone) or _verdict(local, "exact (integers)")
 
 
 def _wrapping(comm, local, everyone, modulus) -> Verdict:
@@ -257,7 +268,7 @@ def _wrapping(comm, local, everyone, modulus) -> Verdict:
         if failure is not None:
             return failure
     strength = f"exact (integers, modulo 2^{modulus.bit_length() - 1})"
-    return _disagreement(local, everyone) or _verdict(local, strength)
+    return _disagreement(comm, local, everyone) or _verdict(local, strength)
 
 
 def _bits(comm, local, everyone) -> Verdict:
@@ -273,14 +284,11 @@ def _bits(comm, local, everyone) -> Verdict:
                 local, "exact", detail, rank=rank, expected=expected,
                 actual=int(everyone[q, LINEAR]),
             )  # fmt: skip
-    return _disagreement(local, everyone) or _verdict(local, "exact (XOR)")
+    return _disagreement(comm, local, everyone) or _verdict(local, "exact (XOR)")
 
 
 def _extreme(comm, local, everyone) -> Verdict:
     """A maximum or minimum: nobody's is beyond it, and each element is somebody's."""
-    disagreement = _disagreement(local, everyone)
-    if disagreement is not None:
-        return disagreement
     x, r = local.blocks.blocks[0].reshape(-1), local.blocks.result.reshape(-1)
     if local.dtype.kind not in "iu":
         x, r = sum_words.widened(x), sum_words.widened(r)
@@ -295,6 +303,9 @@ def _extreme(comm, local, everyone) -> Verdict:
         owned, nan = owned[:n] | owned[n:], owned[n:]
         beyond &= ~nan
         n_nan = int(np.count_nonzero(nan))
+    disagreement = _disagreement(comm, local, everyone, nan if is_float else None)
+    if disagreement is not None:
+        return disagreement
     nobody = np.flatnonzero(~owned)
     first = int(np.argmax(beyond)) if beyond.any() else -1
     own = np.array([np.count_nonzero(beyond), first], np.int64)

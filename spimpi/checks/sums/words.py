@@ -189,6 +189,21 @@ def agreement_word(result, tag, projected: Projected | None) -> int:
     return fingerprint(result, tag)
 
 
+def comparable(result, op: str, unsure=None) -> np.ndarray:
+    """A copy of a float result without what MPI may give otherwise on each rank.
+
+    Ranks may take the two operands of an operation in either order. NaN plus NaN has the payload
+    of one of them: all NaN are made the same. MPI.MAX and MPI.MIN return either of two zeros, and
+    of an element with a NaN (``unsure``: bool, flat) anything: all made 0.
+    """
+    kept = np.array(result, order="C")
+    kept[kept != kept] = np.nan
+    if op != "SUM":
+        kept[kept == 0] = 0
+        kept.reshape(-1)[unsure] = 0
+    return kept
+
+
 def sketch_key(tag, shape, itemsize: int) -> int:
     return tag.key(SKETCH, shape, itemsize)
 

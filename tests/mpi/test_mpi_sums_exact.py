@@ -1,0 +1,97 @@
+"""Sums that are checked with zero tolerance: integers, floats that hold them, MAX, MIN and BXOR."""
+
+import numpy as np
+import pytest
+from mpi4py import MPI
+from planted import worlds
+from sums_data import TAG, added, dtype_of, own_of
+
+from spimpi import TensorPartition
+from spimpi.checks.sums.verify import verify_allreduce, verify_reduce_scatter
+
+pytestmark = [pytest.mark.mpi, pytest.mark.wheels]
+
+
+@pytest.mark.parametrize("name", ["float64", "float32", "float16", "bfloat16"])
+def test_integers_in_floats_are_summed_with_zero_tolerance(comm, name):
+    """A sum that the bound would let pass is found, since integers this small cannot round."""
+    for part in worlds(comm, 2):
+        rng = np.random.default_rng(3)
+        xs = list(rng.integers(-9, 9, (part.size, 40, 100)).astype(dtype_of(name)))
+        total = added(xs)
+        verdict = verify_allreduce(part, xs[part.rank], total, TAG)
+        assert verdict.strength.startswith("exact (floats that hold integers")
+        wrong = total.copy()
+        wrong[3, 4] += np.asarray(1).astype(wrong.dtype)
+        assert not verify_allreduce(part, xs[part.rank], wrong, TAG, check=False)
+        wrong = total.copy()
+        wrong[3, 4] += np.asarray(0.25).astype(wrong.dtype)
+        assert not verify_allreduce(part, xs[part.rank], wrong, TAG, check=False)
+
+
+def test_integers_too_large_for_their_floats_are_left_to_the_bound(comm):
+    for part in worlds(comm, 2):
+        xs = [np.full(50, 2.0**24 - 1 - r, np.float32) for r in range(part.size)]
+        verdict = verify_allreduce(part, xs[part.rank], added(xs), TAG)
+        assert verdict.strength.startswith("bound")
+
+
+@pytest.mark.parametrize("name", ["int8", "uint16", "int32"])
+def test_narrow_integers_may_wrap_and_are_still_checked(comm, name):
+    for part in worlds(comm, 2):
+        xs = own_of(part, name, (30, 30))
+        total = added(xs)
+        verdict = verify_allreduce(part, xs[part.rank], total, TAG)
+        assert "modulo" in verdict.strength
+        rng = np.random.default_rng(5)
+        for n in (1, 2, 8):
+            wrong = total.copy()
+            top = np.array(-1 << 8 * total.itemsize - 1, np.int64).astype(total.dtype)
+            wrong.reshape(-1)[rng.choice(900, n, False)] ^= top
+            assert not verify_allreduce(part, xs[part.rank], wrong, TAG, check=False)
+
+
+@pytest.mark.parametrize("op", ["MAX", "MIN"])
+@pytest.mark.parametrize("name", ["float64", "float32", "float16", "int32", "uint64"])
+def test_extremes_are_exact(comm, op, name):
+    for part in worlds(comm):
+        xs = own_of(part, name)
+        best = (np.max if op == "MAX" else np.min)(np.array(xs), axis=0)
+        mpi_op = getattr(MPI, op)
+        assert verify_allreduce(part, xs[part.rank], best, TAG, op=mpi_op).strength.startswith(
+            "exact"
+        )
+        for factor in (2, -1):
+            wrong = best.copy()
+            wrong[2, 3] = np.asarray(factor).astype(wrong.dtype) * wrong[2, 3] + np.asarray(
+                1
+            ).astype(wrong.dtype)
+            assert not verify_allreduce(part, xs[part.rank], wrong, TAG, op=mpi_op, check=False)
+
+
+def test_an_extreme_of_nan_is_left_out_and_the_rest_checked(comm):
+    for part in worlds(comm, 2):
+        xs = own_of(part, "float64")
+        best = np.max(np.array(xs), axis=0)
+        xs[0][2, 3] = np.nan
+        for value in (np.nan, -1e9):  # what MPI makes of it depends on its order
+            best[2, 3] = value
+            verdict = verify_allreduce(part, xs[part.rank], best, TAG, op=MPI.MAX)
+            assert verdict.holds and verdict.missing[0].startswith("1 elements")
+        best[4, 4] = np.nan
+        assert not verify_allreduce(part, xs[part.rank], best, TAG, op=MPI.MAX, check=False)
+
+
+@pytest.mark.parametrize("name", ["uint8", "int32", "uint64", "bool"])
+def test_xor_is_exact(comm, name):
+    for part in worlds(comm):
+        rng = np.random.default_rng(1)
+        xs = [rng.integers(0, 2, (7, 9)).astype(name) for _ in range(part.size)]
+        total = np.bitwise_xor.reduce(np.array(xs), axis=0)
+        assert verify_allreduce(part, xs[part.rank], total, TAG, op=MPI.BXOR)
+        wrong = total.copy()
+        wrong[2:4, 3] ^= wrong.dtype.type(1)
+        assert not verify_allreduce(part, xs[part.rank], wrong, TAG, op=MPI.BXOR, check=False)
+        cut = TensorPartition(0, part.size, part.rank, 7)
+        shard = total[cut.start : cut.stop]
+        assert verify_reduce_scatter(part, xs[part.rank], shard, cut, TAG, op=MPI.BXOR)
