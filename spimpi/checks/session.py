@@ -6,7 +6,7 @@ The two ends of a hand-off have a communicator of their own, made by these two a
 other ranks do not take part. A DistributedContext has a session of its own on its world.
 """
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,6 +43,7 @@ class Session:
         self.received: dict = {}
         self.under_way: list = []
         self.queue = None
+        self.unchecked: Counter = Counter()  # calls that checked communicators passed on
         self.abandoned: list = []  # what a batch left under way when an exception ended it
         self._owned = owned
         own, merged = empty_records(1), empty_records(1)
@@ -71,6 +72,8 @@ class Session:
 
     def free(self) -> None:
         """Collective over the session's ranks."""
+        if self.queue is not None:
+            self.queue.close()
         for pair in self.pairs.values():
             pair.free()
         for one in self._owned:
