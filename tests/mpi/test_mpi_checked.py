@@ -232,3 +232,63 @@ def test_calls_in_a_batch_are_pending(comm):
             with ctx.batch():
                 checked.Allgather(np.ones(2), np.zeros(2 * comm.size))
                 checked.Bcast(np.ones(2))
+
+
+class OnlyDlpack:
+    """An array of another library: DLPack, and nothing else of numpy's."""
+
+    def __init__(self, array):
+        self._array = array
+
+    def __dlpack__(self, **wishes):
+        return self._array.__dlpack__(**wishes)
+
+    def __dlpack_device__(self):
+        return self._array.__dlpack_device__()
+
+
+def kinds_of_arrays():
+    """name -> a function that makes an array of the library over a numpy array's memory."""
+    kinds = {"numpy": lambda x: x, "buffer": memoryview, "dlpack": OnlyDlpack}
+    try:
+        import torch
+    except ImportError:
+        return kinds
+    return kinds | {"torch": torch.from_numpy}
+
+
+@pytest.mark.parametrize("kind", ["numpy", "buffer", "dlpack", "torch"])
+def test_arrays_of_any_library_are_taken_as_mpi4py_takes_them(comm, kind):
+    make = kinds_of_arrays().get(kind)
+    if make is None:
+        pytest.skip("torch is not installed")
+    checked, size, rank = spimpi.checked(comm), comm.size, comm.rank
+    for faulty in (False, True):
+        if faulty:
+            spoilt(checked, size - 1)
+            checked.check = False
+        own, total = data((3,), np.float32, rank), np.zeros(3, np.float32)
+        out = np.zeros(3 * size, np.float32)
+        checked.Allgather(make(own), make(out))
+        assert bool(checked.verdict) is not faulty
+        assert checked.Iallgather([make(own), MPI.FLOAT], make(out)).Wait()
+        checked.Allreduce(make(own), make(total))
+        assert bool(checked.verdict) is not faulty
+        checked.Bcast(make(own), size - 1)
+    checked = spimpi.checked(comm)
+    box = np.zeros(3, np.float32)
+    checked.Sendrecv(make(own), (rank + 1) % size, 1, make(box), (rank - 1) % size, 1)
+    assert checked.verdict
+
+
+def test_torchs_bfloat16_is_checked_bit_by_bit(comm):
+    torch = pytest.importorskip("torch")
+    checked, size = spimpi.checked(comm), comm.size
+    own = torch.arange(4, dtype=torch.bfloat16) + comm.rank
+    out = torch.zeros(4 * size, dtype=torch.bfloat16)
+    words = MPI.UINT16_T
+    checked.Allgather([own, words], [out, words])
+    assert checked.verdict and (out[:4] == torch.arange(4)).all()
+    spoilt(checked, 0)
+    with corruption(comm, 0, "Allgather"):
+        checked.Allgather([own, words], [out, words])
