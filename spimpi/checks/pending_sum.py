@@ -26,14 +26,14 @@ def verify_sum(comm, built, tag, op, check, ctx, threads):
 
 
 class PendingSum:
-    """``build()``: the kind of sum, contribution, result and partition, once it is complete."""
+    """A sum under way, in the steps of a RecordCheck. ``build()``: see checks/calls.py."""
 
     def __init__(self, session, build, tag, op, threads):
         self.session, self.build, self.tag, self.op = session, build, tag, op
         self.threads = threads
 
-    def begin(self, requests):
-        """Start exchanging words on the requests' communicator; returns the MPI request."""
+    def begin(self, requests) -> None:
+        """Start exchanging words, on the requests' communicator."""
         comm = requests.comm
         self.local, self.error, self.call = None, None, "nothing that could be checked"
         self.words = np.zeros(n_words(comm.size), np.uint64)
@@ -47,10 +47,13 @@ class PendingSum:
         self.words[FAILED] = self.error is not None
         self.words[CALL] = _digest(self.call)
         self.everyone = np.empty((comm.size, self.words.size), np.uint64)
-        return comm.Iallgather(self.words, self.everyone)
+        self.exchange = comm.Iallgather(self.words, self.everyone)
+
+    def test(self) -> bool:
+        return self.exchange.Test()
 
     def judge(self):
-        """The verdict, when the exchange is complete."""
+        self.exchange.Wait()
         comm, everyone = self.session.comm, self.everyone
         if everyone[:, FAILED].any() or np.ptp(everyone[:, CALL]):
             _refuse(comm, self.error, self.call)

@@ -15,7 +15,6 @@ from mpi4py import MPI
 
 from spimpi.checks.pending import Group, built
 from spimpi.errors import CorruptionError, SpimpiError
-from spimpi.fingerprint.tag import MASK
 from spimpi.launch import LONGEST_NAP, SHORTEST_NAP
 
 LOOKS_AWAKE = 200  # before the first nap: most waits end sooner
@@ -36,13 +35,16 @@ def under_way() -> bool:
 
 def wait(request, status=None) -> None:
     """Wait for an MPI request, and look after the collectives under way meanwhile."""
+    _meanwhile(request.Get_status)
+    request.Wait(status)
+
+
+def _meanwhile(is_complete) -> None:
+    """Look after the collectives under way until there are none or ``is_complete()``."""
     pause = _pauses()
-    while _busy:
-        if request.Test(status):
-            return
+    while _busy and not is_complete():
         look()
         next(pause)
-    request.Wait(status)
 
 
 def _pauses():
@@ -173,12 +175,12 @@ def _is_complete(request) -> bool:
 
 
 class CheckedCollective(CheckedRequest):
-    """A collective under way. ``check``: RecordCheck or PendingSum, which begin and judge."""
+    """A collective under way. ``check``: RecordCheck or PendingSum: begin, test, judge."""
 
     def __init__(self, queue, request, check, raises):
         super().__init__()
         self._queue, self._request, self._check, self._raises = queue, request, check, raises
-        self._reduction, self._error, self._judged = None, None, False
+        self._error, self._judged = None, False
 
     def _complete(self, blocking: bool) -> bool:
         return self._queue.judge_until(self, blocking)
@@ -187,9 +189,6 @@ class CheckedCollective(CheckedRequest):
         error, self._error = self._error, None
         if error is not None:
             raise error
-
-    def _begin(self, session) -> None:
-        self._reduction = self._check.begin(session)
 
     def _judge(self) -> None:
         self._judged = True
@@ -203,21 +202,27 @@ class CheckedCollective(CheckedRequest):
 
 
 class RecordCheck:
-    """A Check of a collective under way: its reduction runs on the requests' communicator.
+    """A Check of a collective under way, in steps.
 
-    ``session``: that of blocking checks, on which ranks tell each other more where it fails.
+    ``session``: that of blocking checks, on which ranks tell each other more where it fails. Its
+    reduction runs on the requests' own: blocking checks come in between at other moments on other
+    ranks.
     """
 
     def __init__(self, session, check, build):
         self.session, self.check, self.build = session, check, build
 
-    def begin(self, requests):
-        self.group = Group(self.session, [built(self.check, self.build)])
-        self.started = requests.start([*self.group.record[:5], MASK])
-        return self.started[0]
+    def begin(self, requests) -> None:
+        self.group = Group(requests, [built(self.check, self.build)])
+        self.group.start()
+
+    def test(self) -> bool:
+        return self.group.test()
 
     def judge(self):
-        return self.group.judge(self.started[2].tolist())[0]
+        merged = self.group.wait()
+        self.group.session = self.session
+        return self.group.judge(merged)[0]
 
 
 class Queue:
@@ -244,8 +249,7 @@ class Queue:
         first = self._waiting.popleft()
         if not self._waiting:
             del _busy[self]
-        first._request = None
-        first._begin(self.session)
+        first._check.begin(self.session)
         self._begun.append(first)
 
     def judge_until(self, last: CheckedCollective, blocking: bool) -> bool:
@@ -253,9 +257,10 @@ class Queue:
         while not last._judged:
             look()
             if self._begun:
+                test = self._begun[0]._check.test
                 if blocking:
-                    wait(self._begun[0]._reduction)
-                elif not self._begun[0]._reduction.Test():
+                    _meanwhile(test)
+                elif not test():
                     return False
                 self._begun.popleft()._judge()
             elif blocking:

@@ -9,24 +9,25 @@ from mpi4py import MPI
 
 from spimpi.errors import UncheckedWarning
 
-_BLOCKING = {
+_NEIGHBOURS = {
+    f"Neighbor_{kind}" for kind in ("allgather", "allgatherv", "alltoall", "alltoallv", "alltoallw")
+}  # fmt: skip
+_BLOCKING = _NEIGHBOURS | {
     "Alltoallw", "Exscan", "Scan", "allgather", "allreduce", "alltoall", "bcast", "exscan",
     "gather", "neighbor_allgather", "neighbor_alltoall", "reduce", "scan", "scatter",
-} | {f"Neighbor_{kind}" for kind in ("allgather", "allgatherv", "alltoall", "alltoallv", "alltoallw")}  # fmt: skip
+}  # fmt: skip
+_PERSISTENT = _NEIGHBOURS | {
+    "Allgather", "Allgatherv", "Allreduce", "Alltoall", "Alltoallv", "Alltoallw", "Bcast", "Bsend",
+    "Exscan", "Gather", "Gatherv", "Precv", "Psend", "Recv", "Reduce", "Reduce_scatter",
+    "Reduce_scatter_block", "Rsend", "Scan", "Scatter", "Scatterv", "Send", "Ssend",
+}  # fmt: skip
 
 # Methods that move data unchecked.
-UNCHECKED = _BLOCKING | {
+UNCHECKED = _BLOCKING | {f"{name}_init" for name in _PERSISTENT} | {
     "Ialltoallw", "Iexscan", "Iscan", "Isendrecv", "Isendrecv_replace", "Improbe", "Mprobe",
     "bsend", "ibsend", "improbe", "irecv", "isend", "issend", "mprobe", "recv", "send", "sendrecv",
-    "ssend",
-} | {f"I{name.lower()}" for name in _BLOCKING if name.startswith("Neighbor")} | {
-    f"{name}_init" for name in (
-        "Allgather", "Allgatherv", "Allreduce", "Alltoall", "Alltoallv", "Alltoallw", "Bcast",
-        "Bsend", "Exscan", "Gather", "Gatherv", "Precv", "Psend", "Recv", "Reduce",
-        "Reduce_scatter", "Reduce_scatter_block", "Rsend", "Scan", "Scatter", "Scatterv", "Send",
-        "Ssend",
-    )
-} | {f"{name}_init" for name in _BLOCKING if name.startswith("Neighbor")}  # fmt: skip
+    "ssend", *(f"I{name.lower()}" for name in _NEIGHBOURS),
+}  # fmt: skip
 
 # Collectives that may wait for all ranks: requests under way are completed before them.
 SYNCHRONISING = _BLOCKING | {
@@ -35,7 +36,9 @@ SYNCHRONISING = _BLOCKING | {
     "Split", "Split_type", "Sub", "free",
 }  # fmt: skip
 
-_OPS = ("SUM", "PROD", "MAX", "MIN", "BXOR", "BAND", "BOR", "LAND", "LOR", "LXOR", "MAXLOC", "MINLOC")
+_OPS = (
+    "SUM", "PROD", "MAX", "MIN", "BXOR", "BAND", "BOR", "LAND", "LOR", "LXOR", "MAXLOC", "MINLOC",
+)  # fmt: skip
 
 
 def name_of(op) -> str:

@@ -33,7 +33,8 @@ def allgather_by_function(comm, fault=None):
     whole = np.concatenate([block_of(r) for r in range(comm.size)])
     if fault is not None:
         fault(whole)
-    return spimpi.verify_allgather(comm, block_of(comm.rank), whole, part, Tag(name="hidden"), check=False)
+    own, tag = block_of(comm.rank), Tag(name="hidden")
+    return spimpi.verify_allgather(comm, own, whole, part, tag, check=False)
 
 
 def allreduce_by_function(comm):
@@ -49,7 +50,8 @@ def alltoall_by_function(comm):
     before = TensorPartition(0, size, rank, size)
     after = TensorPartition(1, size, rank, 2 * size)
     received = whole[:, 2 * rank : 2 * rank + 2].copy()
-    return spimpi.verify_alltoall(comm, whole[rank : rank + 1], received, before, after, Tag(name="cut"))
+    own, tag = whole[rank : rank + 1], Tag(name="cut")
+    return spimpi.verify_alltoall(comm, own, received, before, after, tag)
 
 
 def ring_by_function(comm):
