@@ -7,6 +7,9 @@ contribution, result and partition. An error is kept until then, for all ranks t
 it would leave the others in the collective.
 """
 
+from functools import lru_cache
+from itertools import accumulate
+
 import numpy as np
 from mpi4py import MPI
 
@@ -27,15 +30,15 @@ def allgather(comm, sendbuf, recvbuf):
     def build(c):
         message = message_of(recvbuf)
         counts = message.counts_of(comm.size)
-        slabs = [Slab((sum(counts),), (sum(counts[:r]),)) for r in range(len(counts))]
-        joined = message.joined(len(counts))
+        *starts, total = accumulate(counts, initial=0)
+        joined = message.joined(comm.size)
         if joined is not None:
             c.gets(joined, None)
         else:
-            for part, slab in zip(message.parts(len(counts)), slabs):
-                c.gets(part, slab)
+            for part, start in zip(message.parts(comm.size), starts):
+                c.gets(part, Slab((total,), (start,)))
         c.layout = tuple(counts)
-        c.gives(_value(own), slabs[comm.rank])
+        c.gives(_value(own), Slab((total,), (starts[comm.rank],)))
 
     return Rule.ASSEMBLED, MOVED | AGREED, 0, build
 
@@ -58,10 +61,9 @@ def gather(comm, sendbuf, recvbuf, root):
 
     def build(c):
         c.root = root
-        c.gives(*_row(comm, _value(own), comm.rank))
+        c.gives(_value(own)[None], _rows(comm.size)[comm.rank])
         if comm.rank == root:
-            for r, part in enumerate(message_of(recvbuf).parts(comm.size)):
-                c.gets(*_row(comm, part, r))
+            _take(c.gets, c.held, message_of(recvbuf), _rows(comm.size))
 
     return Rule.MOVED, MOVED, 1, build
 
@@ -71,15 +73,13 @@ def scatter(comm, sendbuf, recvbuf, root):
 
     def build(c):
         c.root = root
-        parts = None
+        own = None
         if comm.rank == root:
-            parts = message_of(sendbuf).parts(comm.size)
-            for r, part in enumerate(parts):
-                c.gives(*_row(comm, part, r))
-        if recvbuf is MPI.IN_PLACE:  # the root keeps its part where it is
-            c.gets(*_row(comm, parts[comm.rank], comm.rank))
-        else:
-            c.gets(*_row(comm, message_of(recvbuf).whole(), comm.rank))
+            _take(c.gives, c.contributed, message_of(sendbuf), _rows(comm.size))
+            own = c.contributed[root][0]
+        if recvbuf is not MPI.IN_PLACE:  # else the root keeps its part where it is
+            own = message_of(recvbuf).whole()[None]
+        c.gets(own, _rows(comm.size)[comm.rank])
 
     return Rule.MOVED, MOVED, 1, build
 
@@ -87,22 +87,43 @@ def scatter(comm, sendbuf, recvbuf, root):
 def alltoall(comm, sendbuf, recvbuf):
     """Of MPI_Alltoall and MPI_Alltoallv."""
     sent = _kept(sendbuf, recvbuf)
-    size, rank = comm.size, comm.rank
-
-    def block(part, source, target):
-        return part[None, None], Slab((size, size, LONGEST), (source, target, 0))
+    sends, receives = _crossing(comm.size, comm.rank)
 
     def build(c):
-        for r, part in enumerate(_value(sent).parts(size)):
-            c.gives(*block(part, rank, r))
-        for r, part in enumerate(message_of(recvbuf).parts(size)):
-            c.gets(*block(part, r, rank))
+        _take(c.gives, c.contributed, _value(sent), sends)
+        _take(c.gets, c.held, message_of(recvbuf), receives)
 
     return Rule.MOVED, MOVED, 2, build
 
 
-def _row(comm, part, rank):
-    return part[None], Slab((comm.size, LONGEST), (rank, 0))
+def _take(take, taken, message, slabs) -> None:
+    """Give or get the blocks of all ranks: in one piece where they are alike and adjoin, which
+    costs the less the more ranks there are. A failure looks at the blocks all the same."""
+    size = len(slabs)
+    lead = slabs[-1].offset[:-1]  # only the axis that tells these blocks apart counts from 0 to it
+    parts = [part.reshape(*(1 for _ in lead), -1) for part in message.parts(size)]
+    joined = message.joined(size)
+    if joined is None or len({part.size for part in parts}) > 1:
+        for part, slab in zip(parts, slabs):
+            take(part, slab)
+        return
+    spread = [1 + b - a for a, b in zip(slabs[0].offset, lead)]
+    take(joined.reshape(*spread, parts[0].size), slabs[0])
+    taken[-1:] = zip(parts, slabs)
+
+
+@lru_cache(maxsize=64)
+def _rows(size) -> tuple[Slab, ...]:
+    """The places of ranks' blocks of unknown length in [ranks, LONGEST]."""
+    return tuple(Slab((size, LONGEST), (rank, 0)) for rank in range(size))
+
+
+@lru_cache(maxsize=64)
+def _crossing(size, rank) -> tuple[tuple[Slab, ...], tuple[Slab, ...]]:
+    """The places of what a rank sends to each, and gets from each, in [from, to, LONGEST]."""
+    shape = size, size, LONGEST
+    sends = tuple(Slab(shape, (rank, r, 0)) for r in range(size))
+    return sends, tuple(Slab(shape, (r, rank, 0)) for r in range(size))
 
 
 # Sums. A reduction to one rank is a reduce-scatter in which that rank's shard is the whole.

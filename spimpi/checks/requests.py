@@ -42,8 +42,10 @@ def wait(request, status=None) -> None:
 def _meanwhile(is_complete) -> None:
     """Look after the collectives under way until there are none or ``is_complete()``."""
     pause = _pauses()
-    while _busy and not is_complete():
+    while _busy:
         look()
+        if is_complete():
+            return
         next(pause)
 
 
@@ -276,6 +278,7 @@ class Queue:
         another that is at an earlier request, where a check fails. MPI lets it: a blocking
         collective may wait for all ranks.
         """
+        look()
         if self._waiting or self._begun:
             self.judge_until((self._waiting or self._begun)[-1], True)
 
