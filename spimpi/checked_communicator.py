@@ -50,6 +50,7 @@ class CheckedComm(CheckedMessages):
         if self._requests.queue is None:
             self._requests.queue = Queue(self._requests)
         self._queue = self._requests.queue
+        self._session.judge_requests = self._queue.judge_all
         self.unchecked = self._requests.unchecked
         super().__init__(self._session)
 
