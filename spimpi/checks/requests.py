@@ -14,7 +14,7 @@ from time import sleep
 from mpi4py import MPI
 
 from spimpi.checks.pending import Group, built
-from spimpi.errors import CorruptionError, SpimpiError
+from spimpi.errors import CorruptionError, SpimpiError, UsageError
 from spimpi.launch import LONGEST_NAP, SHORTEST_NAP
 
 LOOKS_AWAKE = 200  # before the first nap: most waits end sooner
@@ -206,9 +206,8 @@ class CheckedCollective(CheckedRequest):
 class RecordCheck:
     """A Check of a collective under way, in steps.
 
-    ``session``: that of blocking checks, on which ranks tell each other more where it fails. Its
-    reduction runs on the requests' own: blocking checks come in between at other moments on other
-    ranks.
+    ``session``: that of blocking checks, on which a failure is looked into. The reduction runs on
+    the requests' own, since blocking checks come in between at other moments on other ranks.
     """
 
     def __init__(self, session, check, build):
@@ -248,6 +247,8 @@ class Queue:
             self._begin_first()
 
     def _begin_first(self) -> None:
+        if not self._waiting:  # a freed communicator goes when its last operation completes
+            return
         first = self._waiting.popleft()
         if not self._waiting:
             del _busy[self]
@@ -258,6 +259,9 @@ class Queue:
         """Judge those up to ``last``, in order; whether it is judged."""
         while not last._judged:
             look()
+            if not self._begun and not self._waiting:
+                msg = "the communicator of this request was freed: wait for it before"
+                raise UsageError(msg)
             if self._begun:
                 test = self._begun[0]._check.test
                 if blocking:

@@ -183,9 +183,11 @@ def test_of_a_list_all_complete_and_the_first_failure_is_raised(comm):
 
 def test_requests_that_nobody_waits_for_go_with_their_communicator(comm):
     other = comm.Dup()
-    spimpi.checked(other).Iallgather(np.ones(1), np.zeros(comm.size))
+    request = spimpi.checked(other).Iallgather(np.ones(1), np.zeros(comm.size))
     other.Barrier()
     other.Free()
+    with pytest.raises(spimpi.UsageError, match="was freed"):
+        request.Wait()
     mine = spimpi.checked(comm).Ibcast(np.ones(1), 0)
     mine.Wait()
     assert mine.verdict
