@@ -9,7 +9,8 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "spimpi.errors": (
-        "CorruptionError", "IncompleteError", "MissingDependency", "SpimpiError", "UsageError",
+        "CorruptionError", "IncompleteError", "MissingDependency", "SpimpiError",
+        "UncheckedWarning", "UsageError",
     ),
     "spimpi.partition": ("ShardedTensor", "Slab", "TensorPartition"),
     "spimpi.fingerprint": (
@@ -42,6 +43,7 @@ _HOMES = {
     "spimpi.checks.replicas": ("verify_replicas",),
     "spimpi.checks.ring": ("verify_ring",),
     "spimpi.checked_communicator": ("checked",),
+    "spimpi.checks.requests": ("CheckedRequest",),
     "spimpi.checks.sums.verify": ("verify_allreduce", "verify_reduce_scatter"),
     "spimpi.checks.sums.sketch": (
         "Sketch", "SketchComparison", "compare_sketches", "reduce_sketch", "sketch",

@@ -31,3 +31,7 @@ class IncompleteError(SpimpiError):
     """Something that was asked for could not be established."""
 
     exit_status = 3
+
+
+class UncheckedWarning(UserWarning):
+    """A checked communicator passed a call on without a check. ``warnings`` can make it an error."""

@@ -1,17 +1,21 @@
 """MPI buffers as mpi4py takes them, as flat numpy arrays: what a collective sent and received.
 
-A buffer is an array, or a list: [data, datatype], [data, count], [data, count, datatype],
-[data, (count, displacement), datatype]; of v-collectives [data, counts, displs, datatype] and the
-forms without displacements or datatype. Counts and displacements are in elements.
+A buffer is an array of any library in host memory, or a list: [data, datatype], [data, count],
+[data, count, datatype], [data, (count, displacement), datatype]; of v-collectives [data, counts,
+displs, datatype] and the forms without displacements or datatype. Counts and displacements are in
+elements.
 """
 
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 
 import numpy as np
 from mpi4py import MPI
 
 from spimpi.errors import UsageError
+from spimpi.fingerprint.arrays import word_layout
+from spimpi.fingerprint.protocols import as_array
 
 
 @dataclass(frozen=True)
@@ -80,12 +84,7 @@ def message_of(buffer) -> Message:
 
 def _flat(data, datatype) -> np.ndarray:
     """All elements in the order of memory, without a copy."""
-    if not isinstance(data, np.ndarray):
-        try:
-            data = np.asarray(data if hasattr(data, "__array_interface__") else memoryview(data))
-        except TypeError as not_a_buffer:
-            msg = f"expected an array or a buffer, found {type(data).__name__}"
-            raise UsageError(msg) from not_a_buffer
+    data = np.asarray(memoryview(data)) if isinstance(data, bytes) else as_array(data)
     if not (data.flags.c_contiguous or data.flags.f_contiguous):
         msg = f"MPI buffers are contiguous, found strides {data.strides} for shape {data.shape}"
         raise UsageError(msg)
@@ -105,3 +104,44 @@ def _flat(data, datatype) -> np.ndarray:
     except (TypeError, ValueError) as unknown:
         msg = f"no elements of datatype {datatype.name} in an array of dtype {data.dtype}"
         raise UsageError(msg) from unknown
+
+
+class Unreadable:
+    """Stands for a buffer that cannot be read: whoever looks at it as an array gets the error."""
+
+    def __init__(self, error):
+        self._error = error
+
+    @property
+    def __array_interface__(self):
+        raise self._error
+
+
+def elements_of(buffer) -> tuple[np.ndarray, bool]:
+    """A message's elements, flat, and whether they are its packed bytes.
+
+    That they are where it has a derived datatype, or a dtype that has no fingerprint. What mpi4py
+    refuses raises what mpi4py raises.
+    """
+    try:
+        data = message_of(buffer).whole()
+        word_layout(data.dtype)
+    except UsageError:
+        return _packed(buffer), True
+    return data, False
+
+
+def _packed(buffer) -> np.ndarray:
+    """The bytes that MPI makes of a message: sent to oneself, and received as MPI.PACKED."""
+    alone, status = _alone(), MPI.Status()
+    request = alone.Isend(buffer, 0)
+    alone.Probe(0, 0, status)
+    received = np.empty(status.Get_count(MPI.PACKED), np.uint8)
+    alone.Recv([received, MPI.PACKED], 0, 0)
+    request.Wait()
+    return received
+
+
+@cache
+def _alone():
+    return MPI.COMM_SELF.Dup()

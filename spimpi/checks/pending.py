@@ -37,6 +37,8 @@ class Group:
 
     def merge(self) -> list[Verdict]:
         """Reduce and judge, blocking."""
+        if self.session.judge_requests is not None:
+            self.session.judge_requests()
         if not self._alone:
             return self.judge(self.session.merge(self.record))
         own = self._with_record(self.record)

@@ -1,100 +1,304 @@
-"""Requests whose completion includes a check, which does not block either.
+"""Requests of a checked communicator: complete when the operation is, and its check.
 
-Each check is a reduction, so all ranks must start them in one order: that of the calls. Waiting
-for a request therefore first completes those before it. The reductions run on a communicator of
-their own, so that they do not meet those of blocking checks, which come in between at other
-moments on other ranks.
+MPI lets ranks wait for their requests in any order. The check of a collective is a reduction, which
+can begin when the data are there, and which all ranks of a communicator must begin in one order.
+Hence two steps. A check begins, in the order of the calls, in the first checked call of this rank
+that sees the data there: whoever waits for one thing looks after all others, whatever their
+communicator. It is judged by Wait, Test or the next blocking collective, in the order of the calls
+too, since a check that fails exchanges more (checks/failure.py).
 """
 
 from collections import deque
+from time import sleep
 
-from spimpi.checks.check import Check
+from mpi4py import MPI
+
 from spimpi.checks.pending import Group, built
-from spimpi.errors import CorruptionError, SpimpiError
+from spimpi.errors import CorruptionError, SpimpiError, UsageError
+from spimpi.launch import LONGEST_NAP, SHORTEST_NAP
+
+LOOKS_AWAKE = 200  # before the first nap: most waits end sooner
+
+_busy: dict = {}  # queues with collectives whose checks have not begun
+
+
+def look() -> None:
+    """Begin the checks of all collectives whose data are there. Never waits."""
+    for queue in list(_busy):
+        queue.begin_ready()
+
+
+def under_way() -> bool:
+    """Whether a rank that waits must look after collectives meanwhile."""
+    return bool(_busy)
+
+
+def wait(request, status=None) -> None:
+    """Wait for an MPI request, and look after the collectives under way meanwhile."""
+    _meanwhile(request.Get_status)
+    request.Wait(status)
+
+
+def _meanwhile(is_complete) -> None:
+    """Look after the collectives under way until there are none or ``is_complete()``."""
+    pause = _pauses()
+    while _busy:
+        look()
+        if is_complete():
+            return
+        next(pause)
+
+
+def _pauses():
+    """Between two looks: nothing at first, then naps, for ranks may share a core."""
+    for _ in range(LOOKS_AWAKE):
+        yield
+    nap = SHORTEST_NAP
+    while True:
+        sleep(nap)
+        nap = min(2 * nap, LONGEST_NAP)
+        yield
 
 
 class CheckedRequest:
-    """A collective under way, and its check. ``verdict`` is known when it is complete.
+    """An operation under way, and its check. ``verdict`` is known when it is complete.
 
-    ``Wait`` and ``Test`` as mpi4py's; both raise what the check raises, once.
+    ``Wait`` and ``Test`` as mpi4py's; they raise what the check raises, once. True until then.
+    ``Waitall``, ``Waitany``, ``Waitsome``, ``Testall``, ``Testany`` and ``Testsome`` take lists of
+    these and of mpi4py's own requests; ``MPI.Request.Waitall`` and the like refuse them.
     """
 
-    def __init__(self, queue, request, check, build, settle, raises):
-        self.verdict = None
-        self._queue, self._request, self._raises = queue, request, raises
-        self._check, self._build, self._settle = check, build, settle
-        self._group, self._error, self._done = None, None, False
+    verdict = None
+
+    def __init__(self):
+        self._active = True
+
+    def __bool__(self):
+        return self._active
 
     def Wait(self, status=None) -> bool:
-        """Wait for the collective and its check; those of earlier requests come first."""
-        self._queue.advance(self, True)
-        return self._finished()
+        """Wait for the operation and its check."""
+        if self._active:
+            self._complete(True)
+            self._active = False
+            self._take(status)
+        return True
 
     def Test(self, status=None) -> bool:
-        """Whether the collective and its check are complete. A failure is raised, once."""
-        return self._queue.advance(self, False) and self._finished()
+        """Whether the operation and its check are complete. A failure is raised, once."""
+        return not self._active or (self._complete(False) and self.Wait(status))
 
     def wait(self, status=None) -> None:
         """As ``Wait``."""
-        self.Wait()
+        self.Wait(status)
 
     def test(self, status=None) -> tuple:
         """As ``Test``, in the form of mpi4py's lower-case method: (flag, None)."""
-        return self.Test(), None
+        return self.Test(status), None
 
-    def _finished(self) -> bool:
-        error, self._error = self._error, None
+    @staticmethod
+    def Waitall(requests, statuses=None) -> bool:
+        """Wait for all; then the first failure, in the order of the list, is raised."""
+        requests, error = list(requests), None
+        for request, status in zip(requests, _statuses(requests, statuses), strict=True):
+            try:
+                if isinstance(request, CheckedRequest):
+                    request.Wait(status)
+                else:
+                    wait(request, status)
+            except SpimpiError as caught:
+                error = error or caught
         if error is not None:
             raise error
         return True
 
-    def _step(self, blocking: bool) -> bool:
-        """Go on as far as it goes; whether it is complete."""
-        if self._done:
-            return True
-        if self._request is not None:
-            if blocking:
-                self._request.Wait()
-            elif not self._request.Test():
-                return False
-            self._request = None
-        try:
-            if self._settle is not None:
-                self._conclude(self._settle())
-                return True
-            if self._group is None:
-                self._group = Group(self._queue.session, [built(self._check, self._build)])
-                self._group.start()
-            if not blocking and not self._group.test():
-                return False
-            self._conclude(self._group.finish()[0])
-        except SpimpiError as error:
-            self._error, self._done = error, True
-        return True
+    @staticmethod
+    def Testall(requests, statuses=None) -> bool:
+        """Whether all are complete; else none is taken. Raises as ``Waitall``."""
+        requests = list(requests)
+        return all([_is_complete(r) for r in requests]) and CheckedRequest.Waitall(
+            requests, statuses
+        )
 
-    def _conclude(self, verdict) -> None:
-        self.verdict, self._done = verdict, True
-        if self._raises and not verdict:
-            self._error = CorruptionError(verdict)
+    @staticmethod
+    def Testany(requests, status=None) -> tuple:
+        """(index of one that is complete, True), or (MPI.UNDEFINED, whether none is active)."""
+        requests = list(requests)
+        for i, request in enumerate(requests):
+            if request and request.Test(status):
+                return i, True
+        return MPI.UNDEFINED, not any(requests)
+
+    @staticmethod
+    def Waitany(requests, status=None) -> int:
+        """The index of one that is complete; MPI.UNDEFINED where none is active."""
+        requests, pause = list(requests), _pauses()
+        while True:
+            i, flag = CheckedRequest.Testany(requests, status)
+            if flag:
+                return i
+            look()
+            next(pause)
+
+    @staticmethod
+    def Testsome(requests, statuses=None):
+        """The indices of those that are complete; None where none is active."""
+        requests = list(requests)
+        if not any(requests):
+            return None
+        done = [i for i, request in enumerate(requests) if request and _is_complete(request)]
+        complete = [requests[i] for i in done]
+        CheckedRequest.Waitall(complete, statuses)
+        return done
+
+    @staticmethod
+    def Waitsome(requests, statuses=None):
+        """As ``Testsome``, at least one; None where none is active."""
+        requests, pause = list(requests), _pauses()
+        while (done := CheckedRequest.Testsome(requests, statuses)) == []:
+            look()
+            next(pause)
+        return done
+
+
+def _statuses(requests, statuses) -> list:
+    """One for each request, in the user's list where there is one."""
+    if statuses is None:
+        return [None] * len(requests)
+    statuses.extend(MPI.Status() for _ in range(len(requests) - len(statuses)))
+    return statuses[: len(requests)]
+
+
+def _is_complete(request) -> bool:
+    """Whether it is complete, without taking it."""
+    if not isinstance(request, CheckedRequest):
+        return request.Get_status()
+    return not request._active or request._complete(False)
+
+
+class CheckedCollective(CheckedRequest):
+    """A collective under way. ``check``: RecordCheck or PendingSum: begin, test, judge."""
+
+    def __init__(self, queue, request, check, raises):
+        super().__init__()
+        self._queue, self._request, self._check, self._raises = queue, request, check, raises
+        self._error, self._judged = None, False
+
+    def _complete(self, blocking: bool) -> bool:
+        return self._queue.judge_until(self, blocking)
+
+    def _take(self, status) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _judge(self) -> None:
+        self._judged = True
+        try:
+            self.verdict = self._check.judge()
+        except SpimpiError as error:
+            self._error = error
+            return
+        if self._raises and not self.verdict:
+            self._error = CorruptionError(self.verdict)
+
+
+class RecordCheck:
+    """A Check of a collective under way, in steps.
+
+    ``session``: that of blocking checks, on which a failure is looked into. The reduction runs on
+    the requests' own, since blocking checks come in between at other moments on other ranks.
+    """
+
+    def __init__(self, session, check, build):
+        self.session, self.check, self.build = session, check, build
+
+    def begin(self, requests) -> None:
+        self.group = Group(requests, [built(self.check, self.build)])
+        self.group.start()
+
+    def test(self) -> bool:
+        return self.group.test()
+
+    def judge(self):
+        merged = self.group.wait()
+        self.group.session = self.session
+        return self.group.judge(merged)[0]
 
 
 class Queue:
-    """The requests of one communicator that are not complete, in the order of the calls."""
+    """The collectives of one communicator that are not judged, in the order of the calls."""
 
     def __init__(self, session):
         self.session = session
-        self._waiting: deque[CheckedRequest] = deque()
+        self._waiting: deque[CheckedCollective] = deque()  # for their data
+        self._begun: deque[CheckedCollective] = deque()
 
-    def add(self, request, check: Check | None = None, build=None, settle=None, raises=True):
-        """A collective that has begun, and what checks it: a Check, or ``settle()``."""
-        made = CheckedRequest(self, request, check, build, settle, raises)
+    def add(self, request, check, raises) -> CheckedCollective:
+        """A collective that has been called, and what checks it."""
+        made = CheckedCollective(self, request, check, raises)
         self._waiting.append(made)
+        _busy[self] = None
         return made
 
-    def advance(self, last: CheckedRequest, blocking: bool) -> bool:
-        """Complete the requests up to ``last``, in order; whether it is complete."""
-        while not last._done and self._waiting:
-            if not self._waiting[0]._step(blocking):
+    def begin_ready(self) -> None:
+        """Begin the checks of those whose data are there, as far as all before them have begun."""
+        while self._waiting and self._waiting[0]._request.Test():
+            self._begin_first()
+
+    def _begin_first(self) -> None:
+        if not self._waiting:  # a freed communicator goes when its last operation completes
+            return
+        first = self._waiting.popleft()
+        if not self._waiting:
+            del _busy[self]
+        first._check.begin(self.session)
+        self._begun.append(first)
+
+    def judge_until(self, last: CheckedCollective, blocking: bool) -> bool:
+        """Judge those up to ``last``, in order; whether it is judged."""
+        while not last._judged:
+            look()
+            if not self._begun and not self._waiting:
+                msg = "the communicator of this request was freed: wait for it before"
+                raise UsageError(msg)
+            if self._begun:
+                test = self._begun[0]._check.test
+                if blocking:
+                    _meanwhile(test)
+                elif not test():
+                    return False
+                self._begun.popleft()._judge()
+            elif blocking:
+                self._wait_for_data()
+            else:
                 return False
-            self._waiting.popleft()
-        return last._done
+        return True
+
+    def judge_all(self) -> None:
+        """Judge all; failures are raised when they are waited for. Collective.
+
+        Blocking collectives of the communicator begin with it, so that no rank waits in one for
+        another that is at an earlier request, where a check fails. MPI lets it: a blocking
+        collective may wait for all ranks.
+        """
+        look()
+        if self._waiting or self._begun:
+            self.judge_until((self._waiting or self._begun)[-1], True)
+
+    def _wait_for_data(self) -> None:
+        """Until the check of the first one has begun."""
+        pause = _pauses()
+        while len(_busy) > 1:
+            look()
+            if self._begun:
+                return
+            next(pause)
+        self._waiting[0]._request.Wait()
+        self._begin_first()
+
+    def close(self) -> None:
+        """Forget what nobody waited for, before the communicator is freed."""
+        self._waiting.clear()
+        self._begun.clear()
+        _busy.pop(self, None)

@@ -6,7 +6,7 @@ The two ends of a hand-off have a communicator of their own, made by these two a
 other ranks do not take part. A DistributedContext has a session of its own on its world.
 """
 
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -43,6 +43,8 @@ class Session:
         self.received: dict = {}
         self.under_way: list = []
         self.queue = None
+        self.judge_requests = None  # judges those under way, which come before blocking checks
+        self.unchecked: Counter = Counter()  # calls that checked communicators passed on
         self.abandoned: list = []  # what a batch left under way when an exception ended it
         self._owned = owned
         own, merged = empty_records(1), empty_records(1)
@@ -59,18 +61,24 @@ class Session:
 
     def merge(self, words) -> list[int]:
         """One record merged over all ranks, blocking; words and result in RECORD's order."""
+        if self.judge_requests is not None:
+            self.judge_requests()
         self._own[:] = words
         self.comm.Allreduce(self._send, self._receive, op=self.records.op)
         return self._merged.tolist()
 
     def start(self, words) -> tuple:
         """As ``merge``, without waiting: (request, what keeps the buffers alive, result)."""
+        if self.judge_requests is not None:
+            self.judge_requests()
         own, merged = np.array(words, np.uint64), np.empty(6, np.uint64)
         request = self.records.start(self.comm, own.view(RECORD), merged.view(RECORD))
         return request, own, merged
 
     def free(self) -> None:
         """Collective over the session's ranks."""
+        if self.queue is not None:
+            self.queue.close()
         for pair in self.pairs.values():
             pair.free()
         for one in self._owned:

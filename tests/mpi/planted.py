@@ -4,9 +4,11 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from mpi4py import MPI
 from mpi_helpers import first_ranks
 
 from spimpi import CorruptionError
+from spimpi.checks.buffers import message_of
 from spimpi.partition import TensorPartition
 
 
@@ -93,3 +95,51 @@ def refused(comm, match, kind=None):
 def same_on_all(comm, text):
     texts = comm.allgather(text)
     assert len(set(texts)) == 1, texts
+
+
+class Faulty:
+    """A communicator whose collectives spoil one rank's receive buffer."""
+
+    def __init__(self, comm, victim):
+        self.comm, self.victim = comm, victim
+
+    def spoil(self, buffer):
+        if self.comm.rank == self.victim and buffer is not MPI.IN_PLACE and buffer is not None:
+            flat = message_of(buffer).data
+            flat[0] += 1
+
+    def __getattr__(self, name):
+        call = getattr(self.comm, name)
+
+        def run(*args):
+            result = call(*args)
+            if name.startswith("I"):
+                return Late(result, lambda: self.spoil(args[0 if name == "Ibcast" else 1]))
+            self.spoil(args[0 if name == "Bcast" else 1])
+            return result
+
+        passes = name in ("Dup", "Get_attr", "Set_attr") or not name[0].isupper()
+        return call if passes else run
+
+
+class Late:
+    """A request whose data come out spoilt when it is complete."""
+
+    def __init__(self, request, spoil):
+        self.request, self.spoil = request, spoil
+
+    def Wait(self):
+        self.request.Wait()
+        self.spoil()
+
+    def Test(self):
+        done = self.request.Test()
+        if done:
+            self.spoil()
+        return done
+
+
+def spoilt(checked, victim):
+    """The same wrapper over a communicator with a fault."""
+    checked.comm = Faulty(checked.comm, victim)
+    return checked

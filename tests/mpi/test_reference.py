@@ -1,6 +1,7 @@
 """Logits and greedy text are those of Hugging Face transformers, an implementation of its own.
 
-Every test runs at each number of ranks; transformers and torch are loaded on rank 0 alone.
+Every test runs at each number of ranks up to four, which all models here can be split over; of more
+ranks the first four. transformers and torch are loaded on rank 0 alone.
 """
 
 import json
@@ -30,6 +31,7 @@ pytestmark = [
 
 LIMIT = 1e-4  # largest absolute difference of a logit
 N_STEPS = 5
+MOST_RANKS = 4
 MODELS = {
     "grouped-query": {},
     "multi-head": dict(heads=4, kv_heads=4, layers=4),
@@ -49,6 +51,16 @@ MODELS = {
         layer_types=[SLIDING, FULL, SLIDING, FULL], rope=reference_models.YARN_ROPE,
     ),
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def comm(comm):
+    """The first MOST_RANKS ranks; the others skip."""
+    inside = comm.rank < MOST_RANKS
+    part = comm.Split(0 if inside else 1, comm.rank)
+    if not inside:
+        pytest.skip(f"the models here are split over at most {MOST_RANKS} ranks")
+    return part
 
 
 @pytest.fixture(scope="module")
