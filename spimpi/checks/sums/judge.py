@@ -58,7 +58,10 @@ def _holders(local, everyone) -> list[int]:
     """Ranks whose results are looked at: one of each kind of an allreduce's results."""
     if local.scattered:
         return list(range(len(everyone)))
-    return sorted(np.unique(everyone[:, RESULT], return_index=True)[1].tolist())
+    results = everyone[:, RESULT]
+    if (results == results[0]).all():
+        return [0]
+    return sorted(np.unique(results, return_index=True)[1].tolist())
 
 
 def _floats(comm, local, everyone) -> Verdict:
@@ -67,7 +70,7 @@ def _floats(comm, local, everyone) -> Verdict:
     own = own[:, :, : sizes.size]
     pieces = int(everyone[:, PIECES].max())
     with np.errstate(all="ignore"):
-        limit = float_bound.limits(own[:, 2], sizes, comm.size, local.dtype, pieces)
+        limit = float_bound.limits(own[:, -1], sizes, comm.size, local.dtype, pieces)
         failing, odd = {}, {}
         for q in _holders(local, everyone):
             bins = local.blocks.bins_of(local.held(q))
@@ -104,9 +107,9 @@ def _floats(comm, local, everyone) -> Verdict:
         )
     if overflowed:
         missing.append(f"{overflowed} elements whose sum may have overflowed are not covered")
-    largest = float(limit[np.isfinite(limit)].max(initial=0.0))
+    largest = float(limit.max(initial=0.0, where=np.isfinite(limit)))
     return _verdict(
-        local, f"bound (one wrong element is always seen if off by more than {2 * largest:.2g})",
+        local, f"bound (one wrong element is always seen if off by more than {4 * largest:.2g})",
         missing,
     )  # fmt: skip
 
