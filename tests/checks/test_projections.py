@@ -101,6 +101,19 @@ def test_projections_lie_within_their_rounding_of_the_exact_ones(
         assert abs(Fraction(found.sums[2, b]) - mirrored[b][0]) <= allowed * mirrored[b][1]
 
 
+@pytest.mark.parametrize("n, roundings", [(15, 14), (1024, 63), (5000, 63)])
+def test_terms_are_rounded_as_often_as_the_bound_allows_for(n, roundings):
+    """The worst case: each addition to a lane's first element loses all of its other term."""
+    x = np.full(n, 0.999 * 2.0**-53)
+    x[: projections.WIDTH] = 1.0 if n > projections.WIDTH else x[0]
+    x[0] = 1.0
+    cuts = np.array([0, n], np.int64)
+    found = sum_words.project_block(x, x, cuts, 5)
+    exact = sum(Fraction(v) for v in x)
+    off = (exact - Fraction(found.sums[1, 0])) / exact * 2**53
+    assert roundings * 0.9 < off < projections.rounds(n)
+
+
 def test_bins_are_whole_rows_or_parts_of_one():
     for shape, most in [((100, 7), 16), ((3, 1000), 64), ((5,), 16), ((), 16), ((4, 5, 6), 256),
                         ((16, 3), 16), ((17, 3), 16), ((1, 1), 16), ((2, 0, 3), 16)]:  # fmt: skip

@@ -94,10 +94,12 @@ def project_block(x, result, cuts, key: int, threads: int = 1) -> Projected:
     n_bins = len(cuts) - 1
     jobs = list(_jobs(blocks, threads)) if n_bins else []
 
+    def nothing():
+        return np.zeros((2 if result is None else 3, n_bins)), np.zeros((2, n_bins), np.uint64)
+
     def run(job):
         first, parts = job
-        sums = np.zeros((2 if result is None else 3, n_bins))
-        hashes = np.zeros((2, n_bins), np.uint64)
+        sums, hashes = nothing()
         own, *there = parts()
         if there:
             projections.project_both(own, there[0], first, cuts, key, sums, hashes)
@@ -107,9 +109,8 @@ def project_block(x, result, cuts, key: int, threads: int = 1) -> Projected:
 
     key = np.uint64(key)
     parts = list(_pool(threads).map(run, jobs)) if threads > 1 else [run(job) for job in jobs]
-    sums = np.zeros((2 if result is None else 3, n_bins))
-    hashes = np.zeros((2, n_bins), np.uint64)
-    for more, others in parts:
+    sums, hashes = parts[0] if parts else nothing()
+    for more, others in parts[1:]:
         sums += more
         hashes += others
     return Projected(sums, int(projections.close_hashes(hashes, key)), len(jobs))
