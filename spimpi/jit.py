@@ -17,6 +17,7 @@ KERNEL_FILES = (
     "fingerprint/tag.py",
     "fingerprint/cpu.py",
     "fingerprint/words.py",
+    "fingerprint/lanes.py",
     "fingerprint/painting_cpu.py",
     "fingerprint/projections.py",
     "inference/elementary.py",

@@ -13,7 +13,7 @@ ROUNDS = 9
 
 
 @kernel("u8(u8[::1])")
-def _read(words):
+def read(words):
     """XOR of all words: as little arithmetic as a read can have."""
     total = np.uint64(0)
     for i in range(words.shape[0]):
@@ -23,8 +23,8 @@ def _read(words):
 
 def _read_threads(words, pool, threads):
     if threads == 1:
-        return _read(words)
-    return list(pool.map(_read, np.array_split(words, threads)))
+        return read(words)
+    return list(pool.map(read, np.array_split(words, threads)))
 
 
 def _torch_hash(data):

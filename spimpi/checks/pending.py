@@ -37,10 +37,10 @@ class Group:
 
     def merge(self) -> list[Verdict]:
         """Reduce and judge, blocking."""
-        if self.session.judge_requests is not None:
-            self.session.judge_requests()
         if not self._alone:
             return self.judge(self.session.merge(self.record))
+        if self.session.judge_requests is not None:
+            self.session.judge_requests()
         own = self._with_record(self.record)
         everyone = np.empty((self.session.size, own.size), np.uint64)
         self.session.comm.Allgather(own, everyone)

@@ -93,16 +93,17 @@ def _run(words, place, stride, n, key, step):
             total ^= mix_open((key + j * step) ^ np.uint64(words[place + j * stride]))
         return total
     # Both halves at once: two streams keep more cache lines on their way (+20% from memory).
+    # One total for both: the processor XORs three words at once.
     half = n // TWO
-    middle, second, later = place + half, ZERO, key + half * step
+    middle, later = place + half, key + half * step
     for j in range(half):
-        total ^= mix_open(key ^ np.uint64(words[place + j]))
-        second ^= mix_open(later ^ np.uint64(words[middle + j]))
+        first = mix_open(key ^ np.uint64(words[place + j]))
+        total ^= first ^ mix_open(later ^ np.uint64(words[middle + j]))
         key += step
         later += step
     if n > half + half:
         total ^= mix_open(later ^ np.uint64(words[middle + half]))
-    return total ^ second
+    return total
 
 
 @inlined
@@ -115,15 +116,15 @@ def _run8(words, place, stride, n, key, step):
             total ^= mix_open(mix(own ^ words[place + j * stride]) ^ own)
         return total
     half = n // TWO
-    middle, second, later = place + half, ZERO, key + half * step
+    middle, later = place + half, key + half * step
     for j in range(half):
-        total ^= mix_open(mix(key ^ words[place + j]) ^ key)
-        second ^= mix_open(mix(later ^ words[middle + j]) ^ later)
+        first = mix_open(mix(key ^ words[place + j]) ^ key)
+        total ^= first ^ mix_open(mix(later ^ words[middle + j]) ^ later)
         key += step
         later += step
     if n > half + half:
         total ^= mix_open(mix(later ^ words[middle + half]) ^ later)
-    return total ^ second
+    return total
 
 
 @inlined

@@ -1,36 +1,42 @@
 """Random projections of float arrays, on CPUs: for checks of sums and for sketches.
 
 docs/sums.md and docs/sketches.md say what the numbers are for, and bound their rounding. Sums are
-made in blocks of BLOCK elements and then block after block; within a block the compiler may
-reorder them, for the bound holds for any order there. Not part of what ``spimpi verify`` loads.
+made in blocks of BLOCK elements, as lanes.py says, and then block after block. Not part of what
+``spimpi verify`` loads.
 """
 
-import numba
 import numpy as np
 from numba import types
 
+from spimpi.fingerprint.lanes import (
+    EXPONENT, SIGN_AND_FRACTION, WIDTH, narrow_sums, narrow_sums_of_both, wide_sums,
+    wide_sums_of_both,
+)  # fmt: skip
 from spimpi.fingerprint.words import GOLDEN, ONE, ZERO, mix
 from spimpi.jit import inlined, kernel
 
-BLOCK = 256
+BLOCK = 1024
 _CHUNK = 1 << 15  # words of coefficients that are kept at a time: a part of the L2 cache
-_UNIT = 2.0**-63
 _TOP_BIT = np.uint64(1 << 63)
-_HALF, _LOW = np.uint64(32), np.uint64(0xFFFFFFFF)
+_WIDTH = np.uint64(WIDTH)
+_KEPT, _EXPONENT = np.uint64(SIGN_AND_FRACTION), np.uint64(EXPONENT)
 
 _DOUBLES = types.Array(types.float64, 1, "C", readonly=True)
 _SINGLES = types.Array(types.float32, 1, "C", readonly=True)
 _WORDS = types.Array(types.uint64, 1, "C", readonly=True)
-_HALVES = types.Array(types.uint32, 1, "C", readonly=True)
 _CUTS = types.Array(types.int64, 1, "C", readonly=True)
 _SUMS = types.Array(types.float64, 2, "C")
 _HASHES = types.Array(types.uint64, 2, "C")
 _OUT = types.Array(types.float64, 1, "C")
 
-# Reassociation and FMA inside a block alone: the operations that add blocks keep their order.
-_any_order = numba.njit(
-    inline="never", nogil=True, error_model="numpy", fastmath={"reassoc", "contract", "nsz"}
-)
+
+def rounds(n: int) -> int:
+    """How often a term of a sum of n elements of a bin is rounded at most, here or in numpy.
+
+    Without its product. In a lane BLOCK / WIDTH - 1 times, four times as the lanes are added; up to
+    WIDTH elements that are left over are added one after the other; then the blocks are.
+    """
+    return min(n, BLOCK // WIDTH + WIDTH) + -(-n // BLOCK)
 
 
 @inlined
@@ -43,48 +49,29 @@ def _fill(key, start, words):
 
 @kernel(types.void(types.uint64, types.int64, _OUT))
 def coefficients(key, start, out):
-    """Coefficients w of elements ``start``... of a bin, into float64[n]: odd words as fractions."""
-    words = np.empty(out.size, np.uint64)
+    """Coefficients w of elements ``start``... of a bin, into float64[n]."""
+    words = out.view(np.uint64)
     _fill(key, start, words)
-    for i in range(out.size):
-        out[i] = np.float64(np.int64(words[i])) * _UNIT
-
-
-@_any_order
-def _block(x, place, words, at, n):
-    """s, t * 2^63 and norm of a block; the sign projection has the signs of the words."""
-    s = t = norm = 0.0
-    for i in range(np.uint64(n)):
-        a, c = np.float64(x[place + i]), np.int64(words[at + i])
-        s += -a if c < 0 else a
-        t += a * np.float64(c)
-        norm += abs(a)
-    return s, t, norm
-
-
-@_any_order
-def _block_of_both(x, result, place, words, at, n):
-    s = t = norm = result_s = result_t = 0.0
-    for i in range(np.uint64(n)):
-        a, b, c = np.float64(x[place + i]), np.float64(result[place + i]), np.int64(words[at + i])
-        w = np.float64(c)
-        s += -a if c < 0 else a
-        t += a * w
-        norm += abs(a)
-        result_s += -b if c < 0 else b
-        result_t += b * w
-    return s, t, norm, result_s, result_t
+    for i in range(words.size):
+        words[i] = words[i] & _KEPT | _EXPONENT
 
 
 @inlined
-def _hash_block(bits, place, words, at, n):
-    """A linear hash and NH (Black et al. 1999) of a block's words."""
-    linear = pairs = ZERO
-    for i in range(np.uint64(n)):
-        q, k = np.uint64(bits[place + i]), words[at + i]
-        linear += q * k
-        pairs += ((q + k) & _LOW) * (((q >> _HALF) + (k >> _HALF)) & _LOW)
-    return linear, pairs
+def _block_of_both(x, result, words, place, at, n):
+    whole = n // _WIDTH
+    done = whole * _WIDTH
+    a, norm, b, plain, keyed = wide_sums_of_both(x, result, words, place, at, whole)
+    more = narrow_sums_of_both(x, result, words, place + done, at + done, n - done)
+    return a + more[0], norm + more[1], b + more[2], plain + more[3], keyed + more[4]
+
+
+@inlined
+def _block(x, words, place, at, n):
+    whole = n // _WIDTH
+    done = whole * _WIDTH
+    a, norm = wide_sums(x, words, place, at, whole)
+    more = narrow_sums(x, words, place + done, at + done, n - done)
+    return a + more[0], norm + more[1]
 
 
 @inlined
@@ -96,15 +83,15 @@ def _longest(cuts):
 
 
 @kernel(
-    types.void(_DOUBLES, _DOUBLES, _WORDS, types.int64, _CUTS, types.uint64, _SUMS, _HASHES),
-    types.void(_SINGLES, _SINGLES, _HALVES, types.int64, _CUTS, types.uint64, _SUMS, _HASHES),
+    types.void(_DOUBLES, _DOUBLES, types.int64, _CUTS, types.uint64, _SUMS, _HASHES),
+    types.void(_SINGLES, _SINGLES, types.int64, _CUTS, types.uint64, _SUMS, _HASHES),
 )
-def project_both(x, result, bits, first, cuts, key, sums, hashes):
-    """Add the projections of a piece of a contribution and of a result to sums float64[5, B].
+def project_both(x, result, first, cuts, key, sums, hashes):
+    """Add the projections of a piece of a contribution and of a result to sums float64[3, B].
 
     x and result [n] are elements ``first``... of a tensor whose bins are cuts int64[B + 1]; the
-    rows of sums are s, t and norm of x, s and t of the result. ``bits`` is the result's memory as
-    words; hashes uint64[2, B] gets what ``close_hashes`` needs. Each element is read once.
+    rows of sums are the projection and norm of x and the result's projection. hashes uint64[2, B]
+    gets what ``close_hashes`` needs of the result's bits. Each element is read once.
     """
     words = np.empty(min(_CHUNK, _longest(cuts)), np.uint64)
     last = first + x.size
@@ -115,16 +102,13 @@ def project_both(x, result, bits, first, cuts, key, sums, hashes):
             end = min(last, min(cuts[b + 1], cuts[b] + at + _CHUNK))
             for i in range(begin, end, BLOCK):
                 place, word = np.uint64(i - first), np.uint64(i - cuts[b] - at)
-                n = min(BLOCK, end - i)
-                s, t, norm, result_s, result_t = _block_of_both(x, result, place, words, word, n)
-                sums[0, b] += s
-                sums[1, b] += t * _UNIT
-                sums[2, b] += norm
-                sums[3, b] += result_s
-                sums[4, b] += result_t * _UNIT
-                linear, pairs = _hash_block(bits, place, words, word, n)
-                hashes[0, b] += linear
-                hashes[1, b] += pairs
+                n = np.uint64(min(BLOCK, end - i))
+                own, norm, found, plain, keyed = _block_of_both(x, result, words, place, word, n)
+                sums[0, b] += own
+                sums[1, b] += norm
+                sums[2, b] += found
+                hashes[0, b] += plain
+                hashes[1, b] += keyed
 
 
 @kernel(types.uint64(_HASHES, types.uint64))
@@ -142,7 +126,7 @@ def close_hashes(hashes, key):
     types.void(_SINGLES, types.int64, _CUTS, types.uint64, _SUMS),
 )
 def project(x, first, cuts, key, sums):
-    """As project_both, of one array: s, t and norm are added to sums float64[3, B]."""
+    """As project_both, of one array: projection and norm are added to sums float64[2, B]."""
     words = np.empty(min(_CHUNK, _longest(cuts)), np.uint64)
     last = first + x.size
     for at in range(0, _longest(cuts), _CHUNK):
@@ -152,11 +136,9 @@ def project(x, first, cuts, key, sums):
             end = min(last, min(cuts[b + 1], cuts[b] + at + _CHUNK))
             for i in range(begin, end, BLOCK):
                 place, word = np.uint64(i - first), np.uint64(i - cuts[b] - at)
-                n = min(BLOCK, end - i)
-                s, t, norm = _block(x, place, words, word, n)
-                sums[0, b] += s
-                sums[1, b] += t * _UNIT
-                sums[2, b] += norm
+                own, norm = _block(x, words, place, word, np.uint64(min(BLOCK, end - i)))
+                sums[0, b] += own
+                sums[1, b] += norm
 
 
 # Sketches

@@ -52,14 +52,14 @@ def add_up(xs, order, rng):
 
 
 def words(xs, r, seed=0, most=64):
-    """Everybody's words [P, 3, B], the result's [2, B], the bins and their limits."""
+    """Everybody's words [P, 2, B], the result's [1, B], the bins and their limits."""
     shape, dtype = r.shape, r.dtype
     cuts = float_bound.bins_of(shape, most)
     key = sum_words.sketch_key(Tag(seed=seed), shape, dtype.itemsize)
     made = [sum_words.project_block(x, r, cuts, key) for x in xs]
-    own = np.array([one.sums[:3] for one in made])
-    limit = float_bound.limits(own[:, 2], np.diff(cuts), len(xs), dtype)
-    return own, made[0].sums[3:], cuts, limit
+    own = np.array([one.sums[:2] for one in made])
+    limit = float_bound.limits(own[:, 1], np.diff(cuts), len(xs), dtype)
+    return own, made[0].sums[2:], cuts, limit
 
 
 def alarms(xs, r, seed=0, most=64):
@@ -160,8 +160,8 @@ def test_phi_is_an_upper_bound():
 
 @pytest.mark.parametrize("name", sorted(DTYPES))
 @pytest.mark.parametrize("n", [50, 3000])
-def test_one_wrong_element_above_twice_the_limit_is_always_seen(name, n):
-    """Errors from just above 2τ to far above; far below it, single elements are missed."""
+def test_one_wrong_element_above_four_times_the_limit_is_always_seen(name, n):
+    """Errors from just above 4τ to far above; far below it, single elements are missed."""
     dtype, seen, below = DTYPES[name], 0, 0
     for seed in range(150):
         rng = np.random.default_rng(seed)
@@ -171,7 +171,7 @@ def test_one_wrong_element_above_twice_the_limit_is_always_seen(name, n):
         _, _, cuts, limit = words(xs, r, seed, 16)
         place = int(rng.integers(n))
         b = int(np.searchsorted(cuts, place, "right")) - 1
-        for factor in (2.0, 2.1, 5.0, 1e3):
+        for factor in (4.0, 4.1, 10.0, 1e3):
             wrong = r.copy()
             for sign in (1, -1):
                 # the next number of the dtype that lies further off than factor * limit
@@ -192,8 +192,8 @@ def test_one_wrong_element_above_twice_the_limit_is_always_seen(name, n):
 
 @pytest.mark.parametrize("name", ["float64", "float32"])
 def test_patterns_are_missed_no_more_often_than_stated(name):
-    """Swaps in one bin: the sign projection sees half of them, both together all but 2τ/|D|."""
-    dtype, missed, allowed, by_sign = DTYPES[name], 0, 0.0, 0
+    """Swaps in one bin: all but 4τ/|D| of them are seen."""
+    dtype, missed, allowed = DTYPES[name], 0, 0.0
     for seed in range(3000):
         rng = np.random.default_rng(seed)
         xs = data("normal", rng, 2, 64, dtype)
@@ -204,16 +204,14 @@ def test_patterns_are_missed_no_more_often_than_stated(name):
         own, result, _, limit = words(xs, wrong, seed, 1)
         off = np.abs(float_bound.excess(own, result))
         missed += not (off > limit).any()
-        by_sign += off[0, 0] <= limit[0]
         difference = abs(float(r[i]) - float(r[j]))
-        allowed += min(1.0, 2 * limit[0] / difference) if difference else 1.0
+        allowed += min(1.0, 4 * limit[0] / difference) if difference else 1.0
     assert missed <= allowed + 5 * allowed**0.5 + 1
-    assert 0.4 < by_sign / 3000 < 0.6
 
 
 def test_the_miss_rate_of_patterns_near_the_limit_is_as_computed():
-    """Two opposite errors of a few τ: missed at a rate below 2τ/|D|, and not far below."""
-    missed, n = {4: 0, 16: 0, 64: 0}, 1500
+    """Two opposite errors of a few τ: missed at a rate below 4τ/|D|, and not far below."""
+    missed, n = {8: 0, 32: 0, 128: 0}, 1500
     for seed in range(n):
         rng = np.random.default_rng(seed)
         xs = data("normal", rng, 2, 64, DTYPES["float64"])
@@ -225,7 +223,7 @@ def test_the_miss_rate_of_patterns_near_the_limit_is_as_computed():
             wrong[9] -= factor * limit[0]
             missed[factor] += alarms(xs, wrong, seed, 1).size == 0
     for factor, count in missed.items():
-        stated = 2 / factor
+        stated = 4 / factor
         assert count <= n * stated
         assert count >= n * stated / 20
 

@@ -24,27 +24,61 @@ def word(key, i):
     return mix((key + (i + 1) * GOLDEN) & MASK)
 
 
-def signed(w):
-    return w - (1 << 64) if w >> 63 else w
+def coefficient(key, i):
+    """The sign and the 52 lowest bits of the odd word: ±(2^52 + bits) / 2^53."""
+    w = word(key, i) | 1
+    magnitude = Fraction((1 << 52) + w % (1 << 52), 1 << 53)
+    return -magnitude if w >> 63 else magnitude
 
 
 def oracle(values, key, cuts):
-    """Exact s, t and norm of each bin, as fractions."""
+    """Exact projection and norm of each bin, as fractions."""
     out = []
     for a, b in zip(cuts, cuts[1:]):
-        s = t = norm = Fraction(0)
-        for i in range(b - a):
-            w, x = signed(word(key, i) | 1), Fraction(float(values[a + i]))
-            s += x if w > 0 else -x
-            t += x * w / 2**63
-            norm += abs(x)
-        out.append((s, t, norm))
+        x = [Fraction(float(v)) for v in values[a:b]]
+        t = sum((coefficient(key, i) * v for i, v in enumerate(x)), Fraction(0))
+        out.append((t, sum(map(abs, x), Fraction(0))))
     return out
+
+
+def test_coefficients_are_uniform_between_a_half_and_one_of_either_sign():
+    w = np.empty(20000)
+    projections.coefficients(np.uint64(12345), 3, w)
+    assert [Fraction(v) for v in w[:50]] == [coefficient(12345, 3 + i) for i in range(50)]
+    assert np.all((np.abs(w) >= 0.5) & (np.abs(w) < 1))
+    eighths = np.bincount((np.abs(w) * 16).astype(int) * 2 + (w < 0), minlength=32)[16:]
+    assert np.all(np.abs(eighths - 1250) < 5 * 1250**0.5)
+
+
+def hash_oracle(values, key, cuts):
+    """docs/sums.md's two hashes of each bin's bits, by plain integers."""
+    out = []
+    for a, b in zip(cuts, cuts[1:]):
+        plain = keyed = 0
+        for i, q in enumerate(values[a:b].view(f"u{values.itemsize}").tolist()):
+            k, low = word(key, i) | 1, (1 << 32) - 1
+            plain += q
+            if values.itemsize == 4:
+                keyed += k * q
+            else:
+                keyed += ((q + k) & low) * (((q >> 32) + (k >> 32)) & low)
+        out.append((plain & MASK, keyed & MASK))
+    return out
+
+
+@pytest.mark.parametrize("dtype", ["f8", "f4"])
+@pytest.mark.parametrize("n", [1, 15, 16, 17, 300, 1024, 1041, 5000])
+def test_the_bits_are_hashed_as_the_page_says(dtype, n):
+    x = np.random.default_rng(n).standard_normal(n).astype(dtype)
+    cuts = np.array([0, n // 3, n], np.int64) if n > 2 else np.array([0, n], np.int64)
+    sums, hashes = np.zeros((3, cuts.size - 1)), np.zeros((2, cuts.size - 1), np.uint64)
+    projections.project_both(x, x, 0, cuts, np.uint64(77), sums, hashes)
+    assert list(zip(*hashes.tolist())) == hash_oracle(x, 77, cuts)
 
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.integers(1, 700), st.integers(1, 9), st.integers(0, 2**32), st.sampled_from(DTYPES),
+    st.integers(1, 2500), st.integers(1, 9), st.integers(0, 2**32), st.sampled_from(DTYPES),
     st.integers(0, 60), st.integers(1, 3),
 )  # fmt: skip
 def test_projections_lie_within_their_rounding_of_the_exact_ones(
@@ -58,16 +92,26 @@ def test_projections_lie_within_their_rounding_of_the_exact_ones(
     found = sum_words.project_block(x, x[::-1].copy(), cuts, key, threads)
     alone = sum_words.project_block(x, None, cuts, key)
     mirrored = oracle(x[::-1], key, cuts)
-    for b, (s, t, norm) in enumerate(oracle(x, key, cuts)):
+    for b, (t, norm) in enumerate(oracle(x, key, cuts)):
         size = int(cuts[b + 1] - cuts[b])
-        depth = min(size, projections.BLOCK) + -(-size // projections.BLOCK) + found.pieces
-        allowed = float_bound.phi(depth, 2.0**-53)
+        allowed = float_bound.phi(projections.rounds(size) + found.pieces, 2.0**-53)
         for sums in (found.sums, alone.sums):
-            assert abs(Fraction(sums[0, b]) - s) <= allowed * norm
-            assert abs(Fraction(sums[1, b]) - t) <= allowed * norm
-            assert abs(Fraction(sums[2, b]) - norm) <= allowed * norm
-        assert abs(Fraction(found.sums[3, b]) - mirrored[b][0]) <= allowed * mirrored[b][2]
-        assert abs(Fraction(found.sums[4, b]) - mirrored[b][1]) <= allowed * mirrored[b][2]
+            assert abs(Fraction(sums[0, b]) - t) <= allowed * norm
+            assert abs(Fraction(sums[1, b]) - norm) <= allowed * norm
+        assert abs(Fraction(found.sums[2, b]) - mirrored[b][0]) <= allowed * mirrored[b][1]
+
+
+@pytest.mark.parametrize("n, roundings", [(15, 14), (1024, 63), (5000, 63)])
+def test_terms_are_rounded_as_often_as_the_bound_allows_for(n, roundings):
+    """The worst case: each addition to a lane's first element loses all of its other term."""
+    x = np.full(n, 0.999 * 2.0**-53)
+    x[: projections.WIDTH] = 1.0 if n > projections.WIDTH else x[0]
+    x[0] = 1.0
+    cuts = np.array([0, n], np.int64)
+    found = sum_words.project_block(x, x, cuts, 5)
+    exact = sum(Fraction(v) for v in x)
+    off = (exact - Fraction(found.sums[1, 0])) / exact * 2**53
+    assert roundings * 0.9 < off < projections.rounds(n)
 
 
 def test_bins_are_whole_rows_or_parts_of_one():

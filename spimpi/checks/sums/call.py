@@ -43,14 +43,14 @@ class SumCall:
 
 
 def n_words(size: int) -> int:
-    return HEADER + size + 5 * max(float_bound.most_bins(size), size)
+    return HEADER + size + 3 * max(float_bound.most_bins(size), size)
 
 
 def regions(everyone: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Views of the words of ranks [n, W]: projections [n, 3, B] and results' [n, 2, B]."""
+    """Views of the words of ranks [n, W]: projection and norm [n, 2, B], results' [n, 1, B]."""
     bins = max(float_bound.most_bins(size), size)
-    sums = everyone[:, HEADER + size :].view(np.float64).reshape(len(everyone), 5, bins)
-    return sums[:, :3], sums[:, 3:]
+    sums = everyone[:, HEADER + size :].view(np.float64).reshape(len(everyone), 3, bins)
+    return sums[:, :2], sums[:, 2:]
 
 
 def prepare(comm, c: Check, contribution, result, partition, op) -> SumCall:

@@ -21,8 +21,10 @@ N_WRAPPED = 17
 
 def looks_integral(x) -> bool:
     """Whether the first elements of a float array are integers that are not all zero."""
+    if not x.size or float(x.item(0)) % 1:  # most arrays, at the least cost
+        return False
     first = flat(x, 0, min(_TRIED, x.size)).astype(np.float64)
-    return bool(first.size and np.all(np.trunc(first) == first) and np.any(first))
+    return bool(np.all(np.trunc(first) == first) and np.any(first))
 
 
 def linear(x, tag, slab: Slab, threads: int = 1) -> tuple[int, int]:

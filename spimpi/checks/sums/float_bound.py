@@ -10,7 +10,7 @@ from math import expm1, fsum, log1p, prod
 
 import numpy as np
 
-from spimpi.fingerprint.projections import BLOCK
+from spimpi.fingerprint.projections import rounds
 
 DOUBLE = 2.0**-53  # float64's unit roundoff
 WIDER = 1 + 2.0**-10  # what a wider intermediate format can add to a rounding
@@ -35,6 +35,7 @@ class Format:
     largest: float
 
 
+@lru_cache(maxsize=64)
 def format_of(dtype) -> Format | None:
     """The format of float64, float32, float16 or bfloat16; None for any other dtype."""
     facts = _FORMATS.get(np.dtype(dtype).name)
@@ -80,14 +81,14 @@ def _cuts(shape, most: int) -> np.ndarray:
 
 
 def limits(norms: np.ndarray, sizes: np.ndarray, n_ranks: int, dtype, pieces: int = 1):
-    """The largest |Σ s_k - s| of each bin that a correct sum can have: float64[B].
+    """The largest |Σ t_k - t| of each bin that a correct sum can have: float64[B].
 
     ``norms`` [P, B]: computed Σ|x_k,i|; ``sizes`` [B]: elements a bin; ``pieces``: in how many
     pieces an array was read at most. Proof: docs/sums.md.
     """
     facts = format_of(dtype)
     longest = int(sizes.max(initial=0))
-    depth = min(longest, BLOCK) + -(-longest // BLOCK) + pieces + n_ranks + 4
+    depth = rounds(longest) + pieces + n_ranks + 4
     own = phi(depth, DOUBLE)
     reduced = phi(n_ranks - 1, facts.unit * WIDER)
     # Upper bounds: of the contributions' norms (their sum over ranks rounds too), the result's.
@@ -97,8 +98,8 @@ def limits(norms: np.ndarray, sizes: np.ndarray, n_ranks: int, dtype, pieces: in
 
 
 def excess(own: np.ndarray, result: np.ndarray) -> np.ndarray:
-    """s - Σ s_k of both projections, [2, B], from own [P, 3, B] and the result's [2, B]."""
-    return result - own[:, :2].sum(axis=0)
+    """t - Σ t_k of J projections, [J, B], from own [P, J + 1, B] (norms last), result [J, B]."""
+    return result - own[:, :-1].sum(axis=0)
 
 
 @dataclass(frozen=True)
@@ -114,15 +115,15 @@ class Blame:
 
 
 def blame(own: np.ndarray, result: np.ndarray, limit: np.ndarray) -> Blame | None:
-    """The one rank that explains the failing bins, by both projections; None if none or several.
+    """The one rank that explains the failing bins, by all projections; None if none or several.
 
-    ``own`` [P, 3, B], ``result`` [2, B], ``limit`` [B]: of the failing bins.
+    ``own`` [P, J + 1, B], ``result`` [J, B], ``limit`` [B]: of the failing bins.
     """
     found = []
     difference = excess(own, result)
     for rank in range(len(own)):
         for doubled in (False, True):
-            explained = own[rank, :2] if doubled else -own[rank, :2]
+            explained = own[rank, :-1] if doubled else -own[rank, :-1]
             # A sum of one addend more has up to twice the roundings, of twice the norm.
             slack = 4 * limit if doubled else limit
             # A rank that gave nothing explains nothing.

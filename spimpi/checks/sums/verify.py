@@ -115,9 +115,9 @@ def _fill_floats(local: SumCall, words, threads: int, comm) -> None:
             x, blocks.result if is_own else None, blocks.cuts[q], blocks.key, threads
         )
         pieces = max(pieces, projected.pieces)
-        own[0, :, blocks.bins_of(q)] = projected.sums[:3]
+        own[0, :, blocks.bins_of(q)] = projected.sums[:2]
         if is_own:
-            result[0, :, : projected.sums.shape[1]] = projected.sums[3:]
+            result[0, :, : projected.sums.shape[1]] = projected.sums[2:]
             if not local.scattered:
                 words[RESULT] = sum_words.agreement_word(blocks.result, local.tag, projected)
     words[PIECES] = pieces

@@ -68,9 +68,9 @@ def _jobs(blocks, threads):
     """Runs (first element, arrays with one axis) that together are the blocks, all alike cut."""
     if all(_is_plain(x) for x in blocks):
         flat = [x.reshape(-1) for x in blocks]
-        cuts = np.linspace(0, flat[0].size, threads + 1).astype(int)
-        for a, b in zip(cuts, cuts[1:]):
-            yield int(a), lambda a=a, b=b: [x[a:b] for x in flat]
+        for i in range(threads):
+            a, b = (flat[0].size * j // threads for j in (i, i + 1))
+            yield a, lambda a=a, b=b: [x[a:b] for x in flat]
         return
     for first, index in pieces_of(blocks[0].shape, _PIECE):
         yield first, lambda index=index: [_readable(x[index]) for x in blocks]
@@ -78,7 +78,7 @@ def _jobs(blocks, threads):
 
 @dataclass(frozen=True)
 class Projected:
-    """Sums float64[3 or 5, B] of a block (projections.project_both), its hash, pieces read."""
+    """Sums float64[2 or 3, B] of a block (projections.project_both), its hash, pieces read."""
 
     sums: np.ndarray
     word: int
@@ -86,7 +86,7 @@ class Projected:
 
 
 def project_block(x, result, cuts, key: int, threads: int = 1) -> Projected:
-    """s, t and norm of a block of float items; also s, t and the hash of ``result``, if not None.
+    """Projection and norm of a block of float items; the result's projection and hash, if given.
 
     ``cuts`` int64[B + 1] are the block's bins, ``key`` its sketch stream.
     """
@@ -94,23 +94,23 @@ def project_block(x, result, cuts, key: int, threads: int = 1) -> Projected:
     n_bins = len(cuts) - 1
     jobs = list(_jobs(blocks, threads)) if n_bins else []
 
+    def nothing():
+        return np.zeros((2 if result is None else 3, n_bins)), np.zeros((2, n_bins), np.uint64)
+
     def run(job):
         first, parts = job
-        sums = np.zeros((3 if result is None else 5, n_bins))
-        hashes = np.zeros((2, n_bins), np.uint64)
+        sums, hashes = nothing()
         own, *there = parts()
         if there:
-            words = there[0].view(f"u{there[0].itemsize}")
-            projections.project_both(own, there[0], words, first, cuts, key, sums, hashes)
+            projections.project_both(own, there[0], first, cuts, key, sums, hashes)
         else:
             projections.project(own, first, cuts, key, sums)
         return sums, hashes
 
     key = np.uint64(key)
     parts = list(_pool(threads).map(run, jobs)) if threads > 1 else [run(job) for job in jobs]
-    sums = np.zeros((3 if result is None else 5, n_bins))
-    hashes = np.zeros((2, n_bins), np.uint64)
-    for more, others in parts:
+    sums, hashes = parts[0] if parts else nothing()
+    for more, others in parts[1:]:
         sums += more
         hashes += others
     return Projected(sums, int(projections.close_hashes(hashes, key)), len(jobs))
