@@ -130,15 +130,29 @@ def merged_here(records: np.ndarray) -> list[int]:
 
 
 class RecordReduction:
-    """The custom MPI_Op that merges RECORDs, with its datatype. Made once, freed by ``free``."""
+    """The custom MPI_Op that merges RECORDs, with its datatype.
+
+    All of a process share one, since mpi4py has room for few: the first makes it, ``free`` of the
+    last frees it. Local.
+    """
+
+    _shared: tuple = ()
+    _users = 0
 
     def __init__(self):
-        self.op = MPI.Op.Create(_merge, commute=True)
-        self.datatype = MPI.UINT64_T.Create_contiguous(6).Commit()
+        kind = RecordReduction
+        if not kind._users:
+            datatype = MPI.UINT64_T.Create_contiguous(6).Commit()
+            kind._shared = MPI.Op.Create(_merge, commute=True), datatype
+        kind._users += 1
+        self.op, self.datatype = kind._shared
 
     def free(self):
-        self.op.Free()
-        self.datatype.Free()
+        kind = RecordReduction
+        kind._users -= 1
+        if not kind._users:
+            self.op.Free()
+            self.datatype.Free()
 
     def start(self, comm, records: np.ndarray, merged: np.ndarray):
         """Start merging into ``merged``; returns the request. Collective."""

@@ -144,6 +144,14 @@ def test_empty_records_change_nothing(comm):
     reduction.free()
 
 
+def test_a_process_may_check_on_more_communicators_than_mpi4py_has_operations(comm):
+    array, duplicates = np.arange(8.0), [comm.Dup() for _ in range(80)]
+    for i, duplicate in enumerate(duplicates):
+        assert spimpi.verify_replicas(duplicate, array, spimpi.Tag(name="w", step=i))
+    for duplicate in duplicates:
+        duplicate.Free()
+
+
 def test_blocks_of_two_ranks_are_counts_not_a_displacement(comm):
     for part in _worlds(comm):
         counts = [3 * r + 1 for r in range(part.size)]

@@ -220,14 +220,24 @@ def _integral(comm, local, everyone) -> Verdict | None:
     return sum_report.failure(local, "exact", detail, rank=rank)
 
 
-def _by_words(comm, local, everyone, what, modulus, own=None, results=None) -> Verdict | None:
-    """A failure where linear words do not add up, modulo ``modulus``; None where they do."""
-    own = everyone[:, HEADER : HEADER + comm.size] if own is None else own
-    results = everyone[:, LINEAR] if results is None else results
-    wrong = [
+def _linear_words(comm, everyone) -> tuple:
+    """Everybody's linear fingerprints: of the contributions, and of the results."""
+    return everyone[:, HEADER : HEADER + comm.size], everyone[:, LINEAR]
+
+
+def _differing(local, everyone, modulus, own, results) -> list[int]:
+    """The ranks at whose results the words do not add up."""
+    return [
         q for q in _holders(local, everyone)
         if sum_exact.differ(own[:, local.held(q)], int(results[q]), modulus)
     ]  # fmt: skip
+
+
+def _by_words(comm, local, everyone, what, modulus, own=None, results=None) -> Verdict | None:
+    """A failure where linear words do not add up, modulo ``modulus``; None where they do."""
+    if own is None:
+        own, results = _linear_words(comm, everyone)
+    wrong = _differing(local, everyone, modulus, own, results)
     if not wrong:
         return None
     q = wrong[0]
@@ -252,13 +262,13 @@ def _by_words(comm, local, everyone, what, modulus, own=None, results=None) -> V
 
 
 def _integers(comm, local, everyone) -> Verdict:
-    failure = _by_words(comm, local, everyone, "integers", MASK + 1)
     bits = 8 * local.dtype.itemsize
-    if failure is not None and bits < 64:
+    if bits < 64 and _differing(local, everyone, MASK + 1, *_linear_words(comm, everyone)):
         low = everyone[:, LOW].view(np.int64).tolist()
         high = everyone[:, HIGH].tolist()
         if not sum_exact.cannot_wrap(low, high, local.dtype):
             return _wrapping(comm, local, everyone, 1 << bits)
+    failure = _by_words(comm, local, everyone, "integers", MASK + 1)
     if failure is not None:
         return failure
     return _disagreement(comm, local, everyone) or _verdict(local, "exact (integers)")

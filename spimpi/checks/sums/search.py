@@ -141,7 +141,8 @@ class NotFinite:
 
 
 def _classes(values) -> np.ndarray:
-    values = values.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        values = values.astype(np.float64)
     codes = np.isnan(values) * _NAN + np.isposinf(values) * _INF
     return (codes + np.isneginf(values) * _NEGATIVE_INF).astype(np.uint8)
 

@@ -143,7 +143,8 @@ def compare_sketches(
             "size must be the same)"
         )
         raise UsageError(msg)
-    squares = [(s - t) ** 2 for s, t in zip(a.projections, b.projections)]
+    differences = [s - t for s, t in zip(a.projections, b.projections)]
+    squares = [d * d for d in differences]  # d ** 2 raises where d * d is inf
     distance = sqrt(fsum(squares) / N_PROJECTIONS) if all(map(isfinite, squares)) else np.inf
     norm = a.norm
     relative = distance / norm if norm else (np.inf if distance else 0.0)
