@@ -75,9 +75,9 @@ class _Rank(MPI.Intracomm):
 
 
 class _Context:
-    """What checks use of a DistributedContext: a session, and no batch."""
+    """What checks use of a DistributedContext: a session; no batch, no trace."""
 
-    open_batch = None
+    open_batch = tracer = None
 
     def __init__(self, comm, records):
         self.session = Session(comm, records)

@@ -9,6 +9,7 @@ from sums_data import FLOATS, INTEGERS, TAG, added, own_of
 
 import spimpi
 from spimpi import CorruptionError, Tag, TensorPartition, UsageError
+from spimpi.checks.session import session_of
 from spimpi.checks.sums.verify import verify_allreduce, verify_reduce_scatter
 from spimpi.partition import balanced_sizes
 from spimpi.trace.schema import Established
@@ -206,12 +207,8 @@ def test_one_collective_of_fixed_size_is_made_where_all_is_well(comm, monkeypatc
                 calls.append(name)
             return getattr(self.inner, name)
 
-    class Session:
-        pass
-
-    session = Session()
-    session.comm, session.size = Counting(comm), comm.size
-    monkeypatch.setattr("spimpi.checks.pending.session_of", lambda comm, ctx: session)
+    session = session_of(comm)
+    monkeypatch.setattr(session, "comm", Counting(session.comm))
     xs = own_of(comm, "float64", (300, 300))
     assert verify_allreduce(comm, xs[comm.rank], added(xs), TAG)
     assert calls == ["Allgather"]
