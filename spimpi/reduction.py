@@ -137,20 +137,20 @@ class RecordReduction:
     """
 
     _shared: tuple = ()
-    _users = 0
+    users = 0
 
     def __init__(self):
         kind = RecordReduction
-        if not kind._users:
+        if not kind.users:
             datatype = MPI.UINT64_T.Create_contiguous(6).Commit()
             kind._shared = MPI.Op.Create(_merge, commute=True), datatype
-        kind._users += 1
+        kind.users += 1
         self.op, self.datatype = kind._shared
 
     def free(self):
         kind = RecordReduction
-        kind._users -= 1
-        if not kind._users:
+        kind.users -= 1
+        if not kind.users:
             self.op.Free()
             self.datatype.Free()
 

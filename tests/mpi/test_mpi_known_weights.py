@@ -89,7 +89,7 @@ def test_any_split_equals_the_manifest_without_a_second_read(
 
 
 def test_a_tied_head_is_derived_from_the_embedding(comm, model, manifest):
-    path = str(model("tied", **TIED))
+    path = str(model("tied_derived", **TIED))
     file = manifest(path)
     for n in range(1, comm.size + 1):
         with first_ranks(comm, n) as part:

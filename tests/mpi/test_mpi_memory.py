@@ -3,6 +3,7 @@
 import gc
 import os
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from spimpi.checks.recorder import Recorder
 from spimpi.context import DistributedContext
 from spimpi.errors import UsageError
-from spimpi.inference import footprint
+from spimpi.inference import exact, footprint
 from spimpi.inference.checkpoint import open_checkpoint
 from spimpi.inference.config import load_config
 from spimpi.inference.derived import derived_names
@@ -49,13 +50,35 @@ def _peak():
     return 1024 * _kernel_says("status", "VmHWM")
 
 
+@contextmanager
+def _most_private(monkeypatch, checkpoint):
+    """Yields a list of the private memory in use where loading uses most: after each slice was
+    read, and after each was scaled. (VmHWM also counts pages of the mapped file, and how many the
+    kernel maps around those that are read differs between kernels.)"""
+    most = []
+
+    def watched(function):
+        def call(*args, **options):
+            result = function(*args, **options)
+            most.append(1024 * _kernel_says("status", "RssAnon"))
+            return result
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "read", watched(checkpoint.read))
+        patch.setattr(exact, "quantize_weights", watched(exact.quantize_weights))
+        yield most
+    assert len(most) > 2 * checkpoint.config.n_layers
+
+
 @pytest.fixture(scope="module")
 def large(model):
     return model("large", **LARGE)
 
 
 @pytest.mark.mpi(min_size=4)
-def test_a_tensor_rank_reads_and_holds_a_quarter(comm, large):
+def test_a_tensor_rank_reads_and_holds_a_quarter(comm, large, monkeypatch):
     if comm.size != 4:
         pytest.skip("tp=4")
     config = load_config(large)
@@ -68,11 +91,11 @@ def test_a_tensor_rank_reads_and_holds_a_quarter(comm, large):
         small._layer(0)
         del small
         checkpoint.bytes_read = 0
-        Path("/proc/self/clear_refs").write_text("5")  # begin the peak anew
-        read, held, at_first = _kernel_says("io", "rchar"), _private(), _peak()
-        part = Loader(ctx, config, checkpoint, True).load()
+        read, held = _kernel_says("io", "rchar"), _private()
+        with _most_private(monkeypatch, checkpoint) as most:
+            part = Loader(ctx, config, checkpoint, True).load()
         shares = second_read(ctx, checkpoint)
-        growth, peak = _private() - held, _peak() - at_first
+        growth, peak = _private() - held, max(most) - held
         read = _kernel_says("io", "rchar") - read
 
         # Every matrix splits in four exactly; norms are read by all.
@@ -89,9 +112,10 @@ def test_a_tensor_rank_reads_and_holds_a_quarter(comm, large):
         assert part.n_bytes > 3 * weights
         # Beside them the allocator keeps room of slices that were freed, and a block of 4 MiB.
         assert growth < part.n_bytes + 12 * MIB < 4 * weights * 2
-        # At no time more than what is asked for before loading.
+        # At no time more than what is asked for before loading, and what the allocator rounds up
+        # (huge pages have 2 MiB).
         promised = rank_bytes(ctx, config, 2, 1, 2, 1)
-        assert peak < promised
+        assert peak < promised + 4 * MIB
         assert promised < 2 * total  # a whole model would take 4 bytes a weight
 
 

@@ -210,10 +210,13 @@ def test_communicators_and_operations_are_given_back(comm):
 
     MPICH has 2048 communicators, so a context that kept its seven would end here.
     """
+    users = RecordReduction.users
     for _ in range(400):
         with DistributedContext(comm, choose(comm.size, 8, 8)) as ctx:
             pass
     for given_back in (ctx.world, ctx.tensor, ctx.pipeline, ctx.data, ctx.replica, ctx.node):
         assert given_back == MPI.COMM_NULL
-    assert ctx.records.op == MPI.OP_NULL
-    assert ctx.records.datatype == MPI.DATATYPE_NULL
+    assert RecordReduction.users == users
+    alone = RecordReduction.users == 0
+    assert alone == (ctx.records.op == MPI.OP_NULL)
+    assert alone == (ctx.records.datatype == MPI.DATATYPE_NULL)
