@@ -124,7 +124,7 @@ def test_one_wrong_element_of_a_sum_is_missed_below_the_stated_size_alone():
     for dtype in ("bfloat16", "float64"):
         counts = counted(confusion.size_rows(dtype, 0.02))
         smallest, *_, largest = (name for _, name in matrix.SIZES)
-        assert counts[smallest][0] == counts[smallest][1] > 0
+        assert counts[smallest][0] > 0.8 * counts[smallest][1] > 0
         assert counts[largest][0] == 0 < counts[largest][1]
 
 
