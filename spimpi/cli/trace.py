@@ -35,6 +35,17 @@ def add_arguments(parser):
     check.add_argument("file", metavar="FILE", help="the trace; of a killed run its journals")
     check.add_argument("--json", action="store_true", help="print it as JSON")
     check.set_defaults(run_trace=_check, crashed=1)
+    recover = commands.add_parser(
+        "recover",
+        help="seal the journals of a run that was killed",
+        description="Make the trace of what the journals of a killed run hold, marked incomplete "
+        "where something is missing. Exit status: 0 sealed; 2 nothing to recover, or still "
+        "written; 3 it could not be sealed, the journals are kept.",
+    )
+    recover.add_argument("file", metavar="RUN", help="the trace, or the folder of its journals")
+    recover.add_argument("--overwrite", action="store_true", help="replace an existing trace")
+    recover.add_argument("--json", action="store_true", help="print it as JSON")
+    recover.set_defaults(run_trace=_recover, crashed=3)
 
 
 @subcommand("trace", "look at the trace of a run, check it", add_arguments)
@@ -62,6 +73,23 @@ def _check(args) -> int:
         for line in lines:
             print(printable(f"  {kind}  {line}"))
     return found.exit_status
+
+
+def _recover(args) -> int:
+    from spimpi.trace.recover import recover
+
+    found = recover(args.file, args.overwrite)
+    if args.json:
+        print(json.dumps(asdict(found), indent=1))
+        return 0
+    if not found.events and not found.missing:
+        print(f"{found.file}: was sealed already, and is intact")
+    else:
+        print(f"{found.file}: sealed, {found.events:,} events of {found.ranks:,} ranks")
+    for kind, lines in (("missing", found.missing), ("kept", found.kept)):
+        for line in lines:
+            print(printable(f"  {kind}  {line}"))
+    return 0
 
 
 def printable(text: str) -> str:

@@ -34,7 +34,7 @@ def add_arguments(parser) -> None:
     trace.add_argument("--trace", metavar="FILE", help="HDF5 trace (default: a name of its own in this directory)")
     trace.add_argument("--no-trace", action="store_true", help="write no trace")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing trace")
-    parser.add_argument("--trace-driver", default="auto", choices=("auto", "mpio", "parts"), help="how the trace is written")
+    parser.add_argument("--trace-driver", default="auto", choices=("auto", "mpio", "parts", "gather"), help="how the trace is written")
     parser.add_argument("--timeout", type=float, default=120, metavar="S", help="end the job after S seconds without progress; 0: never (default: 120)")
     parser.add_argument("--expect-ranks", type=int, metavar="N", help="refuse to run on another world size")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")

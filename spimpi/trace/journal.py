@@ -52,6 +52,28 @@ def journal_path(folder, rank: int) -> Path:
     return Path(folder) / f"rank-{rank:05d}.journal"
 
 
+def lock(journal):
+    """The journal's lock, held until what this returns is closed; None where it is taken.
+
+    A run holds it while it writes its journal, and whoever seals. On a file system without locks
+    nobody has one.
+    """
+    file = open(journal, "r+b")  # NFS wants to be able to write
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:
+        pass
+    return file
+
+
+def remove_journal(journal: Path) -> None:
+    journal.unlink()
+    table_path(journal).unlink(missing_ok=True)
+
+
 class Journal:
     """Writer of one rank's journal, ``folder/rank-00003.journal``. Not collective.
 

@@ -28,10 +28,11 @@ class JournalTrace(Trace):
         self._files, self._numbers = {}, {}
         self.journals = sorted(folder.glob("rank-*.journal"))
         self.running = any(map(in_use, self.journals))
-        self.missing.append(
+        self.never_sealed = (
             f"{path.name} was never sealed: the run was killed, has not ended or could not seal; "
             "this is what its journals hold"
         )
+        self.missing.append(self.never_sealed)
         self._use([_without_events(file) for file in self.journals])
 
     def _use(self, journals: list[JournalContents]) -> None:

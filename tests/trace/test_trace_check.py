@@ -1,5 +1,6 @@
 """``spimpi trace check``: intact, incomplete or damaged, and what is."""
 
+import faulthandler
 import json
 import os
 import shutil
@@ -166,6 +167,7 @@ def test_what_is_not_a_trace_is_refused_in_one_line(tmp_path, capfd):
 
 def test_a_crash_of_the_reader_is_told_as_damage(capfd):
     def crash():
+        faulthandler.disable()
         os.kill(os.getpid(), signal.SIGSEGV)
 
     assert apart(crash, "run.h5", crashed=1) == 1

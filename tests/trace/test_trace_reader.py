@@ -90,7 +90,7 @@ def test_an_altered_value_is_named(tmp_path, one, driver):
 
     path = tmp_path / "run.h5"
     write_trace(one, path, some_events(30), driver)
-    rows = path if driver == "mpio" else tmp_path / "run.h5.parts" / "rank-00000.h5"
+    rows = path if driver != "parts" else tmp_path / "run.h5.parts" / "rank-00000.h5"
     with h5py.File(rows, "r+") as file:
         file["events/layer"][7] += 1
     with open_trace(path) as trace, pytest.raises(IncompleteError, match="were altered"):
