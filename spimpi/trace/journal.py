@@ -43,9 +43,10 @@ def new_run_id() -> str:
     return f"spimpi-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
-def journal_folder(path) -> Path:
-    """Where the journals of the trace ``path`` are while the run goes on."""
-    return Path(f"{path}.journal")
+def journal_folder(path, local=None) -> Path:
+    """Where the journals of the trace ``path`` are while the run goes on; ``local``: in there."""
+    folder = Path(f"{path}.journal")
+    return folder if local is None else Path(local) / folder.name
 
 
 def journal_path(folder, rank: int) -> Path:
@@ -67,6 +68,17 @@ def lock(journal):
     except OSError:
         pass
     return file
+
+
+def clear_own(folder, rank: int) -> None:
+    """Remove this rank's journal of an earlier run, which rank 0 can't see on another node."""
+    journal = journal_path(folder, rank)
+    if journal.exists():
+        if (held := lock(journal)) is None:
+            msg = f"the journal {journal} is being written by a running job; choose another name"
+            raise UsageError(msg)
+        held.close()
+        remove_journal(journal)
 
 
 def remove_journal(journal: Path) -> None:

@@ -61,7 +61,11 @@ def recover(path, overwrite: bool = False) -> Recovered:
 
 
 def _locked(path: Path, journal: Path):
-    held = lock(journal)
+    try:
+        held = lock(journal)
+    except OSError as error:
+        msg = f"{journal} cannot be opened for writing: {error.strerror}"
+        raise UsageError(msg) from error
     if held is None:
         msg = f"the journals of {path} are in use by another process"
         raise UsageError(msg)

@@ -56,24 +56,33 @@ def choose_driver(driver: str = "auto") -> str:
     raise UsageError(msg)
 
 
-def check_can_write(path, overwrite: bool = False) -> None:
+def check_can_write(path, overwrite: bool = False, local=None) -> None:
     """Raise UsageError where a trace can't be written to ``path``. For one rank; writes nothing."""
     _check_place(Path(path))
     if not overwrite:
-        _check_free(Path(path), journal_folder(path), parts_folder(path))
+        there = (journal_folder(path), journal_folder(path, local), parts_folder(path))
+        _check_free(Path(path), *there)
 
 
-def prepare(path, overwrite: bool = False) -> Path:
-    """On one rank before any journal is opened: check, clear old journals, make their folder."""
-    check_can_write(path, overwrite)
-    folder = journal_folder(path)
+def prepare(path, overwrite: bool = False, local=None) -> Path:
+    """On one rank before any journal is opened: check, clear old journals, make their folder.
+
+    ``local``: where the journals are to be, a folder on each node; beside the trace then stands a
+    link to it, by which they are found.
+    """
+    check_can_write(path, overwrite, local)
+    link, folder = journal_folder(path), journal_folder(path, local)
     try:
+        if link.is_symlink():
+            link.unlink()
         if any(map(in_use, folder.glob("rank-*.journal"))):
             msg = f"the trace {path} is being written by a running job; choose another name"
             raise UsageError(msg)
         if folder.exists():
             shutil.rmtree(folder)
-        folder.mkdir()
+        folder.mkdir(parents=local is not None)
+        if local is not None:
+            link.symlink_to(folder.absolute())
     except OSError as error:
         msg = f"cannot write the trace {path}: {folder}: {error.strerror}"
         raise UsageError(msg) from None
@@ -113,17 +122,27 @@ def seal(comm, journal, path, attributes=None, driver="auto", overwrite=False) -
             undo.pop_all()
         with agreed(comm, path):
             remove_journal(journal)
+            with suppress(OSError):
+                journal.parent.rmdir()  # the last one on its node
     if comm.rank == 0:
         clear(path, journal.parent, keep_parts=driver == "parts")
 
 
 def clear(path: Path, folder: Path, keep_parts: bool = False) -> None:
     """After sealing: the journals' folder, if it is empty, and what interrupted ones left."""
-    with suppress(OSError):
-        folder.rmdir()
+    clear_folder(path, folder)
     left = [old_parts(path), building_parts(path)] + ([] if keep_parts else [parts_folder(path)])
     for name in left:
         shutil.rmtree(name, ignore_errors=True)
+
+
+def clear_folder(path: Path, folder: Path) -> None:
+    """The journals' folder, if it is empty, and the link to it."""
+    with suppress(OSError):
+        folder.resolve().rmdir()
+    link = journal_folder(path)
+    if link.is_symlink() and not link.exists():
+        link.unlink(missing_ok=True)
 
 
 def _locked(journal: Path):
@@ -212,7 +231,7 @@ def _check_free(path: Path, *folders: Path) -> None:
         msg = f"the trace {path} exists; choose another name or use --overwrite"
         raise UsageError(msg)
     for folder in folders:
-        if folder.exists():
+        if folder.exists() or folder.is_symlink():
             msg = (
                 f"{folder} exists: it belongs to a run that has not ended, that was killed, or "
                 "to a trace that was renamed; choose another name or use --overwrite"

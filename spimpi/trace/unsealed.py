@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from spimpi.errors import UsageError
 from spimpi.trace.base import Trace
 from spimpi.trace.checksum import rows_fingerprint
 from spimpi.trace.growing import merged, renumbered
@@ -27,13 +28,17 @@ class JournalTrace(Trace):
         self.end_states: set[str | None] = set()
         self._files, self._numbers = {}, {}
         self.journals = sorted(folder.glob("rank-*.journal"))
-        self.running = any(map(in_use, self.journals))
         self.never_sealed = (
             f"{path.name} was never sealed: the run was killed, has not ended or could not seal; "
             "this is what its journals hold"
         )
         self.missing.append(self.never_sealed)
-        self._use([_without_events(file) for file in self.journals])
+        try:
+            self.running = any(map(in_use, self.journals))
+            self._use([_without_events(file) for file in self.journals])
+        except OSError as error:
+            msg = f"the journals in {folder} cannot be read: {error.strerror} ({error.filename})"
+            raise UsageError(msg) from error
 
     def _use(self, journals: list[JournalContents]) -> None:
         for journal in journals:

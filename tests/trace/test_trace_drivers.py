@@ -1,6 +1,7 @@
 """All drivers, and recovery from the journals, give the same content."""
 
 import shutil
+from itertools import count
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from spimpi.trace.recover import recover
 from spimpi.trace.schema import EVENT
 from spimpi.trace.seal import choose_driver, seal
 
+NUMBER = count()  # of a case
 EXTREMES = [(name, value) for name in EVENT.names if EVENT[name].kind in "iu"
             for value in (np.iinfo(EVENT[name]).min, np.iinfo(EVENT[name]).max)
             if name != "bytes" or value < 2**63]  # fmt: skip
@@ -65,10 +67,11 @@ def test_the_content_does_not_depend_on_the_driver(
     if where % world.size == world.rank:
         for name, value in extremes:
             events[name][:1] = value
-    first = mpi_tmp_path / f"{seed}-first.h5"
+    case = next(NUMBER)
+    first = mpi_tmp_path / f"{case}-first.h5"
     journal = write_journal(world, first, events, started=1.0)
     world.Barrier()
-    paths = {name: mpi_tmp_path / f"{seed}-{name}.h5" for name in [*available(), "recovered"]}
+    paths = {name: mpi_tmp_path / f"{case}-{name}.h5" for name in [*available(), "recovered"]}
     if world.rank == 0:
         for path in paths.values():
             shutil.copytree(journal_folder(first), journal_folder(path))
@@ -85,6 +88,6 @@ def test_the_content_does_not_depend_on_the_driver(
     assert all(there == found["gather"] for there in found.values())
     world.Barrier()
     if world.rank == 0:
-        for path in mpi_tmp_path.glob(f"{seed}-*"):
+        for path in mpi_tmp_path.glob(f"{case}-*"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
     world.Barrier()
