@@ -3,6 +3,7 @@
 import faulthandler
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import pytest
 from trace_samples import TENSORS, failing, header, some_events, write_journal, write_trace
 
+from spimpi.cli import apart as module
 from spimpi.cli import main
 from spimpi.cli.apart import apart
 from spimpi.trace.journal import Journal, journal_folder
@@ -173,6 +175,16 @@ def test_a_crash_of_the_reader_is_told_as_damage(capfd):
     assert apart(crash, "run.h5", crashed=1) == 1
     assert capfd.readouterr().err == "spimpi: run.h5 is damaged: HDF5 crashed (SIGSEGV) reading it\n"
     assert apart(lambda: 3, "run.h5", crashed=1) == 3
+
+
+def test_a_reader_that_runs_for_ever_is_told_as_damage(capfd, monkeypatch):
+    def run_for_ever():
+        faulthandler.disable()
+        re.match(r"(a+)+$", "a" * 60 + "b")  # one call that never gives Python its turn
+
+    monkeypatch.setattr(module, "PATIENCE", 1.0)
+    assert apart(run_for_ever, "run.h5", crashed=1) == 1
+    assert capfd.readouterr().err == "spimpi: run.h5 is damaged: HDF5 runs for ever reading it\n"
 
 
 def test_a_reader_that_closes_the_pipe_gives_no_traceback(tmp_path, one):
