@@ -6,18 +6,23 @@ A thread a rank looks at how long ago the last check was made. It calls nothing 
 import sys
 import threading
 import time
+from contextlib import suppress
 
 EXIT_STATUS = 3
 GRACE = 2.0  # seconds for every rank to say where it is before the first one ends the job
 
 
 class Watchdog:
-    """Watches one rank; ``at`` and ``progress`` say where it is. Use as a context manager."""
+    """Watches one rank; ``at`` and ``progress`` say where it is. Use as a context manager.
+
+    ``before_abort`` is called, on the watchdog's thread, before it ends the job.
+    """
 
     def __init__(self, timeout: float, rank: int, host: str, abort):
         self.timeout, self.rank, self.host, self.abort = timeout, rank, host, abort
         self.last = time.monotonic()
         self.place = "start-up"
+        self.before_abort = lambda: None
         self._inside = None
         self._stop = threading.Event()
 
@@ -59,6 +64,8 @@ class Watchdog:
                 flush=True,
             )
             if not self._stop.wait(GRACE):
+                with suppress(Exception):
+                    self.before_abort()
                 self.abort(EXIT_STATUS)
             return
 

@@ -1,6 +1,7 @@
 """Where every check of a run ends up: counted, written to the journal, failures kept."""
 
 from dataclasses import dataclass
+from threading import Lock
 from time import perf_counter
 
 import numpy as np
@@ -41,6 +42,7 @@ class Recorder:
         self._blocks: list[np.ndarray] = []
         self._urgent = False
         self._settled = self.origin
+        self._settling = Lock()
 
     def add(self, events: np.ndarray, seconds: dict[Stage, float]) -> None:
         """Take many events; so many seconds were spent on their checks, by stage."""
@@ -76,9 +78,13 @@ class Recorder:
         What a killed process loses is at most what it recorded in the last FLUSH_SECONDS.
         """
         if self._urgent or perf_counter() - self._settled > FLUSH_SECONDS:
-            self._settle()
-            if self.journal is not None:
-                self.journal.flush()
+            self.write_down()
+
+    def write_down(self) -> None:
+        """Write down all that there is. Also for another thread than the one that records."""
+        self._settle()
+        if self.journal is not None:
+            self.journal.flush()
 
     def note(self, step: int, microbatch: int, layer: int, text: str) -> None:
         """Keep words that say more about a failed check than its numbers."""
@@ -103,11 +109,17 @@ class Recorder:
 
     def _settle(self) -> None:
         """Count and journal all events that wait."""
+        with self._settling:
+            self._settle_alone()
+
+    def _settle_alone(self) -> None:
         self._settled, self._urgent = perf_counter(), False
-        if not self._rows and not self._blocks:
+        # Taken from the front: the recording thread may append meanwhile, without a lock.
+        rows, blocks = self._rows[:], self._blocks[:]
+        del self._rows[: len(rows)], self._blocks[: len(blocks)]
+        if not rows and not blocks:
             return
-        events = np.concatenate([np.array(self._rows, EVENT), *self._blocks])
-        self._rows, self._blocks = [], []
+        events = np.concatenate([np.array(rows, EVENT), *blocks])
         events["t_start"] -= self.origin
         events["t_end"] -= self.origin
         if self.journal is not None:

@@ -50,8 +50,13 @@ def main(argv=None) -> int:
     """Run one subcommand; returns its exit status."""
     set_thread_limits()  # before anything imports numpy, which reads them then
     args = build_parser().parse_args(argv)
+    return status_of(lambda: args.run(args))
+
+
+def status_of(command) -> int:
+    """What ``command()`` returns, or the exit status of its error, which is said."""
     try:
-        return args.run(args)
+        return command()
     except SpimpiError as error:
         if launcher_rank() == 0:
             print(f"spimpi: {error}", file=sys.stderr)

@@ -1,24 +1,10 @@
-"""``spimpi trace show``: a trace in short, also of a run that was killed. Needs no MPI."""
+"""``spimpi trace``: its commands, and ``check`` and ``recover``. Needs no MPI."""
 
 import json
-import sys
-import time
 from dataclasses import asdict
 
+from spimpi.cli.apart import apart
 from spimpi.cli.registry import subcommand
-from spimpi.cli.units import in_bytes
-from spimpi.errors import UsageError
-
-# Attributes that the header shows, and the label of each.
-HEADER = (
-    ("run_id", "run"),
-    ("command", "command"),
-    ("model", "model"),
-    ("topology", "topology"),
-    ("arithmetic", "arithmetic"),
-    ("seed", "seed"),
-    ("injected", "injected"),
-)
 
 
 def add_arguments(parser):
@@ -28,7 +14,7 @@ def add_arguments(parser):
         "show",
         help=text,
         description=f"Print {text}. Exit status: 0 verified and intact; 1 a check failed; "
-        "3 the run did not end, or rows are missing or altered; 2 not a trace.",
+        "3 the run did not end, or rows are missing or altered; 2 not a trace, or still written.",
     )
     text = "the trace; of a killed run its journals are read"
     show.add_argument("file", metavar="FILE", help=text)
@@ -36,193 +22,76 @@ def add_arguments(parser):
     show.add_argument(
         "--failures", type=int, default=10, metavar="N", help="failures to print (default 10)"
     )
-    show.set_defaults(run_trace=run_show)
-
-
-@subcommand("trace", "look at the trace of a run", add_arguments)
-def run(args) -> int:
-    return args.run_trace(args)
-
-
-def run_show(args) -> int:
-    if args.failures < 0:
-        msg = f"--failures must not be negative, found {args.failures}"
-        raise UsageError(msg)
-    from spimpi.trace.reader import open as open_trace
-    from spimpi.trace.summary import summarise
-
-    with open_trace(args.file) as trace:
-        summary = summarise(trace, args.failures)
-        if args.json:
-            print(json.dumps(as_json(trace, summary), indent=1))
-        else:
-            _print(trace, summary)
-    return summary.exit_status
-
-
-def as_json(trace, summary) -> dict:
-    """All that ``show`` prints; fingerprints as 16 hex digits, times in seconds."""
-    from spimpi.trace.summary import name_of
-
-    stages = [
-        {"stage": name_of(stage), **asdict(totals), "established": _kinds(totals.established)}
-        for stage, totals in sorted(summary.stages.items())
-    ]
-    return {
-        "file": str(trace.path),
-        "driver": trace.driver,
-        "verdict": summary.verdict,
-        "exit_status": summary.exit_status,
-        "complete": trace.complete,
-        "problems": trace.problems,
-        "attributes": trace.attributes,
-        "ranks": len(trace.ranks),
-        "hosts": sorted({rank.host for rank in trace.ranks}),
-        "events": summary.n_events,
-        "failed": summary.n_failed,
-        "stages": stages,
-        "failures": [asdict(failure) for failure in summary.failures],
-    }
-
-
-def _kinds(established) -> list[str]:
-    return [kind.name.lower() for kind in established]
-
-
-def _print(trace, summary) -> None:
-    from spimpi.trace.summary import name_of
-
-    out = _Output()
-    if not trace.complete:
-        state = "INCOMPLETE" if trace.driver == "journals" else "INCOMPLETE OR DAMAGED"
-        out.line(f"{state}: what follows does not cover the whole run", "bold yellow")
-        for problem in trace.problems:
-            out.line(f"  {problem}", "yellow")
-        out.line("")
-    out.table(None, _header(trace))
-    out.line("")
-    columns = ("stage", "checks", "failed", "unknown", "bytes", "seconds", "established")
-    rows = [
-        (
-            name_of(stage),
-            f"{s.events:,}",
-            f"{s.failed:,}",
-            f"{s.not_established:,}",
-            in_bytes(s.bytes),
-            f"{s.seconds:.3f}",
-            ", ".join(_kinds(s.established)) or "nothing",
-        )
-        for stage, s in sorted(summary.stages.items())
-    ]
-    out.table(columns, rows, right=range(1, 6))
-    if summary.failures:
-        _print_failures(out, summary)
-    out.line("")
-    out.line(*_verdict_line(summary))
-
-
-def _header(trace) -> list[tuple[str, str]]:
-    hosts = sorted({rank.host for rank in trace.ranks})
-    names = ", ".join(hosts[:4]) + (", …" if len(hosts) > 4 else "")
-    rows = [("trace", f"{trace.path} ({trace.driver})")]
-    if trace.ranks:
-        began = min(rank.started for rank in trace.ranks)
-        rows.append(("started", time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(began))))
-    rows.append(("ranks", f"{len(trace.ranks)} on {len(hosts)} host(s): {names}"))
-    for name, label in HEADER:
-        value = trace.attributes.get(name)
-        if value not in (None, "", []):
-            rows.append((label, value if isinstance(value, str) else json.dumps(value)))
-    return rows
-
-
-def _print_failures(out, summary) -> None:
-    out.line("")
-    out.line(
-        f"the first {len(summary.failures)} of {summary.n_failed:,} failed checks, "
-        "in program order",
-        "bold red",
+    text = "of a job that is running: what it has flushed so far"
+    show.add_argument("--live", action="store_true", help=text)
+    show.set_defaults(run_trace=_show, crashed=3)
+    check = commands.add_parser(
+        "check",
+        help="whether a trace is as it was written",
+        description="Read a whole trace and say whether it is as it was written, whatever its "
+        "run found. Exit status: 0 intact; 1 damaged (where); 3 incomplete (what is missing); "
+        "2 not a trace, or still written.",
     )
-    for number, f in enumerate(summary.failures, 1):
-        layer = f"layer {f.layer}, " if f.layer >= 0 else ""
-        run = f" of run {f.repeat}" if f.repeat else ""
-        out.line(
-            f"{number:3}. step {f.step}{run}, {layer}{f.tensor}: {f.op} on rank {f.rank} "
-            f"({f.host}), expected {f.expected}, found {f.found}{_note(f)}"
-        )
+    check.add_argument("file", metavar="FILE", help="the trace; of a killed run its journals")
+    check.add_argument("--json", action="store_true", help="print it as JSON")
+    check.set_defaults(run_trace=_check, crashed=1)
+    recover = commands.add_parser(
+        "recover",
+        help="seal the journals of a run that was killed",
+        description="Make the trace of what the journals of a killed run hold, marked incomplete "
+        "where something is missing. Exit status: 0 sealed; 2 nothing to recover, or still "
+        "written; 3 it could not be sealed, the journals are kept.",
+    )
+    recover.add_argument("file", metavar="RUN", help="the trace, or the folder of its journals")
+    recover.add_argument("--overwrite", action="store_true", help="replace an existing trace")
+    recover.add_argument("--json", action="store_true", help="print it as JSON")
+    recover.set_defaults(run_trace=_recover, crashed=3)
 
 
-def _note(failure) -> str:
-    notes = []
-    if failure.peer >= 0 and failure.peer != failure.rank:
-        notes.append(f"peer {failure.peer}")
-    if failure.microbatch > 0:
-        notes.append(f"microbatch {failure.microbatch}")
-    if failure.element >= 0:
-        notes.append(f"element {failure.element}")
-    if failure.nonfinite:
-        notes.append(f"{failure.nonfinite} NaN or Inf")
-    return "".join(f", {note}" for note in notes)
+@subcommand("trace", "look at the trace of a run, check it", add_arguments)
+def run(args) -> int:
+    return apart(lambda: args.run_trace(args), args.file, args.crashed)
 
 
-def _verdict_line(summary) -> tuple[str, str]:
-    if summary.verdict == "failed":
-        found = f"{summary.n_failed:,} of {summary.n_events:,} checks failed"
-        if not summary.n_failed:
-            found = "as the run said at its end; the rows of what failed are not here"
-        return f"verdict    FAILED: {found}", "bold red"
-    if summary.verdict == "incomplete":
-        held = f"no check failed among the {summary.n_events:,} that are here"
-        return f"verdict    INCOMPLETE: {held}", "bold yellow"
-    return f"verdict    VERIFIED: {summary.n_events:,} checks held", "bold green"
+def _show(args) -> int:
+    from spimpi.cli.trace_show import run_show
+
+    return run_show(args)
 
 
-class _Output:
-    """Rich on a terminal, whose width it keeps; elsewhere aligned plain text, never wrapped."""
+def _check(args) -> int:
+    from spimpi.trace.check import check
 
-    def __init__(self):
-        self.console = None
-        if sys.stdout.isatty():
-            from rich.console import Console
-
-            self.console = Console(highlight=False)
-
-    def line(self, text: str, style: str | None = None) -> None:
-        text = _printable(text)
-        if self.console:
-            self.console.print(text, style=style, markup=False)
-        else:
-            print(text)
-
-    def table(self, columns, rows, right=()) -> None:
-        rows = [tuple(_printable(cell) for cell in row) for row in rows]
-        if self.console:
-            self._rich_table(columns, rows, right)
-            return
-        lines = ([columns] if columns else []) + rows
-        if not lines:
-            return
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    found = check(args.file)
+    if args.json:
+        whole = {**asdict(found), "state": found.state, "exit_status": found.exit_status}
+        print(json.dumps(whole, indent=1))
+        return found.exit_status
+    held = f"{found.events:,} events of {found.ranks:,} ranks are intact"
+    print(f"{found.file}: {found.state.upper()}, {held}")
+    for kind, lines in (("missing", found.missing), ("damaged", found.damage)):
         for line in lines:
-            cells = (
-                cell.rjust(width) if i in right else cell.ljust(width)
-                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-            )
-            print("  ".join(cells).rstrip())
-
-    def _rich_table(self, columns, rows, right) -> None:
-        from rich.table import Table
-        from rich.text import Text
-
-        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_header=bool(columns))
-        for i, name in enumerate(columns or rows[0]):
-            side = "right" if i in right else "left"
-            table.add_column(name if columns else "", justify=side, overflow="fold")
-        for row in rows:
-            table.add_row(*map(Text, row))
-        self.console.print(table)
+            print(printable(f"  {kind}  {line}"))
+    return found.exit_status
 
 
-def _printable(text: str) -> str:
+def _recover(args) -> int:
+    from spimpi.trace.recover import recover
+
+    found = recover(args.file, args.overwrite)
+    if args.json:
+        print(json.dumps(asdict(found), indent=1))
+        return 0
+    if not found.events and not found.missing:
+        print(f"{found.file}: was sealed already, and is intact")
+    else:
+        print(f"{found.file}: sealed, {found.events:,} events of {found.ranks:,} ranks")
+    for kind, lines in (("missing", found.missing), ("kept", found.kept)):
+        for line in lines:
+            print(printable(f"  {kind}  {line}"))
+    return 0
+
+
+def printable(text: str) -> str:
     """Text of a file is not to steer the terminal."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -34,7 +34,8 @@ def add_arguments(parser) -> None:
     trace.add_argument("--trace", metavar="FILE", help="HDF5 trace (default: a name of its own in this directory)")
     trace.add_argument("--no-trace", action="store_true", help="write no trace")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing trace")
-    parser.add_argument("--trace-driver", default="auto", choices=("auto", "mpio", "parts"), help="how the trace is written")
+    parser.add_argument("--trace-driver", default="auto", choices=("auto", "mpio", "parts", "gather"), help="how the trace is written")
+    parser.add_argument("--journal", metavar="DIR", help="where each node keeps its ranks' journals while the run goes on (default: beside the trace)")
     parser.add_argument("--timeout", type=float, default=120, metavar="S", help="end the job after S seconds without progress; 0: never (default: 120)")
     parser.add_argument("--expect-ranks", type=int, metavar="N", help="refuse to run on another world size")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -82,7 +83,7 @@ def _verify(args, comm, watchdog):
         if not args.no_trace:
             command = " ".join(sys.argv)
             tracer = Tracer(
-                comm.rank, path, args.trace_driver, args.overwrite, command, run_id
+                comm.rank, path, args.trace_driver, args.overwrite, command, run_id, args.journal
             )
     reporter.found(comm, job)
     try:

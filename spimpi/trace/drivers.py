@@ -1,4 +1,4 @@
-"""The two ways to write a sealed trace: one shared file, or a file a rank. Both are collective."""
+"""The ways to write a sealed trace: all ranks one file, a file a rank, one process one file."""
 
 import io
 import os
@@ -19,10 +19,13 @@ PIECE = 1 << 24  # rows a transfer: MPI counts bytes in an int
 
 @dataclass(frozen=True)
 class Plan:
-    """What the drivers write; ``ranks`` and ``attributes`` are on rank 0 alone."""
+    """What the drivers write; ``ranks`` and ``attributes`` are on rank 0 alone.
+
+    ``own`` is this rank's row of them, None where one process writes all ranks'.
+    """
 
     path: Path
-    own: RankInfo
+    own: RankInfo | None
     total: int
     types: dict
     run_id: str
@@ -43,11 +46,7 @@ def write_mpio(comm, plan: Plan, events, undo: ExitStack) -> None:
 
     with agreed(comm, plan.path):
         if comm.rank == 0:
-            undo.callback(plan.temporary.unlink, missing_ok=True)
-            _check_room(plan)
-            with h5py.File(plan.temporary, "w", libver=layout.LIBVER) as file:
-                layout.write_tables(file, "mpio", plan.attributes, plan.ranks, plan.tensors)
-                layout.create_columns(file, plan.total, plan.types)
+            _lay_out(plan, "mpio", undo)
     pieces = comm.allreduce(-(-len(events) // PIECE), op=MPI.MAX)
     with agreed(comm, plan.path):
         file = h5py.File(plan.temporary, "r+", driver="mpio", comm=comm, libver=layout.LIBVER)
@@ -65,8 +64,23 @@ def write_mpio(comm, plan: Plan, events, undo: ExitStack) -> None:
             raise errors[0]
 
 
+def _lay_out(plan: Plan, driver: str, undo: ExitStack) -> None:
+    """A file with everything but the rows, whose space is taken.
+
+    HDF5 does not survive a disk that fills under it.
+    """
+    import h5py
+
+    undo.callback(plan.temporary.unlink, missing_ok=True)
+    _check_room(plan)
+    with h5py.File(plan.temporary, "w", libver=layout.LIBVER) as file:
+        layout.write_tables(file, driver, plan.attributes, plan.ranks, plan.tensors)
+        layout.create_columns(file, plan.total, plan.types)
+    with plan.temporary.open("r+b") as file:
+        os.posix_fallocate(file.fileno(), 0, plan.temporary.stat().st_size)
+
+
 def _check_room(plan: Plan) -> None:
-    """HDF5 does not survive a disk that fills under it: look before."""
     needed = plan.total * sum(dtype.itemsize for dtype in plan.types.values())
     free = shutil.disk_usage(plan.path.parent).free
     if needed > free:
@@ -94,10 +108,63 @@ def _write_piece(file, name: str, column: np.ndarray, plan: Plan, start: int) ->
     dataset.write(here, there, rows, dxpl=collective)
 
 
+def write_gather(comm, plan: Plan, events, undo: ExitStack) -> None:
+    """Rank 0 writes what the ranks send, one after the other. Collective."""
+    with agreed(comm, plan.path):
+        if comm.rank == 0:
+            _lay_out(plan, "gather", undo)
+    with agreed(comm, plan.path):
+        if comm.rank == 0:
+            _write_blocks(plan, _received(comm, plan.ranks, events))
+        else:
+            for start in range(0, len(events), layout.ROWS_AT_ONCE):
+                comm.Send(_as_bytes(events[start : start + layout.ROWS_AT_ONCE]), 0)
+
+
+def _received(comm, ranks, own):
+    """Yield (first row in the file, rows) of all ranks, in order."""
+    for info in ranks:
+        for start in range(0, info.count, layout.ROWS_AT_ONCE):
+            rows = own[start : start + layout.ROWS_AT_ONCE]
+            if info.rank != comm.rank:
+                rows = np.empty(min(layout.ROWS_AT_ONCE, info.count - start), EVENT)
+                comm.Recv(_as_bytes(rows), info.rank)
+            yield info.offset + start, rows
+
+
+def _as_bytes(rows: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(rows).view(np.uint8)
+
+
+def write_alone(plan: Plan, blocks, undo: ExitStack) -> None:
+    """One process writes all ranks' rows; ``blocks`` yields (first row in the file, rows)."""
+    _lay_out(plan, "gather", undo)
+    _write_blocks(plan, blocks)
+
+
+def _write_blocks(plan: Plan, blocks) -> None:
+    """All blocks are taken, also after an error: who sends them is not to wait."""
+    import h5py
+
+    errors = []
+    with kept(errors):
+        file = h5py.File(plan.temporary, "r+", libver=layout.LIBVER)
+    for start, rows in blocks:
+        if errors:
+            continue
+        with kept(errors):
+            for name, dtype in plan.types.items():
+                file[f"events/{name}"][start : start + len(rows)] = rows[name].astype(dtype)
+    with kept(errors):
+        file.close()
+    if errors:
+        raise errors[0]
+
+
 def write_parts(comm, plan: Plan, events, undo: ExitStack) -> None:
     """Each rank writes a file of its own, then rank 0 the file that shows them. Collective."""
     path = plan.path
-    folder, building = parts_folder(path), Path(f"{path}.parts.sealing")
+    folder, building = parts_folder(path), building_parts(path)
     with agreed(comm, path):
         if comm.rank == 0:
             shutil.rmtree(building, ignore_errors=True)
@@ -139,6 +206,10 @@ def _written_plainly(path: Path):
 
 def _part_name(rank: int) -> str:
     return f"rank-{rank:05d}.h5"
+
+
+def building_parts(path) -> Path:
+    return Path(f"{path}.parts.sealing")
 
 
 def old_parts(path) -> Path:

@@ -10,6 +10,7 @@ reads up to its last flush. Nothing is synchronised to disk, so a power loss may
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import socket
@@ -42,13 +43,47 @@ def new_run_id() -> str:
     return f"spimpi-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
-def journal_folder(path) -> Path:
-    """Where the journals of the trace ``path`` are while the run goes on."""
-    return Path(f"{path}.journal")
+def journal_folder(path, local=None) -> Path:
+    """Where the journals of the trace ``path`` are while the run goes on; ``local``: in there."""
+    folder = Path(f"{path}.journal")
+    return folder if local is None else Path(local) / folder.name
 
 
 def journal_path(folder, rank: int) -> Path:
     return Path(folder) / f"rank-{rank:05d}.journal"
+
+
+def lock(journal):
+    """The journal's lock, held until what this returns is closed; None where it is taken.
+
+    A run holds it while it writes its journal, and whoever seals. On a file system without locks
+    nobody has one.
+    """
+    file = open(journal, "r+b")  # NFS wants to be able to write
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    except OSError:
+        pass
+    return file
+
+
+def clear_own(folder, rank: int) -> None:
+    """Remove this rank's journal of an earlier run, which rank 0 can't see on another node."""
+    journal = journal_path(folder, rank)
+    if journal.exists():
+        if (held := lock(journal)) is None:
+            msg = f"the journal {journal} is being written by a running job; choose another name"
+            raise UsageError(msg)
+        held.close()
+        remove_journal(journal)
+
+
+def remove_journal(journal: Path) -> None:
+    journal.unlink()
+    table_path(journal).unlink(missing_ok=True)
 
 
 class Journal:
@@ -85,6 +120,8 @@ class Journal:
         except OSError as error:
             msg = f"cannot create the trace's journal {self.path}: {error.strerror}"
             raise UsageError(msg) from None
+        with contextlib.suppress(OSError):  # says that the run goes on, where there are locks
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._write(_header_bytes(self.header, self.tensors))
         self.table = GrowingTable(table_path(self.path)) if tensors is None else None
 
@@ -152,7 +189,8 @@ class JournalContents:
     """What a journal holds. ``events``: all rows before the first damaged or torn one.
 
     ``fingerprint`` is that of these rows: the XOR of their records' checksums. ``grows``: whether
-    its table of tensors is a growing one, which other ranks need not share.
+    its table of tensors is a growing one, which other ranks need not share. ``missing``: what is
+    not there, as after a kill; ``damage``: what was altered.
     """
 
     path: Path
@@ -160,10 +198,16 @@ class JournalContents:
     tensors: list[TensorInfo] = field(default_factory=list)
     events: np.ndarray = field(default_factory=lambda: np.zeros(0, EVENT))
     fingerprint: int = 0
+    count: int = 0
     complete: bool = False
     end_state: str | None = None
     grows: bool = False
-    problems: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    damage: list[str] = field(default_factory=list)
+
+    @property
+    def problems(self) -> list[str]:
+        return self.missing + self.damage
 
 
 def _header_bytes(header: dict, tensors) -> bytes:
@@ -194,21 +238,26 @@ def read_journal(path) -> JournalContents:
         contents.grows = True
         contents.tensors, problem = read_table(table)
         if problem:
-            contents.problems.append(problem)
+            contents.damage.append(problem)
             contents.complete = False
     return contents
 
 
 def _read_header(file, contents: JournalContents) -> bool:
-    line = file.read(FIRST_LINE)
+    name, line = contents.path.name, file.read(FIRST_LINE)
+    wanted = FIRST_LINE
     try:
         _, version, length, _ = line.split()
+        wanted += int(length)
         body = file.read(int(length))
         sound = line == _first_line(int(version), body)
     except (ValueError, OverflowError, MemoryError):
         sound = False
+    if not sound and contents.path.stat().st_size < wanted:
+        contents.missing.append(f"{name}: its header is cut short, nothing was flushed")
+        return False
     if not sound:
-        contents.problems.append(f"{contents.path.name}: its header is damaged or cut short")
+        contents.damage.append(f"{name}: its header is damaged, so none of it was read")
         return False
     if int(version) > SCHEMA_VERSION:
         msg = (
@@ -239,7 +288,7 @@ def _read_records(file, contents: JournalContents) -> None:
             _read_end(records[n : n + 1], count, left, contents)
             break
         if len(data) % size:
-            contents.problems.append(
+            contents.missing.append(
                 f"{name}: record {count} is torn, {len(data) % size} of its {size} bytes are there"
             )
             break
@@ -252,17 +301,17 @@ def _read_end(record: np.ndarray, count: int, left: int, contents: JournalConten
     end = record.view(END_RECORD)[0]
     if end["number"] != END or checksums(record)[0] != record["checksum"][0]:
         after = left // RECORD.itemsize - 1
-        contents.problems.append(
+        contents.damage.append(
             f"{name}: record {count} is damaged; it and the {after} records after it are left out"
         )
         return
     contents.end_state = end["state"].decode("utf-8", "replace")
     if end["count"] != count:
-        contents.problems.append(
+        contents.damage.append(
             f"{name}: {count} records are there, {end['count']} were written"
         )
     elif left > RECORD.itemsize:
-        contents.problems.append(
+        contents.damage.append(
             f"{name}: {left - RECORD.itemsize} bytes stand after its end"
         )
     else:

@@ -25,6 +25,7 @@ from spimpi.trace.schema import (
 )
 
 OWN_ATTRIBUTES = ("schema_version", "driver", "json", "digest")
+MISSING = "missing"  # the attribute of a recovered trace: what its journals lacked, a list
 NARROWED = tuple(
     name for name in EVENT.names if EVENT[name].kind in "iu" and "u8" not in EVENT[name].str
 ) + ("bytes",)

@@ -1,7 +1,8 @@
-"""Sealing: the journals of all ranks become one HDF5 trace. Two drivers behind one interface.
+"""Sealing: the journals of all ranks become one HDF5 trace. Three drivers behind one interface.
 
-``mpio``   one shared file, written collectively; h5py must be built with MPI.
-``parts``  a serial file a rank in ``PATH.parts/``, and ``PATH`` that shows them as one.
+``mpio``    one shared file, written collectively; h5py must be built with MPI.
+``parts``   a serial file a rank in ``PATH.parts/``, and ``PATH`` that shows them as one.
+``gather``  one file; the ranks send their rows to rank 0, which writes it.
 
 Everything is written under a temporary name and read back before it gets its own; the journals
 go only after that. Whatever goes wrong on one rank is agreed on, and raised on all of them.
@@ -18,12 +19,18 @@ from spimpi.errors import IncompleteError, UsageError
 from spimpi.trace import layout
 from spimpi.trace.agreed import agreed
 from spimpi.trace.checksum import rows_fingerprint
-from spimpi.trace.drivers import Plan, old_parts, parts_folder, write_mpio, write_parts
-from spimpi.trace.growing import merged, renumbered, table_path
-from spimpi.trace.journal import OWN_HEADER, Journal, journal_folder, read_journal
+from spimpi.trace.drivers import (
+    Plan, building_parts, old_parts, parts_folder, write_gather, write_mpio, write_parts,
+)  # fmt: skip
+from spimpi.trace.growing import merged, renumbered
+from spimpi.trace.journal import (
+    OWN_HEADER, Journal, journal_folder, lock, read_journal, remove_journal,
+)  # fmt: skip
 from spimpi.trace.schema import RankInfo
+from spimpi.trace.unsealed import in_use
 
-DRIVERS = ("auto", "mpio", "parts")
+DRIVERS = ("auto", "mpio", "parts", "gather")
+WRITERS = {"mpio": write_mpio, "parts": write_parts, "gather": write_gather}
 
 
 def choose_driver(driver: str = "auto") -> str:
@@ -31,7 +38,7 @@ def choose_driver(driver: str = "auto") -> str:
     if driver not in DRIVERS:
         msg = f"unknown trace driver {driver!r}; there are {', '.join(DRIVERS)}"
         raise UsageError(msg)
-    if driver == "parts":
+    if driver in ("parts", "gather"):
         return driver
     from mpi4py import MPI  # noqa: F401  before h5py, or two MPI libraries may be loaded
 
@@ -44,26 +51,38 @@ def choose_driver(driver: str = "auto") -> str:
     msg = (
         f"the trace driver mpio needs an h5py built with MPI, this h5py {h5py.__version__} is "
         "not: build it against parallel HDF5 (README, `cmake --workflow --preset test`), or use "
-        "--trace-driver parts"
+        "--trace-driver parts or gather"
     )
     raise UsageError(msg)
 
 
-def check_can_write(path, overwrite: bool = False) -> None:
+def check_can_write(path, overwrite: bool = False, local=None) -> None:
     """Raise UsageError where a trace can't be written to ``path``. For one rank; writes nothing."""
     _check_place(Path(path))
     if not overwrite:
-        _check_free(Path(path), journal_folder(path), parts_folder(path))
+        there = (journal_folder(path), journal_folder(path, local), parts_folder(path))
+        _check_free(Path(path), *there)
 
 
-def prepare(path, overwrite: bool = False) -> Path:
-    """On one rank before any journal is opened: check, clear old journals, make their folder."""
-    check_can_write(path, overwrite)
-    folder = journal_folder(path)
+def prepare(path, overwrite: bool = False, local=None) -> Path:
+    """On one rank before any journal is opened: check, clear old journals, make their folder.
+
+    ``local``: where the journals are to be, a folder on each node; beside the trace then stands a
+    link to it, by which they are found.
+    """
+    check_can_write(path, overwrite, local)
+    link, folder = journal_folder(path), journal_folder(path, local)
     try:
+        if link.is_symlink():
+            link.unlink()
+        if any(map(in_use, folder.glob("rank-*.journal"))):
+            msg = f"the trace {path} is being written by a running job; choose another name"
+            raise UsageError(msg)
         if folder.exists():
             shutil.rmtree(folder)
-        folder.mkdir()
+        folder.mkdir(parents=local is not None)
+        if local is not None:
+            link.symlink_to(folder.absolute())
     except OSError as error:
         msg = f"cannot write the trace {path}: {folder}: {error.strerror}"
         raise UsageError(msg) from None
@@ -80,35 +99,58 @@ def seal(comm, journal, path, attributes=None, driver="auto", overwrite=False) -
     """
     path = Path(path)
     journal = Path(journal.path if isinstance(journal, Journal) else journal)
-    with agreed(comm, path):
-        driver = choose_driver(driver)
-        contents = read_journal(journal)
-        if not contents.complete:
-            msg = "; ".join(contents.problems) or f"{journal.name} was not closed"
-            raise IncompleteError(msg)
-        if comm.rank == 0:
-            _check_place(path)
-            if not overwrite:
-                _check_free(path, *([parts_folder(path)] if driver == "parts" else []))
-    plan = _plan(comm, contents, path, attributes or {}, driver)
-    with ExitStack() as undo:
-        write = write_mpio if driver == "mpio" else write_parts
-        write(comm, plan, contents.events, undo)
+    with ExitStack() as held:
         with agreed(comm, path):
-            _read_back(plan)
-        with agreed(comm, path):
+            driver = choose_driver(driver)
+            held.enter_context(_locked(journal))
+            contents = read_journal(journal)
+            if not contents.complete:
+                msg = "; ".join(contents.problems) or f"{journal.name} was not closed"
+                raise IncompleteError(msg)
             if comm.rank == 0:
-                os.replace(plan.temporary, path)
-        undo.pop_all()
-    with agreed(comm, path):
-        journal.unlink()
-        table_path(journal).unlink(missing_ok=True)
+                _check_place(path)
+                if not overwrite:
+                    _check_free(path, *([parts_folder(path)] if driver == "parts" else []))
+        plan = _plan(comm, contents, path, attributes or {}, driver)
+        with ExitStack() as undo:
+            WRITERS[driver](comm, plan, contents.events, undo)
+            with agreed(comm, path):
+                _read_back(plan)
+            with agreed(comm, path):
+                if comm.rank == 0:
+                    os.replace(plan.temporary, path)
+            undo.pop_all()
+        with agreed(comm, path):
+            remove_journal(journal)
+            with suppress(OSError):
+                journal.parent.rmdir()  # the last one on its node
     if comm.rank == 0:
-        with suppress(OSError):
-            journal.parent.rmdir()
-        shutil.rmtree(old_parts(path), ignore_errors=True)
-        if driver == "mpio":
-            shutil.rmtree(parts_folder(path), ignore_errors=True)
+        clear(path, journal.parent, keep_parts=driver == "parts")
+
+
+def clear(path: Path, folder: Path, keep_parts: bool = False) -> None:
+    """After sealing: the journals' folder, if it is empty, and what interrupted ones left."""
+    clear_folder(path, folder)
+    left = [old_parts(path), building_parts(path)] + ([] if keep_parts else [parts_folder(path)])
+    for name in left:
+        shutil.rmtree(name, ignore_errors=True)
+
+
+def clear_folder(path: Path, folder: Path) -> None:
+    """The journals' folder, if it is empty, and the link to it."""
+    with suppress(OSError):
+        folder.resolve().rmdir()
+    link = journal_folder(path)
+    if link.is_symlink() and not link.exists():
+        link.unlink(missing_ok=True)
+
+
+def _locked(journal: Path):
+    held = lock(journal)
+    if held is None:
+        msg = f"another process holds the journal {journal}: spimpi trace recover?"
+        raise IncompleteError(msg)
+    return held
 
 
 def _plan(comm, contents, path, attributes, driver) -> Plan:
@@ -189,7 +231,7 @@ def _check_free(path: Path, *folders: Path) -> None:
         msg = f"the trace {path} exists; choose another name or use --overwrite"
         raise UsageError(msg)
     for folder in folders:
-        if folder.exists():
+        if folder.exists() or folder.is_symlink():
             msg = (
                 f"{folder} exists: it belongs to a run that has not ended, that was killed, or "
                 "to a trace that was renamed; choose another name or use --overwrite"

@@ -140,7 +140,7 @@ def _seconds(starts: np.ndarray, ends: np.ndarray) -> float:
 def _verdict(trace, n_failed: int) -> tuple[str, int]:
     ended = trace.attributes.get("end_state", "verified")
     if n_failed or ended == "failed":
-        return "failed", 1
+        return "corrupted", 1
     if not trace.complete or ended != "verified":
         return "incomplete", 3
     return "verified", 0

@@ -1,5 +1,6 @@
 """``verify_distributed_inference``: what ``spimpi verify`` runs."""
 
+from contextlib import suppress
 from dataclasses import replace
 from time import perf_counter, sleep
 
@@ -32,6 +33,7 @@ from spimpi.topology.grid import choose
 from spimpi.topology.sequence import prompts_of, split_rows
 from spimpi.trace.schema import Established, Op
 from spimpi.trace.schema import Stage as Phase
+from spimpi.trace.signals import flushed_on_signals
 from spimpi.verification import conclude
 from spimpi.verification.job import Job
 from spimpi.watchdog import Unwatched
@@ -104,20 +106,23 @@ class _Run:
         ctx.hosts, ctx.n_nodes  # noqa: B018  collective on first use, hence here
         with together(ctx.world, PATIENCE):
             require_memory(ctx, self.wanted_bytes())
-        if self.tracer:
-            self._at("opening the trace")
-            with together(ctx.world, PATIENCE):
-                if ctx.rank == 0:
-                    self.tracer.prepare()
-            with together(ctx.world, PATIENCE):
-                self.recorder.journal = self.tracer.open(ctx, job, self.names)
-        try:
-            outcome = self._verify()
-        except SpimpiError:
-            if self.tracer:
+        if self.tracer is None:
+            return self._verify()
+        self._at("opening the trace")
+        with together(ctx.world, PATIENCE):
+            if ctx.rank == 0:
+                self.tracer.prepare()
+        self.watchdog.before_abort = self.recorder.write_down
+        with flushed_on_signals(self.recorder.write_down):
+            try:
+                with together(ctx.world, PATIENCE):
+                    self.recorder.journal = self.tracer.open(ctx, job, self.names)
+                outcome = self._verify()
+            except BaseException:
+                with suppress(Exception):  # the run's own error is what is to be told
+                    self.recorder.write_down()
                 self.tracer.give_up()
-            raise
-        if self.tracer:
+                raise
             self._at("sealing the trace")
             self.tracer.seal(ctx, outcome)
         return outcome

@@ -5,27 +5,33 @@ from pathlib import Path
 
 from spimpi import __version__
 from spimpi.errors import SpimpiError
-from spimpi.trace.journal import Journal
+from spimpi.trace.journal import Journal, clear_own, journal_folder
 from spimpi.trace.schema import TensorInfo
-from spimpi.trace.seal import check_can_write, choose_driver, prepare, seal
+from spimpi.trace.seal import check_can_write, choose_driver, clear_folder, prepare, seal
 from spimpi.inference.exact import ARITHMETIC
 
 ENDS = {0: "verified", 1: "failed", 3: "incomplete"}
 
 
 class Tracer:
-    """Where and how a run is traced. Constructing it checks, and writes nothing."""
+    """Where and how a run is traced. Constructing it checks, and writes nothing.
 
-    def __init__(self, rank: int, path, driver: str, overwrite: bool, command: str, run_id: str):
+    ``journals``: a folder for the journals, on each node's own disk; None: beside the trace.
+    """
+
+    def __init__(
+        self, rank: int, path, driver: str, overwrite: bool, command: str, run_id: str,
+        journals=None,
+    ):  # fmt: skip
         self.path, self.overwrite, self.command = Path(path), overwrite, command
-        self.run_id, self.driver = run_id, choose_driver(driver)
+        self.run_id, self.driver, self.journals = run_id, choose_driver(driver), journals
         self.journal = None
         if rank == 0:
-            check_can_write(self.path, overwrite)
+            check_can_write(self.path, overwrite, journals)
 
     def prepare(self) -> None:
         """Make room for the journals. On rank 0, before any rank opens one."""
-        prepare(self.path, self.overwrite)
+        prepare(self.path, self.overwrite, self.journals)
 
     def open(self, ctx, job, names) -> Journal:
         """Open this rank's journal. Local."""
@@ -45,7 +51,9 @@ class Tracer:
             "new_tokens": job.n_tokens,
             "injected": [str(fault) for fault in job.faults],
         }
-        folder = f"{self.path}.journal"
+        folder = journal_folder(self.path, self.journals)
+        if self.journals is not None and self.overwrite:
+            clear_own(folder, ctx.rank)
         self.journal = Journal(folder, ctx.rank, header, _tensors(job, names))
         return self.journal
 
@@ -70,7 +78,7 @@ class Tracer:
             self.journal.close("error")
             if self.journal.count == 0:
                 self.journal.path.unlink()
-                self.journal.path.parent.rmdir()
+                clear_folder(self.path, self.journal.path.parent)
 
 
 def _tensors(job, names) -> list[TensorInfo]:

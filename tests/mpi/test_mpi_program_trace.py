@@ -79,7 +79,7 @@ def test_every_check_leaves_an_event_on_each_rank_that_makes_it(comm, shared_fol
             assert summarise(trace).exit_status == 0
 
 
-def test_a_planted_failure_is_found_in_the_sealed_trace(comm, shared_folder, capsys):
+def test_a_planted_failure_is_found_in_the_sealed_trace(comm, shared_folder, capfd):
     for part in worlds(comm, 2):
         path = _path(shared_folder, part, "wrong")
         with spimpi.DistributedContext(part, trace=path) as ctx:
@@ -89,7 +89,7 @@ def test_a_planted_failure_is_found_in_the_sealed_trace(comm, shared_folder, cap
         with spimpi.trace.open(path) as trace:
             summary = summarise(trace)
             assert (summary.verdict, summary.exit_status, summary.n_failed) == (
-                "failed", 1, part.size,
+                "corrupted", 1, part.size,
             )  # fmt: skip
             first = summary.failures[0]
             assert (first.tensor, first.step, first.layer) == ("hidden", 1, 3)
@@ -97,11 +97,11 @@ def test_a_planted_failure_is_found_in_the_sealed_trace(comm, shared_folder, cap
             assert trace.attributes["end_state"] == "failed"
         if part.rank == 0:
             assert main(["trace", "show", str(path)]) == 1
-            text = capsys.readouterr().out
+            text = capfd.readouterr().out
             assert "program" in text and "step 1, layer 3, hidden: allgather" in text
 
 
-def test_an_exception_communicates_nothing_and_leaves_the_journals(comm, shared_folder, capsys):
+def test_an_exception_communicates_nothing_and_leaves_the_journals(comm, shared_folder, capfd):
     """One rank leaves by an error of its own; the others go on."""
     for part in worlds(comm):
         path = _path(shared_folder, part, "left")
@@ -128,7 +128,7 @@ def test_an_exception_communicates_nothing_and_leaves_the_journals(comm, shared_
             part.Barrier()
             if part.rank == 0:
                 assert main(["trace", "show", str(path)]) == 1
-                text = capsys.readouterr().out
+                text = capfd.readouterr().out
                 assert "INCOMPLETE" in text and "step 1, layer 3, hidden: allgather" in text
             part.Barrier()
 

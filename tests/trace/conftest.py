@@ -4,7 +4,7 @@ import pytest
 from trace_samples import skip_without_mpio
 
 
-@pytest.fixture(params=["parts", "mpio"])
+@pytest.fixture(params=["parts", "mpio", "gather"])
 def driver(request):
     if request.param == "mpio":
         skip_without_mpio()

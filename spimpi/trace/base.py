@@ -1,0 +1,107 @@
+"""What every opened trace offers, whatever it was read from."""
+
+from pathlib import Path
+
+import numpy as np
+
+from spimpi.errors import IncompleteError, UsageError
+from spimpi.trace.schema import EVENT, RankInfo, TensorInfo
+
+
+class DamageError(IncompleteError):
+    """Rows or tables of a trace are there, but not as they were written."""
+
+
+class Trace:
+    """A trace that was opened.
+
+    ``attributes`` what the run says of itself; ``ranks`` and ``tensors`` the tables; ``missing``
+    what is not there of the run, ``damage`` what is there but was altered, one line each;
+    ``driver`` "mpio", "parts", "gather" or "journals". A context manager.
+    """
+
+    path: Path
+    driver: str
+    attributes: dict
+    ranks: list[RankInfo]
+    tensors: list[TensorInfo]
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.missing: list[str] = []
+        self.damage: list[str] = []
+
+    @property
+    def problems(self) -> list[str]:
+        """What is missing, then what was altered."""
+        return self.missing + self.damage
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run ended and all ranks' rows are there, as far as was looked at."""
+        return not self.missing and not self.damage
+
+    def __len__(self) -> int:
+        """Number of events, of the ranks whose rows are there."""
+        return sum(rank.count for rank in self.ranks)
+
+    def column(self, name: str):
+        """One column of all events, as it is stored: slice it (``trace.column("step")[:100]``).
+
+        Read lazily from a sealed file, without the check of the rows' fingerprints.
+        """
+        if name not in EVENT.names:
+            msg = f"a trace has no column {name!r}; there are {', '.join(EVENT.names)}"
+            raise UsageError(msg)
+        return self._column(name)
+
+    def events(self, rank: int | None = None) -> np.ndarray:
+        """The rows of a rank (or of all ranks, in rank order), dtype EVENT, shape (n,).
+
+        Checked against the rank's fingerprint; IncompleteError where they are not intact.
+        """
+        if rank is not None:
+            return self._rows(self._rank(rank))
+        rows = [self._rows(info) for info in self.ranks]
+        return np.concatenate(rows) if rows else np.zeros(0, EVENT)
+
+    def intact_events(self):
+        """Yield (RankInfo, its rows) for each rank whose rows are intact, one rank at a time.
+
+        The others are named in ``problems`` and make the trace incomplete.
+        """
+        for info in self.ranks:
+            try:
+                rows = self._rows(info)
+            except IncompleteError as error:
+                self._note(error)
+            else:
+                yield info, rows
+
+    def close(self) -> None:
+        pass
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _rank(self, rank: int) -> RankInfo:
+        for info in self.ranks:
+            if info.rank == rank:
+                return info
+        there = f"0..{len(self.ranks) - 1}" if self.complete else [r.rank for r in self.ranks]
+        msg = f"{self.path} has no rank {rank}; there are {there}"
+        raise UsageError(msg)
+
+    def _column(self, name: str):
+        raise NotImplementedError
+
+    def _rows(self, info: RankInfo) -> np.ndarray:
+        raise NotImplementedError
+
+    def _note(self, error: IncompleteError) -> None:
+        kept = self.damage if isinstance(error, DamageError) else self.missing
+        if str(error) not in kept:
+            kept.append(str(error))

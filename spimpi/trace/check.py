@@ -1,0 +1,59 @@
+"""Whether a trace is intact, incomplete or damaged: all of it is read once."""
+
+from dataclasses import dataclass
+
+from spimpi.errors import UsageError
+from spimpi.trace.base import DamageError
+from spimpi.trace.reader import open as open_trace
+from spimpi.trace.sealed import SealedTrace
+
+EXIT_STATUS = {"intact": 0, "damaged": 1, "incomplete": 3}
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What a check of a trace found; ``ranks`` and ``events``: how many are there and intact."""
+
+    file: str
+    driver: str
+    missing: list[str]
+    damage: list[str]
+    ranks: int = 0
+    events: int = 0
+
+    @property
+    def state(self) -> str:
+        if self.damage:
+            return "damaged"
+        return "incomplete" if self.missing else "intact"
+
+    @property
+    def exit_status(self) -> int:
+        return EXIT_STATUS[self.state]
+
+
+def check(path) -> Condition:
+    """Read a whole trace, one rank at a time. UsageError where it is none, or still written."""
+    try:
+        trace = open_trace(path)
+    except DamageError as error:
+        return Condition(str(path), "", [], [str(error)])
+    with trace:
+        refuse_running(trace)
+        intact = [info for info, _ in trace.intact_events()]
+        if isinstance(trace, SealedTrace):
+            trace.check_columns(intact)
+        n = sum(info.count for info in intact)
+        return Condition(
+            str(trace.path), trace.driver, trace.missing, trace.damage, len(intact), n
+        )
+
+
+def refuse_running(trace) -> None:
+    """UsageError where the journals of ``trace`` are still written to."""
+    if getattr(trace, "running", False):
+        msg = (
+            f"the trace {trace.path} is still being written by a running job; "
+            f"spimpi trace show --live {trace.path} shows what was flushed so far"
+        )
+        raise UsageError(msg)

@@ -1,0 +1,154 @@
+"""Sealing what is intact of a killed run's journals. One process, no MPI."""
+
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from spimpi.errors import IncompleteError, UsageError
+from spimpi.trace import layout
+from spimpi.trace.check import check, refuse_running
+from spimpi.trace.checksum import rows_fingerprint
+from spimpi.trace.drivers import Plan, write_alone
+from spimpi.trace.journal import lock, remove_journal
+from spimpi.trace.reader import places
+from spimpi.trace.seal import clear
+from spimpi.trace.sealed import SealedTrace, sealed_run_id
+from spimpi.trace.unsealed import JournalTrace
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What was sealed, what the journals lacked, and the journals that are kept.
+
+    ``events`` is 0 where the trace was sealed already, and only journals were left to remove.
+    """
+
+    file: str
+    ranks: int
+    events: int
+    missing: list[str]
+    kept: list[str]
+
+
+def recover(path, overwrite: bool = False) -> Recovered:
+    """Seal the journals of a run that was killed, or whose sealing was interrupted.
+
+    The trace is marked incomplete (attribute ``missing``) unless every rank's journal is there
+    and closed. Journals go after the sealed file was read back, but for those of which something
+    was left out as damaged. UsageError where there is nothing to recover, a job still writes it,
+    or another trace is in the way; IncompleteError where no journal can be read.
+    """
+    path, folder = places(path)
+    if not folder.is_dir():
+        there = f"{path} is sealed" if path.is_file() else f"there is no trace {path}"
+        msg = f"nothing to recover: {there}, and there are no journals {folder}"
+        raise UsageError(msg)
+    trace = JournalTrace(path, folder)
+    refuse_running(trace)
+    if not trace.ranks:
+        msg = f"{folder}: {'; '.join(trace.problems[1:])}"
+        raise IncompleteError(msg)
+    with ExitStack() as held:
+        for journal in trace.journals:
+            held.enter_context(_locked(path, journal))
+        if path.is_file() and not overwrite:
+            return _already_sealed(trace, folder)
+        sealed = _seal(trace)
+        return _remove(trace, folder, sealed)
+
+
+def _locked(path: Path, journal: Path):
+    try:
+        held = lock(journal)
+    except OSError as error:
+        msg = f"{journal} cannot be opened for writing: {error.strerror}"
+        raise UsageError(msg) from error
+    if held is None:
+        msg = f"the journals of {path} are in use by another process"
+        raise UsageError(msg)
+    return held
+
+
+def _already_sealed(trace: JournalTrace, folder: Path) -> Recovered:
+    """A sealed trace is there: of this run and intact, only its journals are left to remove."""
+    path = trace.path
+    if sealed_run_id(path) != trace.attributes.get("run_id"):
+        msg = f"{path} is there, of another run; --overwrite replaces it by what the journals hold"
+        raise UsageError(msg)
+    found = check(path)
+    if found.exit_status:
+        msg = (
+            f"{path} is there, of the same run and {found.state}; --overwrite replaces it by what "
+            "the journals hold"
+        )
+        raise UsageError(msg)
+    for journal in trace.journals:
+        remove_journal(journal)
+    clear(path, folder, keep_parts=found.driver == "parts")
+    return Recovered(str(path), found.ranks, 0, [], [])
+
+
+def _seal(trace: JournalTrace) -> SealedTrace:
+    """Write the file, read it back, give it its name."""
+    ranks, ranges = [], []
+    for info, rows in trace.intact_events():
+        offset = ranks[-1].offset + ranks[-1].count if ranks else 0
+        fingerprint = rows_fingerprint(rows)
+        ranks.append(replace(info, offset=offset, count=len(rows), fingerprint=fingerprint))
+        ranges.append(layout.column_range(rows))
+    lows, highs = (np.array(bounds) for bounds in zip(*ranges))
+    missing = [line for line in trace.problems if line != trace.never_sealed]
+    ended = trace.end_states if len(trace.end_states) == 1 and not missing else {"incomplete"}
+    attributes = {**trace.attributes, "end_state": ended.pop() or "incomplete", "recovered": True}
+    if missing:
+        attributes[layout.MISSING] = missing
+    plan = Plan(
+        path=trace.path,
+        own=None,
+        total=sum(info.count for info in ranks),
+        types=layout.column_types(lows.min(axis=0), highs.max(axis=0)),
+        run_id=trace.attributes.get("run_id", ""),
+        ranks=ranks,
+        attributes=attributes,
+        tensors=trace.tensors,
+        temporary=Path(f"{trace.path}.sealing"),
+    )
+    blocks = ((info.offset, trace.events(info.rank)[: info.count]) for info in ranks)
+    with ExitStack() as undo:
+        try:
+            write_alone(plan, blocks, undo)
+        except OSError as error:
+            msg = f"cannot write {plan.temporary}: {error.strerror or error}; the journals are kept"
+            raise IncompleteError(msg) from error
+        sealed = _read_back(plan)
+        os.replace(plan.temporary, plan.path)
+        undo.pop_all()
+    return sealed
+
+
+def _read_back(plan: Plan) -> SealedTrace:
+    with SealedTrace(plan.temporary) as sealed:
+        intact = [info for info, _ in sealed.intact_events()]
+        sealed.check_columns(intact)
+    if sealed.damage or intact != plan.ranks:
+        msg = (
+            f"read back, {plan.temporary.name} does not hold what was written: "
+            f"{'; '.join(sealed.damage) or 'other ranks'}; the journals are kept"
+        )
+        raise IncompleteError(msg)
+    return sealed
+
+
+def _remove(trace: JournalTrace, folder: Path, sealed: SealedTrace) -> Recovered:
+    kept = []
+    for journal in trace.journals:
+        if any(line.startswith(f"{journal.stem}.") for line in trace.damage):
+            kept.append(str(journal))
+        else:
+            remove_journal(journal)
+    clear(trace.path, folder)
+    events = sum(info.count for info in sealed.ranks)
+    return Recovered(str(trace.path), len(sealed.ranks), events, sealed.missing, kept)

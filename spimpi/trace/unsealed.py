@@ -1,0 +1,109 @@
+"""The journals of a run that was never sealed, read as a trace."""
+
+import fcntl
+from pathlib import Path
+
+import numpy as np
+
+from spimpi.errors import UsageError
+from spimpi.trace.base import Trace
+from spimpi.trace.checksum import rows_fingerprint
+from spimpi.trace.growing import merged, renumbered
+from spimpi.trace.journal import OWN_HEADER, JournalContents, read_journal
+from spimpi.trace.schema import RankInfo
+
+
+class JournalTrace(Trace):
+    """The journals of a run that was killed, or that is still going on: never complete.
+
+    ``running``: whether a process still writes one of them, as far as the file system's locks
+    tell (those of another node are seen where the file system shares locks between nodes).
+    """
+
+    driver = "journals"
+
+    def __init__(self, path: Path, folder: Path):
+        super().__init__(path)
+        self.attributes, self.tensors, self.ranks = {}, [], []
+        self.end_states: set[str | None] = set()
+        self._files, self._numbers = {}, {}
+        self.journals = sorted(folder.glob("rank-*.journal"))
+        self.never_sealed = (
+            f"{path.name} was never sealed: the run was killed, has not ended or could not seal; "
+            "this is what its journals hold"
+        )
+        self.missing.append(self.never_sealed)
+        try:
+            self.running = any(map(in_use, self.journals))
+            self._use([_without_events(file) for file in self.journals])
+        except OSError as error:
+            msg = f"the journals in {folder} cannot be read: {error.strerror} ({error.filename})"
+            raise UsageError(msg) from error
+
+    def _use(self, journals: list[JournalContents]) -> None:
+        for journal in journals:
+            self.missing += journal.missing
+            self.damage += journal.damage
+        journals = [journal for journal in journals if journal.header]
+        if not journals:
+            self.missing.append("no journal whose header can be read")
+            return
+        first = journals[0]
+        run_id = first.header.get("run_id")
+        others = [j for j in journals if j.header.get("run_id") != run_id]
+        self.damage += [f"{j.path.name}: of another run, left out" for j in others]
+        journals = [j for j in journals if j.header.get("run_id") == run_id]
+        self.attributes = {k: v for k, v in first.header.items() if k not in OWN_HEADER}
+        self.tensors = first.tensors
+        self.end_states = {journal.end_state for journal in journals}
+        if first.grows:
+            self.tensors, numbers = merged([j.tensors for j in journals])
+            self._numbers = {j.header["rank"]: own for j, own in zip(journals, numbers)}
+        offset = 0
+        for journal in journals:
+            header, count = journal.header, journal.count
+            rank = header["rank"]
+            self._files[rank] = journal.path
+            info = RankInfo(
+                rank, header["host"], header["pid"], header["device"],
+                float(header["started"]), offset, count, journal.fingerprint,
+            )  # fmt: skip
+            if rank in self._numbers:
+                changed = rows_fingerprint(self._rows(info))
+                info = RankInfo(**{**vars(info), "fingerprint": changed})
+            self.ranks.append(info)
+            offset += count
+            if not journal.complete and not journal.problems:
+                self.missing.append(f"{journal.path.name}: not closed, {count} events were flushed")
+        world = self.attributes.get("world")
+        missing = [r for r in range(world if isinstance(world, int) else 0) if r not in self._files]
+        if missing:
+            some = ", ".join(map(str, missing[:10])) + (", …" if len(missing) > 10 else "")
+            self.missing.append(f"no journal of {len(missing)} of {world} ranks: {some}")
+
+    def _column(self, name: str):
+        return self.events()[name]
+
+    def _rows(self, info: RankInfo) -> np.ndarray:
+        rows = read_journal(self._files[info.rank]).events[: info.count]
+        numbers = self._numbers.get(info.rank)
+        return rows if numbers is None else renumbered(rows, numbers)
+
+
+def in_use(journal: Path) -> bool:
+    """Whether a process holds the journal open for writing (or seals it)."""
+    with journal.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # no locks on this file system
+            pass
+    return False
+
+
+def _without_events(path: Path) -> JournalContents:
+    """A journal's facts; its rows are read again when they are wanted, one rank at a time."""
+    contents = read_journal(path)
+    contents.count, contents.events = len(contents.events), contents.events[:0]
+    return contents

@@ -1,0 +1,45 @@
+"""A sample of the killed runs of kill_runs.py."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from kill_runs import RANKS, compare, journals, kill_runs, note, rows_of
+from trace_samples import TENSORS, header
+
+
+def test_ten_killed_runs_leave_traces_that_say_what_is_there_and_what_is_not():
+    counts = kill_runs(10, seed=1)
+    assert sum(counts.values()) == 10
+    assert len({way for _, way, _ in counts}) == 4
+
+
+def a_killed_run(path: Path) -> list[Path]:
+    """Journals as of ranks killed after 100 rows, and their notes."""
+    files = []
+    for rank in range(RANKS):
+        journal = journals.Journal(journals.journal_folder(path), rank, header(RANKS), TENSORS)
+        journal.append(rows_of(rank)[:100])
+        journal.flush()
+        os.close(journal._fd)
+        note(path, rank, "flushed 100")
+        files.append(journal.path)
+    return files
+
+
+@pytest.mark.parametrize("fault", ["none", "a row lost", "a row of another rank", "a rank lost"])
+def test_the_comparison_sees_a_planted_fault(tmp_path, fault):
+    path = tmp_path / "run.h5"
+    files = a_killed_run(path)
+    if fault == "a row lost":
+        os.truncate(files[1], files[1].stat().st_size - 88)
+    elif fault == "a row of another rank":
+        shutil.copy(files[2], files[1])
+    elif fault == "a rank lost":
+        files[1].unlink()
+    if fault == "none":
+        assert compare(path) == "incomplete, journals"
+        return
+    with pytest.raises(AssertionError):
+        compare(path)

@@ -1,0 +1,177 @@
+"""``spimpi trace recover``: what is intact is sealed and marked, and nothing is lost."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from trace_samples import TENSORS, header, same, some_events, write_journal, write_trace
+
+import spimpi.trace.recover as module
+from spimpi.cli import main
+from spimpi.errors import IncompleteError
+from spimpi.trace import open as open_trace
+from spimpi.trace.check import check
+from spimpi.trace.journal import Journal, journal_folder, journal_path
+from spimpi.trace.recover import recover
+
+
+def killed(path, world=3, rows=30, present=(0, 1, 2), closed=()):
+    """Journals as ranks leave them that were killed after their last flush."""
+    for rank in present:
+        journal = Journal(journal_folder(path), rank, header(world), TENSORS)
+        journal.append(some_events(rows * (rank + 1), rank))
+        journal.flush()
+        if rank in closed:
+            journal.close("verified")
+        os.close(journal._fd) if journal._fd else None
+
+
+def recovered(capfd, path, *options) -> tuple[int, dict]:
+    status = main(["trace", "recover", str(path), "--json", *options])
+    return status, json.loads(capfd.readouterr().out or "null")
+
+
+def test_all_that_was_flushed_is_sealed_and_marked_incomplete(tmp_path, capfd):
+    path = tmp_path / "run.h5"
+    killed(path)
+    status, found = recovered(capfd, path)
+    assert (status, found["ranks"], found["events"], found["kept"]) == (0, 3, 180, [])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.h5"]
+    with open_trace(path) as trace:
+        assert trace.driver == "gather" and not trace.complete
+        assert trace.missing == found["missing"]
+        for rank in range(3):
+            assert f"rank-0000{rank}.journal: not closed, {30 * (rank + 1)}" in trace.missing[rank]
+            assert same(trace.events(rank), some_events(30 * (rank + 1), rank))
+        assert trace.attributes["end_state"] == "incomplete" and trace.attributes["recovered"]
+        assert trace.tensors == TENSORS
+    condition = check(path)
+    assert (condition.state, condition.events, condition.missing) == (
+        "incomplete", 180, found["missing"],
+    )  # fmt: skip
+    assert main(["trace", "show", str(path)]) == 3
+
+
+def test_a_rank_that_left_nothing_is_missing_by_name(tmp_path, capfd):
+    path = tmp_path / "run.h5"
+    killed(path, present=(0, 2))
+    _, found = recovered(capfd, path)
+    assert "no journal of 1 of 3 ranks: 1" in found["missing"]
+    with open_trace(path) as trace:
+        assert [info.rank for info in trace.ranks] == [0, 2]
+        assert same(trace.events(2), some_events(90, 2))
+
+
+@pytest.mark.parametrize("cut", [0, 100])
+def test_a_header_that_was_cut_short_is_missing(tmp_path, capfd, cut):
+    path = tmp_path / "run.h5"
+    killed(path)
+    os.truncate(journal_path(journal_folder(path), 1), cut)
+    _, found = recovered(capfd, path)
+    assert found["ranks"] == 2
+    assert "rank-00001.journal: its header is cut short, nothing was flushed" in found["missing"]
+
+
+def test_a_run_that_ended_but_could_not_seal_is_recovered_whole(tmp_path, capfd):
+    path = tmp_path / "run.h5"
+    killed(path, closed=(0, 1, 2))
+    status, found = recovered(capfd, path)
+    assert status == 0 and found["missing"] == []
+    with open_trace(path) as trace:
+        assert trace.complete and trace.attributes["end_state"] == "verified"
+    assert check(path).state == "intact"
+
+
+def test_a_journal_with_damage_is_kept_and_the_rows_before_it_are_sealed(tmp_path, capfd):
+    path = tmp_path / "run.h5"
+    killed(path)
+    damaged = journal_path(journal_folder(path), 1)
+    data = bytearray(damaged.read_bytes())
+    data[-200] ^= 1
+    damaged.write_bytes(data)
+    _, found = recovered(capfd, path)
+    assert found["kept"] == [str(damaged)] and list(journal_folder(path).iterdir()) == [damaged]
+    assert any("rank-00001.journal: record 57 is damaged" in line for line in found["missing"])
+    with open_trace(path) as trace:
+        assert same(trace.events(1), some_events(60, 1)[:57])
+
+
+def test_a_job_that_still_runs_is_left_alone(tmp_path, capfd):
+    path = tmp_path / "run.h5"
+    journal = Journal(journal_folder(path), 0, header(1), TENSORS)
+    journal.append(some_events(30))
+    journal.flush()
+    assert main(["trace", "recover", str(path)]) == 2
+    assert "still being written by a running job" in capfd.readouterr().err
+    assert journal.path.exists() and not path.exists()
+
+
+def test_nothing_to_recover_is_told_in_one_line(tmp_path, one, capfd):
+    write_trace(one, tmp_path / "sealed.h5", some_events(5))
+    for name, text in (("sealed.h5", "sealed.h5 is sealed"), ("absent.h5", "there is no trace")):
+        assert main(["trace", "recover", str(tmp_path / name)]) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert "nothing to recover" in line and text in line
+
+
+def test_a_trace_of_another_run_is_replaced_only_when_asked(tmp_path, one, capfd):
+    path = tmp_path / "run.h5"
+    write_trace(one, path, some_events(5), "parts")
+    write_journal(one, path, some_events(40), run_id="run-2")
+    assert main(["trace", "recover", str(path)]) == 2
+    assert "of another run; --overwrite" in capfd.readouterr().err
+    status, found = recovered(capfd, path, "--overwrite")
+    assert (status, found["events"]) == (0, 40)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.h5"]
+    assert same(open_trace(path).events(), some_events(40))
+
+
+def test_journals_left_beside_their_own_sealed_trace_are_removed(tmp_path, one, driver, capfd):
+    path = tmp_path / "run.h5"
+    journal = write_journal(one, path, some_events(40))
+    kept = tmp_path / "kept"
+    shutil.copytree(journal_folder(path), kept)
+    module_seal(one, journal, path, driver)
+    shutil.copytree(kept, journal_folder(path))
+    with open_trace(path) as trace:
+        assert trace.driver == driver
+    assert main(["trace", "recover", str(path)]) == 0
+    assert "was sealed already" in capfd.readouterr().out
+    assert not journal_folder(path).exists() and check(path).state == "intact"
+
+
+def module_seal(one, journal, path, driver):
+    from spimpi.trace.seal import seal
+
+    seal(one, journal, path, {"end_state": "verified"}, driver)
+
+
+def test_sealing_that_does_not_read_back_keeps_the_journals(tmp_path, monkeypatch):
+    path = tmp_path / "run.h5"
+    killed(path)
+    before = {p.name: p.read_bytes() for p in journal_folder(path).iterdir()}
+    write = module.write_alone
+
+    def wrong(plan, blocks, undo):
+        write(plan, ((start, np.roll(rows, 1)) for start, rows in blocks), undo)
+
+    monkeypatch.setattr(module, "write_alone", wrong)
+    with pytest.raises(IncompleteError, match="does not hold what was written"):
+        recover(path)
+    assert {p.name: p.read_bytes() for p in journal_folder(path).iterdir()} == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.h5.journal"]
+    monkeypatch.undo()
+    assert recover(path).events == 180
+
+
+def test_what_interrupted_sealing_left_is_cleared(tmp_path):
+    path = tmp_path / "run.h5"
+    killed(path, closed=(0, 1, 2))
+    (tmp_path / "run.h5.sealing").write_text("half")
+    for name in ("run.h5.parts", "run.h5.parts.sealing"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rank-00000.h5").write_text("half")
+    recover(path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.h5"]
