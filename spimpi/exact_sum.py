@@ -55,7 +55,10 @@ def exact_allreduce(comm, sendbuf, recvbuf=None, tag=None, *, ctx=None) -> np.nd
     not fit. Collective.
     Proof and sources: docs/sums.md.
     """
-    comm = session_of(comm, ctx).comm
+    session = session_of(comm, ctx)
+    if session.judge_requests is not None:
+        session.judge_requests()
+    comm = session.comm
     tag = Tag(name="exact_allreduce") if tag is None else tag
     kinds = Established.COMPUTED | Established.AGREED
     c = Check("exact_allreduce", tag, Rule.GATHERED, kinds)

@@ -148,11 +148,15 @@ class RecordReduction:
         self.op, self.datatype = kind._shared
 
     def free(self):
-        kind = RecordReduction
+        """Once: what is shared would go from under the others' feet."""
+        if self.op is None:
+            return
+        kind, op, datatype = RecordReduction, self.op, self.datatype
+        self.op = self.datatype = None
         kind.users -= 1
         if not kind.users:
-            self.op.Free()
-            self.datatype.Free()
+            op.Free()
+            datatype.Free()
 
     def start(self, comm, records: np.ndarray, merged: np.ndarray):
         """Start merging into ``merged``; returns the request. Collective."""

@@ -17,6 +17,7 @@ from spimpi.checks.link_record import (
     usage_problem,
 )  # fmt: skip
 from spimpi.checks.pending import built, enforce, require_comm
+from spimpi.checks.requests import wait
 from spimpi.checks.session import Link, Pair, pair_of
 from spimpi.checks.verdict import Verdict, Where
 from spimpi.errors import UsageError
@@ -202,7 +203,8 @@ class _Exchange:
 
     def finish(self) -> Verdict:
         """Wait for the other end's record, and judge. The same on both ends."""
-        MPI.Request.Waitall(self.requests)
+        for request in self.requests:
+            wait(request)
         sends = self.rank == self.ends[0]
         records = [self.own[0], self.other[0]][:: 1 if sends else -1]
         sent, waited = records

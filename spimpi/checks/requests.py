@@ -4,8 +4,9 @@ MPI lets ranks wait for their requests in any order. The check of a collective i
 can begin when the data are there, and which all ranks of a communicator must begin in one order.
 Hence two steps. A check begins, in the order of the calls, in the first checked call of this rank
 that sees the data there: whoever waits for one thing looks after all others, whatever their
-communicator. It is judged by Wait, Test or the next blocking collective, in the order of the calls
-too, since a check that fails exchanges more (checks/failure.py).
+communicator. It is judged in the order of the calls too, since a check that fails exchanges more
+(checks/failure.py): by Wait, Test, the next blocking collective, or a rank that would wait for
+something else, on which the ranks in that exchange may wait.
 """
 
 from collections import deque
@@ -20,6 +21,7 @@ from spimpi.launch import LONGEST_NAP, SHORTEST_NAP
 LOOKS_AWAKE = 200  # before the first nap: most waits end sooner
 
 _busy: dict = {}  # queues with collectives whose checks have not begun
+_open: dict = {}  # and with collectives that are not judged
 
 
 def look() -> None:
@@ -30,7 +32,14 @@ def look() -> None:
 
 def under_way() -> bool:
     """Whether a rank that waits must look after collectives meanwhile."""
-    return bool(_busy)
+    return bool(_open)
+
+
+def _attend() -> None:
+    """Judge what is complete: this rank would wait, perhaps for one that waits for it to do so."""
+    for queue in list(_open):
+        while queue.judge_first():
+            pass
 
 
 def wait(request, status=None) -> None:
@@ -42,10 +51,11 @@ def wait(request, status=None) -> None:
 def _meanwhile(is_complete) -> None:
     """Look after the collectives under way until there are none or ``is_complete()``."""
     pause = _pauses()
-    while _busy:
+    while _open:
         look()
         if is_complete():
             return
+        _attend()
         next(pause)
 
 
@@ -138,6 +148,7 @@ class CheckedRequest:
             if flag:
                 return i
             look()
+            _attend()
             next(pause)
 
     @staticmethod
@@ -157,6 +168,7 @@ class CheckedRequest:
         requests, pause = list(requests), _pauses()
         while (done := CheckedRequest.Testsome(requests, statuses)) == []:
             look()
+            _attend()
             next(pause)
         return done
 
@@ -177,7 +189,7 @@ def _is_complete(request) -> bool:
 
 
 class CheckedCollective(CheckedRequest):
-    """A collective under way. ``check``: RecordCheck or PendingSum: begin, test, judge."""
+    """A collective under way. ``check``: its RecordCheck."""
 
     def __init__(self, queue, request, check, raises):
         super().__init__()
@@ -220,6 +232,9 @@ class RecordCheck:
     def test(self) -> bool:
         return self.group.test()
 
+    def wait(self) -> None:
+        self.group.wait()
+
     def judge(self):
         merged = self.group.wait()
         self.group.session = self.session
@@ -238,7 +253,7 @@ class Queue:
         """A collective that has been called, and what checks it."""
         made = CheckedCollective(self, request, check, raises)
         self._waiting.append(made)
-        _busy[self] = None
+        _busy[self] = _open[self] = None
         return made
 
     def begin_ready(self) -> None:
@@ -255,6 +270,16 @@ class Queue:
         first._check.begin(self.session)
         self._begun.append(first)
 
+    def judge_first(self) -> bool:
+        """Judge the first one, if its check is complete; whether it was."""
+        if not self._begun or not self._begun[0]._check.test():
+            return False
+        first = self._begun.popleft()
+        if not self._begun and not self._waiting:
+            del _open[self]
+        first._judge()
+        return True
+
     def judge_until(self, last: CheckedCollective, blocking: bool) -> bool:
         """Judge those up to ``last``, in order; whether it is judged."""
         while not last._judged:
@@ -262,17 +287,11 @@ class Queue:
             if not self._begun and not self._waiting:
                 msg = "the communicator of this request was freed: wait for it before"
                 raise UsageError(msg)
-            if self._begun:
-                test = self._begun[0]._check.test
-                if blocking:
-                    _meanwhile(test)
-                elif not test():
-                    return False
-                self._begun.popleft()._judge()
-            elif blocking:
-                self._wait_for_data()
-            else:
+            if self.judge_first():
+                continue
+            if not blocking:
                 return False
+            self._wait(last)
         return True
 
     def judge_all(self) -> None:
@@ -286,19 +305,20 @@ class Queue:
         if self._waiting or self._begun:
             self.judge_until((self._waiting or self._begun)[-1], True)
 
-    def _wait_for_data(self) -> None:
-        """Until the check of the first one has begun."""
-        pause = _pauses()
-        while len(_busy) > 1:
-            look()
-            if self._begun:
-                return
-            next(pause)
-        self._waiting[0]._request.Wait()
-        self._begin_first()
+    def _wait(self, last) -> None:
+        """Until the first one's check is complete, or can begin. Asleep in MPI where nothing else
+        is under way."""
+        if len(_open) > 1 or (self._begun and self._waiting):
+            _meanwhile(lambda: last._judged or (self._begun and self._begun[0]._check.test()))
+        elif self._begun:
+            self._begun[0]._check.wait()
+        else:
+            self._waiting[0]._request.Wait()
+            self._begin_first()
 
     def close(self) -> None:
         """Forget what nobody waited for, before the communicator is freed."""
         self._waiting.clear()
         self._begun.clear()
         _busy.pop(self, None)
+        _open.pop(self, None)

@@ -191,3 +191,50 @@ def test_requests_that_nobody_waits_for_go_with_their_communicator(comm):
     mine = spimpi.checked(comm).Ibcast(np.ones(1), 0)
     mine.Wait()
     assert mine.verdict
+
+
+@two
+@pytest.mark.parametrize("case", ["faulty", "maximum", "NaN"])
+def test_a_rank_waits_for_a_message_of_one_whose_check_exchanges_more(comm, case):
+    """Rank 0 waits, then sends; the others receive (Recv, Irecv and Waitany), then wait."""
+    for part in worlds(comm, 2):
+        checked, box = spimpi.checked(part, check=False), np.zeros(1)
+        own, op = np.full(2, 1.0 + part.rank), MPI.MAX if case == "maximum" else MPI.SUM
+        own[1] = np.nan if case == "NaN" else own[1]
+        inner = checked.comm
+        if case == "faulty":
+            spoilt(checked, 1)
+        request = checked.Iallreduce(own, np.zeros(2), op)
+        checked.comm = inner
+        if part.rank == 0:
+            request.Wait()
+            for other in range(1, part.size):
+                checked.Send(np.ones(1), other)
+        elif part.rank == 1:
+            checked.Recv(box, 0)
+        else:
+            assert spimpi.CheckedRequest.Waitany([checked.Irecv(box, 0, 0)]) == 0
+        request.Wait()
+        assert bool(request.verdict) is (case != "faulty")
+
+
+@two
+def test_a_handoff_and_an_exact_sum_come_between_a_failing_request_and_its_wait(comm):
+    """Rank 0 waits first, the others last."""
+    checked, tag = spimpi.checked(comm, check=False), spimpi.Tag(name="between")
+    inner = checked.comm
+    if comm.rank < 2:  # a pair's first hand-off makes a communicator, and MPI waits for that
+        spimpi.verify_pipeline_handoff(comm, np.ones(3), 0, 1, tag)
+    requests = []
+    for _ in range(2):
+        spoilt(checked, 1)
+        requests.append(checked.Iallgather(np.ones(2), np.zeros(2 * comm.size)))
+        checked.comm = inner
+        if comm.rank == 0:
+            requests[-1].Wait()
+        if len(requests) == 1 and comm.rank < 2:
+            assert spimpi.verify_pipeline_handoff(comm, np.ones(3), 0, 1, tag)
+        if len(requests) == 2:
+            assert spimpi.exact_allreduce(comm, np.ones(2))[1] == comm.size
+        requests[-1].Wait()
+        assert not requests[-1].verdict and requests[-1].verdict.where.rank == 1

@@ -220,3 +220,14 @@ def test_communicators_and_operations_are_given_back(comm):
     alone = RecordReduction.users == 0
     assert alone == (ctx.records.op == MPI.OP_NULL)
     assert alone == (ctx.records.datatype == MPI.DATATYPE_NULL)
+
+
+def test_what_all_share_is_given_back_once_however_often_one_frees_it(comm):
+    first, second = RecordReduction(), RecordReduction()
+    users = RecordReduction.users
+    first.free()
+    first.free()
+    assert RecordReduction.users == users - 1
+    merged = second.merge(comm, empty_records(2))
+    assert (merged["every"] == ALL_ONES).all()
+    second.free()

@@ -7,7 +7,9 @@ from planted import worlds
 from sums_data import TAG, added, dtype_of, own_of
 
 from spimpi import TensorPartition
-from spimpi.checks.sums.verify import verify_allreduce, verify_reduce_scatter
+from spimpi.checks.sums import judge
+from spimpi.checks.sums.call import RESULT, prepare
+from spimpi.checks.sums.verify import sum_check, verify_allreduce, verify_reduce_scatter
 
 pytestmark = [pytest.mark.mpi, pytest.mark.wheels]
 
@@ -95,3 +97,17 @@ def test_xor_is_exact(comm, name):
         cut = TensorPartition(0, part.size, part.rank, 7)
         shard = total[cut.start : cut.stop]
         assert verify_reduce_scatter(part, xs[part.rank], shard, cut, TAG, op=MPI.BXOR)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("dtype", [bool, np.int32])
+def test_bits_that_differ_between_ranks_are_a_disagreement(comm, dtype):
+    """The words of the sum aside, which see it too."""
+    x = np.ones(9, dtype)
+    check, _ = sum_check(comm, "allreduce", x, x, None, TAG, MPI.BXOR)
+    local = prepare(comm, check, x, x.copy(), None, MPI.BXOR)
+    if comm.rank == 1:
+        local.blocks.result[3] = 0
+    everyone = np.zeros((comm.size, check.words.size), np.uint64)
+    everyone[1, RESULT] = 1
+    assert judge._disagreement(comm, local, everyone).where.check == "allreduce"

@@ -6,7 +6,7 @@ are counted in row-major order, bins are ranges of them.
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import expm1, fsum, log1p, prod
+from math import expm1, fsum, log1p, log2, prod
 
 import numpy as np
 
@@ -16,6 +16,7 @@ DOUBLE = 2.0**-53  # float64's unit roundoff
 WIDER = 1 + 2.0**-10  # what a wider intermediate format can add to a rounding
 _UP = 1 + 2.0**-40  # makes up for the rounding of a limit's own evaluation
 _SMALLEST = 2.0**-1022
+_SURE = 10  # bits: odds of blaming a rank by chance
 
 # unit roundoff, smallest normal number, largest number: by the dtype's name
 _FORMATS = {
@@ -115,7 +116,8 @@ class Blame:
 
 
 def blame(own: np.ndarray, result: np.ndarray, limit: np.ndarray) -> Blame | None:
-    """The one rank that explains the failing bins, by all projections; None if none or several.
+    """The one rank that explains the failing bins, by all projections; None if none or several,
+    or if another error would look so with odds of more than 2^-10.
 
     ``own`` [P, J + 1, B], ``result`` [J, B], ``limit`` [B]: of the failing bins.
     """
@@ -126,8 +128,10 @@ def blame(own: np.ndarray, result: np.ndarray, limit: np.ndarray) -> Blame | Non
             explained = own[rank, :-1] if doubled else -own[rank, :-1]
             # A sum of one addend more has up to twice the roundings, of twice the norm.
             slack = 4 * limit if doubled else limit
-            # A rank that gave nothing explains nothing.
-            if np.any(np.abs(explained) > limit) and np.all(
+            # Another error agrees with it in a bin with odds of 4 slack / |explained|; a rank that
+            # gave nothing explains nothing.
+            bits = np.log2(np.maximum(np.abs(explained) / (4 * slack), 1)).sum()
+            if bits >= _SURE + log2(2 * len(own)) and np.all(
                 np.abs(difference - explained) <= slack
             ):
                 found.append(Blame(rank, doubled))

@@ -54,7 +54,7 @@ def _disagreement(comm, local, everyone, unsure=None) -> Verdict | None:
     results = everyone[:, RESULT]
     if local.scattered or not np.ptp(results):
         return None
-    if local.dtype.kind not in "iu":
+    if local.dtype.kind not in "iub":
         kept = sum_words.comparable(local.blocks.result, local.op, unsure)
         own = np.array([fingerprint(kept, local.tag)], np.uint64)
         results = np.empty(comm.size, np.uint64)
