@@ -50,7 +50,8 @@ class CheckedComm(CheckedMessages):
         if self._requests.queue is None:
             self._requests.queue = Queue(self._requests)
         self._queue = self._requests.queue
-        self._session.judge_requests = self._queue.judge_all
+        if self._queue not in self._session.queues:
+            self._session.queues.append(self._queue)
         self.unchecked = self._requests.unchecked
         super().__init__(self._session)
 

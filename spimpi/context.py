@@ -6,6 +6,7 @@ called, because the other ranks may not come. The caller's handle is kept to rec
 """
 
 from functools import cached_property
+from hashlib import blake2b
 
 import numpy as np
 from mpi4py import MPI
@@ -13,7 +14,7 @@ from mpi4py import MPI
 from spimpi.checks.session import Session
 from spimpi.errors import SpimpiError, UsageError
 from spimpi.fingerprint.tag import DEFAULT_SEED
-from spimpi.reduction import RecordReduction
+from spimpi.reduction import RecordReduction, agree
 from spimpi.topology.grid import Grid
 
 
@@ -36,6 +37,7 @@ class DistributedContext:
         self.seed, self.tracer = seed, None
         self._given = comm
         self.world = comm.Dup()
+        self._require_one_trace(trace)
         if trace is not None:
             self.tracer = self._opened(trace)
         self.place = grid.coordinates(self.world.rank)
@@ -49,6 +51,22 @@ class DistributedContext:
         self.records = RecordReduction()
         self.session = Session(self.world, self.records)
         self.open_batch = None
+
+    def _require_one_trace(self, trace) -> None:
+        """Raise UsageError on every rank where they name different traces, or some none."""
+        name = "" if trace is None else f"trace {trace}"
+        digest = blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
+        if agree(self.world, int.from_bytes(digest, "little")):
+            return
+        told = self.world.allgather(name)
+        self.world.Free()
+        given = "; ".join(f"rank {r}: {one or 'none'}" for r, one in enumerate(told[:4]))
+        more = "; …" if len(told) > 4 else ""
+        msg = (
+            "all ranks of a context must give it the same trace=, a path that they share, or all "
+            f"none; found {given}{more}"
+        )
+        raise UsageError(msg)
 
     def _opened(self, trace):
         from spimpi.checks.program_trace import ProgramTracer

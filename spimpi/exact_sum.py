@@ -56,8 +56,7 @@ def exact_allreduce(comm, sendbuf, recvbuf=None, tag=None, *, ctx=None) -> np.nd
     Proof and sources: docs/sums.md.
     """
     session = session_of(comm, ctx)
-    if session.judge_requests is not None:
-        session.judge_requests()
+    session.judge_requests()
     comm = session.comm
     tag = Tag(name="exact_allreduce") if tag is None else tag
     kinds = Established.COMPUTED | Established.AGREED

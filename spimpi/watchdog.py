@@ -59,7 +59,8 @@ class Watchdog:
                 continue
             print(
                 f"spimpi: no progress for {idle:.0f} s: rank {self.rank} ({self.host}) waits in "
-                f"{self.where()}",
+                f"{self.where()}\n",
+                end="",  # in one piece: other ranks write there too
                 file=sys.stderr,
                 flush=True,
             )

@@ -148,6 +148,7 @@ def colors(s: Scene):
     s.whole = color_hidden_states(s.whole.copy(), s.tag)
     s.earlier = color_hidden_states(s.earlier.copy(), replace(s.tag, step=s.tag.step - 1))
     wrong = s.wrong_shard()
+    s.rounds = 2
 
     def call(comm, ctx):
         slab = wrong if comm.rank == s.hit else s.shard(comm.rank)

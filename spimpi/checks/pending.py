@@ -23,8 +23,8 @@ class Group:
     """Checks of one session that share a reduction. All methods are collective over it.
 
     The words of checks that gather them are as many on all ranks only if these make the same
-    checks, which the record tells: so they follow it. Where ``alone`` (not in a batch) a single
-    check's record and words travel together.
+    checks, which the record tells: so they follow it. Where ``alone`` (a request's, whose call is
+    the same on all ranks, or the program is no MPI program) they start on their way together.
     """
 
     def __init__(self, session: Session, checks: list[Check], alone: bool = True):
@@ -37,14 +37,7 @@ class Group:
 
     def merge(self) -> list[Verdict]:
         """Reduce and judge, blocking."""
-        if not self._alone:
-            return self.judge(self.session.merge(self.record))
-        if self.session.judge_requests is not None:
-            self.session.judge_requests()
-        own = self._with_record(self.record)
-        everyone = np.empty((self.session.size, own.size), np.uint64)
-        self.session.comm.Allgather(own, everyone)
-        return self.judge(self._split(everyone))
+        return self.judge(self.session.merge(self.record))
 
     def start(self, place: int = MASK) -> None:
         """Start the reduction; ``place`` is for whoever merges something else by minimum."""
@@ -52,7 +45,7 @@ class Group:
         if not self._alone:
             self._request = self.session.start(record)
             return
-        own = self._with_record(record)
+        own = np.concatenate([np.array(record, np.uint64), self._words])
         everyone = np.empty((self.session.size, own.size), np.uint64)
         self._request = self.session.comm.Iallgather(own, everyone), own, everyone
 
@@ -92,9 +85,6 @@ class Group:
             if c.tracer is not None:
                 c.tracer.record(c, verdict, self.session.comm)
         return verdicts
-
-    def _with_record(self, record) -> np.ndarray:
-        return np.concatenate([np.array(record, np.uint64), self._words])
 
     def _split(self, everyone) -> list[int]:
         """The merged record of all ranks' records and words, which are kept."""

@@ -43,7 +43,7 @@ class Session:
         self.received: dict = {}
         self.under_way: list = []
         self.queue = None
-        self.judge_requests = None  # judges those under way, which come before blocking checks
+        self.queues: list = []  # of requests under way, which are judged before blocking checks
         self.unchecked: Counter = Counter()  # calls that checked communicators passed on
         self.abandoned: list = []  # what a batch left under way when an exception ended it
         self._owned = owned
@@ -59,18 +59,21 @@ class Session:
             del history[next(iter(history))]
         history[tag, slab] = word
 
+    def judge_requests(self) -> None:
+        """Judge the requests under way of all wrappers whose checks go through this session."""
+        for queue in self.queues:
+            queue.judge_all()
+
     def merge(self, words) -> list[int]:
         """One record merged over all ranks, blocking; words and result in RECORD's order."""
-        if self.judge_requests is not None:
-            self.judge_requests()
+        self.judge_requests()
         self._own[:] = words
         self.comm.Allreduce(self._send, self._receive, op=self.records.op)
         return self._merged.tolist()
 
     def start(self, words) -> tuple:
         """As ``merge``, without waiting: (request, what keeps the buffers alive, result)."""
-        if self.judge_requests is not None:
-            self.judge_requests()
+        self.judge_requests()
         own, merged = np.array(words, np.uint64), np.empty(6, np.uint64)
         request = self.records.start(self.comm, own.view(RECORD), merged.view(RECORD))
         return request, own, merged

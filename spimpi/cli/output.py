@@ -66,6 +66,8 @@ class Reporter:
             f"{config.n_heads}/{config.n_kv_heads} heads, {weights}, "
             f"{job.checkpoint.total_bytes / 2**20:.1f} MiB"
         )
+        if ignored := job.checkpoint.ignored:
+            self._print(f"not read   {len(ignored)} other tensors of the files: {ignored[0]}, …")
         arithmetic = "exact-1" if job.exact else "float32 BLAS (no expected fingerprints)"
         self._print(
             f"workload   {len(job.prompts)} prompts, {sum(job.lengths)} prompt tokens, "

@@ -118,6 +118,9 @@ class _Run:
                 with together(ctx.world, PATIENCE):
                     self.recorder.journal = self.tracer.open(ctx, job, self.names)
                 outcome = self._verify()
+            except UsageError:
+                self.tracer.give_up(refused=True)
+                raise
             except BaseException:
                 with suppress(Exception):  # the run's own error is what is to be told
                     self.recorder.write_down()

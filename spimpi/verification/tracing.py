@@ -70,13 +70,14 @@ class Tracer:
         }
         seal(ctx.world, self.journal, self.path, attributes, self.driver, self.overwrite)
 
-    def give_up(self) -> None:
-        """The run ended by an error: its journal stays, unless nothing was recorded yet. Local."""
+    def give_up(self, refused: bool = False) -> None:
+        """The run ended by an error: its journal stays, unless nothing was recorded yet, or the
+        run was ``refused`` (it leaves nothing behind). Local."""
         if self.journal is None:
             return
         with suppress(OSError, SpimpiError):
             self.journal.close("error")
-            if self.journal.count == 0:
+            if refused or self.journal.count == 0:
                 self.journal.path.unlink()
                 clear_folder(self.path, self.journal.path.parent)
 

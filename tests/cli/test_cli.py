@@ -139,7 +139,7 @@ def test_a_flipped_byte_of_a_file_is_named_with_its_tensor(spimpi, manifests):
     assert "rank      not singled out" in shown.stdout
     assert "weights    expected" not in shown.stdout
     (trace,) = [name for name in files() if name.endswith(".h5")]
-    assert json.loads(spimpi(1, "trace", "show", trace, "--json").stdout)["verdict"] == "failed"
+    assert json.loads(spimpi(1, "trace", "show", trace, "--json").stdout)["verdict"] == "corrupted"
 
 
 @pytest.mark.parametrize("ranks", [1, 3])

@@ -6,7 +6,7 @@ from planted import cut, data, refused, worlds
 
 import spimpi
 import spimpi.trace
-from spimpi import Tag, TensorPartition
+from spimpi import DistributedContext, Tag, TensorPartition, UsageError
 from spimpi.cli import main
 from spimpi.trace.schema import Established, Op, Stage, Status
 from spimpi.trace.summary import summarise
@@ -187,3 +187,14 @@ def test_the_checked_communicator_traces_too(comm, shared_folder):
             ops = trace.events(rank)["op"].tolist()
             assert ops == [Op.ALLGATHER, Op.ALLREDUCE_SUM, Op.ALLGATHER]
     comm.Barrier()
+
+
+@pytest.mark.parametrize("names", ["some", "each its own"])
+def test_ranks_that_name_different_traces_all_learn_it(comm, mpi_tmp_path, names):
+    if comm.size < 2:
+        pytest.skip("needs two ranks")
+    own = mpi_tmp_path / f"{comm.rank if names == 'each its own' else 0}.h5"
+    trace = None if names == "some" and comm.rank else own
+    with pytest.raises(UsageError, match="rank 1: "):
+        DistributedContext(comm, trace=trace)
+    assert not list(mpi_tmp_path.iterdir())

@@ -195,7 +195,7 @@ def test_no_clean_sum_alarms_over_many_seeds(comm):
         assert verify_allreduce(comm, xs[comm.rank], added([xs[i] for i in order]), TAG)
 
 
-def test_one_collective_of_fixed_size_is_made_where_all_is_well(comm, monkeypatch):
+def test_two_collectives_of_fixed_size_are_made_where_all_is_well(comm, monkeypatch):
     calls = []
 
     class Counting:
@@ -211,7 +211,18 @@ def test_one_collective_of_fixed_size_is_made_where_all_is_well(comm, monkeypatc
     monkeypatch.setattr(session, "comm", Counting(session.comm))
     xs = own_of(comm, "float64", (300, 300))
     assert verify_allreduce(comm, xs[comm.rank], added(xs), TAG)
-    assert calls == ["Allgather"]
+    assert calls == ["Allreduce", "Allgather"]
+
+
+def test_ranks_that_make_different_checks_all_learn_it(comm):
+    x = np.arange(8.0)
+    with pytest.raises(UsageError, match="allreduce.*replicas"):
+        if comm.rank == 0:
+            verify_allreduce(comm, x, x * comm.size, TAG)
+        elif comm.rank == 1:
+            spimpi.verify_colors(comm, x, TAG)
+        else:
+            spimpi.verify_replicas(comm, x, TAG)
 
 
 def test_the_names_are_spimpis():

@@ -179,8 +179,8 @@ def _too_far(comm, local, everyone, wrong, own, results, limit) -> Verdict:
     off = np.abs(float_bound.excess(here, there)).max(axis=0)
     worst = int(np.argmax(off / np.maximum(limit[at][bins], 1e-300)))
     detail = (
-        f"{sum_report.rows(local, q, ranges)} of the sum are off by up to {off[worst]:.3g}, where "
-        f"rounding explains {limit[at][bins][worst]:.3g}"
+        f"the sum is wrong in {sum_report.rows(local, q, ranges)}: its check is off by "
+        f"{off[worst]:.3g}, where rounding explains {limit[at][bins][worst]:.3g}"
     )
     blamed = float_bound.blame(here, there, limit[at][bins])
     floats, ranges = _search(comm, local, q, ranges[: sum_search.MOST_RANGES])
