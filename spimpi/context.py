@@ -135,12 +135,14 @@ class DistributedContext:
 
     def free(self):
         """Seal the trace, give back the communicators and the reduction. Collective."""
-        if self.tracer is not None:
-            self.tracer.seal()
-        self.session.free()
-        self.records.free()
-        for comm in (
-            self.node, self.replica, self.data, self.pipeline, self.sequence, self.tensor,
-            self.world,
-        ):  # fmt: skip
-            comm.Free()
+        try:
+            if self.tracer is not None:
+                self.tracer.seal()  # an error of it is all ranks'
+        finally:
+            self.session.free()
+            self.records.free()
+            for comm in (
+                self.node, self.replica, self.data, self.pipeline, self.sequence, self.tensor,
+                self.world,
+            ):  # fmt: skip
+                comm.Free()

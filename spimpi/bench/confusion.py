@@ -201,7 +201,8 @@ def size_rows(dtype: str, share: float = 1.0) -> list:
         for _ in range(max(1, round(share * SIZE_TRIALS))):
             s = Scene(dtype, n, CLEAN, rng)
             parts = addends(s)
-            clean = ranks.verdict(allreduce(s, parts)[0])
+            call, _ = allreduce(s, parts)
+            clean = ranks.verdict(call, rounds=s.rounds)
             stated = float(clean.strength.split("more than ")[1].split(")")[0])
             off = []
             s.plant = partial(_moved, by=stated * 2 ** rng.uniform(-6, 3), off=off)

@@ -16,6 +16,7 @@ from spimpi.errors import IncompleteError
 from spimpi.trace.checksum import text_digest
 from spimpi.trace.schema import TensorInfo
 
+UNKNOWN = 0xFFFF  # the row of a tensor that no table names
 MOST = 65535  # rows; the last one stands for all tensors that have none of their own
 OTHERS = TensorInfo("(other tensors)", (-1,), "mixed")
 
@@ -97,9 +98,11 @@ def merged(tables) -> tuple[list[TensorInfo], list[np.ndarray]]:
 
 
 def renumbered(events: np.ndarray, numbers: np.ndarray) -> np.ndarray:
-    """Events whose tensors have these new rows; rows that their table lacks stay."""
+    """Events whose tensors have these new rows. What a torn table lacks gets a number that no
+    table has: its own would be another tensor's in the merged one."""
     events = events.copy()
-    old = events["tensor"]
+    old = events["tensor"].copy()
     known = old < numbers.size
+    events["tensor"] = UNKNOWN
     events["tensor"][known] = numbers[old[known]]
     return events

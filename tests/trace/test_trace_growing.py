@@ -3,7 +3,7 @@
 import numpy as np
 
 from spimpi.trace import growing
-from spimpi.trace.growing import OTHERS, GrowingTable, merged, read_table, renumbered
+from spimpi.trace.growing import OTHERS, UNKNOWN, GrowingTable, merged, read_table, renumbered
 from spimpi.trace.schema import TensorInfo, blank_events
 
 A = TensorInfo("a", (4, 3), "float32")
@@ -38,7 +38,7 @@ def test_tables_of_many_ranks_are_made_one(monkeypatch):
     assert [n.tolist() for n in numbers] == [[0, 1], [], [2, 0]]
     events = blank_events(3)
     events["tensor"] = [1, 0, 5]
-    assert renumbered(events, numbers[2])["tensor"].tolist() == [0, 2, 5]
+    assert renumbered(events, numbers[2])["tensor"].tolist() == [0, 2, UNKNOWN]
     assert events["tensor"].tolist() == [1, 0, 5]
 
 
