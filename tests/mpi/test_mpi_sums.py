@@ -215,8 +215,10 @@ def test_two_collectives_of_fixed_size_are_made_where_all_is_well(comm, monkeypa
 
 
 def test_ranks_that_make_different_checks_all_learn_it(comm):
+    if comm.size < 2:
+        pytest.skip("needs two ranks")
     x = np.arange(8.0)
-    with pytest.raises(UsageError, match="allreduce.*replicas"):
+    with pytest.raises(UsageError, match="allreduce"):
         if comm.rank == 0:
             verify_allreduce(comm, x, x * comm.size, TAG)
         elif comm.rank == 1:
