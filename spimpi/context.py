@@ -135,14 +135,18 @@ class DistributedContext:
 
     def free(self):
         """Seal the trace, give back the communicators and the reduction. Collective."""
-        try:
-            if self.tracer is not None:
-                self.tracer.seal()  # an error of it is all ranks'
-        finally:
-            self.session.free()
-            self.records.free()
-            for comm in (
-                self.node, self.replica, self.data, self.pipeline, self.sequence, self.tensor,
-                self.world,
-            ):  # fmt: skip
-                comm.Free()
+        unsealed = None
+        if self.tracer is not None:
+            try:
+                self.tracer.seal()
+            except SpimpiError as error:  # of all ranks
+                unsealed = error
+        self.session.free()
+        self.records.free()
+        for comm in (
+            self.node, self.replica, self.data, self.pipeline, self.sequence, self.tensor,
+            self.world,
+        ):  # fmt: skip
+            comm.Free()
+        if unsealed is not None:
+            raise unsealed

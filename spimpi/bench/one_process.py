@@ -8,8 +8,6 @@ messages than ``rounds``, it has seen that something is wrong and looks for the 
 played again from the start, with the answers that are known by then.
 """
 
-from functools import lru_cache
-
 import numpy as np
 from mpi4py import MPI
 
@@ -86,16 +84,11 @@ class _Context:
         return True
 
 
-@lru_cache
-def _records() -> RecordReduction:
-    return RecordReduction()  # MPI has few operations to give
-
-
 class Ranks:
     """``size`` ranks in this process."""
 
     def __init__(self, size: int):
-        self.size, self.records = size, _records()
+        self.size, self.records = size, RecordReduction()
         self.comms = [_Rank(self, rank) for rank in range(size)]
         self.contexts = [_Context(comm, self.records) for comm in self.comms]
         self.said, self.at, self.mail, self.rounds, self.waits = [], {}, {}, 1, False

@@ -9,7 +9,7 @@ same error.
 
 from operator import itemgetter
 
-from spimpi.checks.check import Check, Rule
+from spimpi.checks.check import HANDOFFS, Check, Rule
 from spimpi.checks.pending import Group, PendingVerdict, error_of
 from spimpi.errors import CorruptionError, SpimpiError, UsageError
 from spimpi.fingerprint.tag import MASK, Tag
@@ -93,11 +93,8 @@ class Batch:
                 failed.append(verdict)
         world = self.ctx.session
         entries = [(world, self._entries.pop(world)), *self._entries.items()]
-        entries[0][1].append((_handoff_check(failed, error), PendingVerdict("hand-offs"), True))
-        groups = [
-            (Group(session, [c for c, _, _ in some], alone=False), some)
-            for session, some in entries
-        ]
+        entries[0][1].append((_handoff_check(failed, error), PendingVerdict(HANDOFFS), True))
+        groups = [(Group(session, [c for c, _, _ in some]), some) for session, some in entries]
         for i, (group, _) in enumerate(groups):
             # The lowest place of all ranks tells whether any of them used another communicator.
             group.start(0 if i == 0 and len(groups) > 1 else MASK)
@@ -139,7 +136,7 @@ def _judged(group: Group, merged, entries):
 
 def _handoff_check(failed, error) -> Check:
     """The hand-offs' failures on this rank, as a check that the whole world settles."""
-    check = Check("hand-offs", Tag(name="hand-offs"), Rule.LOCAL, Established(0))
+    check = Check(HANDOFFS, Tag(name=HANDOFFS), Rule.LOCAL, Established(0))
     check.seal()
     check.error, check.n_bad = error, len(failed)
     check.complaint = lambda: {"verdict": failed[0]}

@@ -28,6 +28,8 @@ from spimpi.trace.schema import Established
 _POLYNOMIAL = 0x1B
 ERROR = 1 << 32  # one error in a record's count; failures of local checks lie below
 
+HANDOFFS = "hand-offs"  # name of the check that a batch makes of all its hand-offs
+
 
 class Rule(Enum):
     """What the words of all ranks must fulfil."""

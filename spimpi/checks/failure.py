@@ -12,7 +12,7 @@ import numpy as np
 from mpi4py import MPI
 
 from spimpi.checks.blame import blamed, coverage_problem, findings
-from spimpi.checks.check import Check, Rule
+from spimpi.checks.check import HANDOFFS, Check, Rule
 from spimpi.checks.verdict import Verdict, Where
 from spimpi.errors import SpimpiError, UsageError
 from spimpi.fingerprint.tag import MASK
@@ -95,7 +95,7 @@ def _require_same_number(comm, checks) -> None:
     if (number == number[0]).all():
         return
     # One of a batch is its own, for hand-offs (batch.py).
-    titles = comm.allgather([_title(c) for c in checks if c.name != "hand-offs"])
+    titles = comm.allgather([_title(c) for c in checks if c.name != HANDOFFS])
     told = _grouped([len(t) for t in titles], lambda n: f"made {n} checks" if n != 1 else "made 1 check")
     shortest = min(map(len, titles))
     first = next((i for i in range(shortest) if len({t[i] for t in titles}) > 1), shortest)

@@ -23,16 +23,16 @@ class Group:
     """Checks of one session that share a reduction. All methods are collective over it.
 
     The words of checks that gather them are as many on all ranks only if these make the same
-    checks, which the record tells: so they follow it. Where ``alone`` (a request's, whose call is
-    the same on all ranks, or the program is no MPI program) they start on their way together.
+    checks, which the record tells: so they follow it. Only where ``in_one`` do the record and the
+    words of a single check travel together: a request's, whose call is the same on all ranks.
     """
 
-    def __init__(self, session: Session, checks: list[Check], alone: bool = True):
+    def __init__(self, session: Session, checks: list[Check], in_one: bool = False):
         self.session, self.checks = session, checks
         self.record, self.clean = fold(checks)
         words = [c.words for c in checks if c.rule is Rule.GATHERED]
         self._words = np.concatenate(words) if words else None
-        self._alone = alone and len(checks) == 1 and self._words is not None
+        self._in_one = in_one and self._words is not None
         self._request = self._following = self._everyone = None
 
     def merge(self) -> list[Verdict]:
@@ -42,7 +42,7 @@ class Group:
     def start(self, place: int = MASK) -> None:
         """Start the reduction; ``place`` is for whoever merges something else by minimum."""
         record = [*self.record[:5], place]
-        if not self._alone:
+        if not self._in_one:
             self._request = self.session.start(record)
             return
         own = np.concatenate([np.array(record, np.uint64), self._words])
@@ -61,12 +61,12 @@ class Group:
         """The merged record."""
         request, _, merged = self._request
         request.Wait()
-        return self._split(merged) if self._alone else merged.tolist()
+        return self._split(merged) if self._in_one else merged.tolist()
 
     def follow(self, merged: list[int]) -> None:
         """Start telling all ranks the words, if the merged record is clean. Never waits, so that
         ranks may have their groups in any order."""
-        if self._words is not None and not self._alone and merged[:5] == self.clean:
+        if self._words is not None and not self._in_one and merged[:5] == self.clean:
             self._everyone = np.empty((self.session.size, self._words.size), np.uint64)
             self._following = self.session.comm.Iallgather(self._words, self._everyone)
 

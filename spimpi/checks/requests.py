@@ -226,7 +226,7 @@ class RecordCheck:
         self.session, self.check, self.build = session, check, build
 
     def begin(self, requests) -> None:
-        self.group = Group(requests, [built(self.check, self.build)])
+        self.group = Group(requests, [built(self.check, self.build)], in_one=True)
         self.group.start()
 
     def test(self) -> bool:

@@ -23,7 +23,6 @@ def session(
     A SpimpiError that all ranks raise passes on. One that some raise alone ends the whole job by
     MPI_Abort, with its own status, since the others would wait; any other exception with status 4.
     """
-    gc.disable()  # numba makes half a million objects that stay; walking over them is a tenth of start-up
     MPI = initialised_mpi()
     from spimpi.launch import check_world
     from spimpi.watchdog import Watchdog
@@ -36,8 +35,6 @@ def session(
         with Watchdog(timeout, world.rank, host, world.Abort) as watchdog:
             watchdog.at("compiling kernels")
             import_kernels(world, seeded, sequence)
-            gc.freeze()
-            gc.enable()
             yield world, watchdog
         ending.Free()
     except SpimpiError as error:
@@ -107,6 +104,8 @@ def import_kernels(world, seeded: bool, sequence: bool = False) -> None:
     """Import all kernels: a leader on every node compiles them, the others load. Collective."""
     from importlib import import_module
 
+    # Half a million objects that stay: to walk over them again and again is a tenth of start-up.
+    gc.disable()
     import numba  # noqa: F401  the slow import, which all ranks can do at the same time
 
     from spimpi.launch import leader_first
@@ -115,3 +114,5 @@ def import_kernels(world, seeded: bool, sequence: bool = False) -> None:
     modules += ["spimpi.inference.checkpoint_seeded"] if seeded else []
     modules += ["spimpi.inference.sequence"] if sequence else []
     leader_first(world, lambda: [import_module(name) for name in modules])
+    gc.freeze()
+    gc.enable()

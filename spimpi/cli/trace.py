@@ -18,7 +18,6 @@ def add_arguments(parser):
     )
     text = "the trace; of a killed run its journals are read"
     show.add_argument("file", metavar="FILE", help=text)
-    show.add_argument("--json", action="store_true", help="print it as JSON")
     show.add_argument(
         "--failures", type=int, default=10, metavar="N", help="failures to print (default 10)"
     )
@@ -33,7 +32,6 @@ def add_arguments(parser):
         "2 not a trace, or still written.",
     )
     check.add_argument("file", metavar="FILE", help="the trace; of a killed run its journals")
-    check.add_argument("--json", action="store_true", help="print it as JSON")
     check.set_defaults(run_trace=_check, crashed=1)
     recover = commands.add_parser(
         "recover",
@@ -44,8 +42,9 @@ def add_arguments(parser):
     )
     recover.add_argument("file", metavar="RUN", help="the trace, or the folder of its journals")
     recover.add_argument("--overwrite", action="store_true", help="replace an existing trace")
-    recover.add_argument("--json", action="store_true", help="print it as JSON")
     recover.set_defaults(run_trace=_recover, crashed=3)
+    for command in (show, check, recover):
+        command.add_argument("--json", action="store_true", help="print it as JSON")
 
 
 @subcommand("trace", "look at the trace of a run, check it", add_arguments)

@@ -118,6 +118,15 @@ def manifests(spimpi):
     assert made.returncode == 0 and "75 tensors, 2.9 MiB, 116 derived ones" in made.stdout
 
 
+def test_tensors_that_the_model_does_not_have_are_said_to_be_not_read(spimpi, manifests):
+    config = json.loads(Path("model/config.json").read_text())
+    config["num_hidden_layers"] -= 1
+    Path("model/config.json").write_text(json.dumps(config))
+    shown = spimpi(1, "verify", *SHORT, "--no-trace", "--model", "model")
+    assert shown.returncode == 0, shown.stderr
+    assert f"not read   9 other tensors of the files: model.layers.{config['num_hidden_layers']}." in shown.stdout
+
+
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_a_manifest_stands_in_the_place_of_the_second_read(spimpi, manifests, ranks):
     model = [*SHORT, "--model", "model", "--manifest", "good.json", "--no-trace"]
