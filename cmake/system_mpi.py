@@ -131,3 +131,11 @@ def find_or_install() -> SystemMpi:
         "hdf5`),\nand set HDF5_DIR to the folder that holds its include/ and lib/."
     )
     raise Missing(msg)
+
+
+def find_or_install_browser() -> None:
+    """Headless Chromium and its driver, for the tests of the report; without them those skip."""
+    names = ("chromium", "chromedriver")
+    if all(map(shutil.which, names)) or install_debian("chromium", "chromium-driver"):
+        return
+    print("-- no Chromium with its driver: the browser tests of the report will be skipped")

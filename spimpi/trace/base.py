@@ -1,5 +1,7 @@
 """What every opened trace offers, whatever it was read from."""
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,25 @@ from spimpi.trace.schema import EVENT, RankInfo, TensorInfo
 
 class DamageError(IncompleteError):
     """Rows or tables of a trace are there, but not as they were written."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Some rows of a trace, side by side: ``columns`` by name, ``rank`` (int32) of each row."""
+
+    rank: np.ndarray
+    columns: dict[str, np.ndarray]
+
+    def __len__(self) -> int:
+        return len(self.rank)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.rank if name == "rank" else self.columns[name]
+
+    def where(self, chosen: np.ndarray) -> "Block":
+        """The rows that a mask or positions choose."""
+        columns = {name: column[chosen] for name, column in self.columns.items()}
+        return Block(self.rank[chosen], columns)
 
 
 class Trace:
@@ -77,6 +98,15 @@ class Trace:
                 self._note(error)
             else:
                 yield info, rows
+
+    def blocks(self, columns: Sequence[str] = EVENT.names) -> Iterator[Block]:
+        """Yield all rows in their order, some at a time, with only the columns that are wanted.
+
+        Rows are checked; ranks whose rows are not intact are left out and named in ``problems``.
+        """
+        for info, rows in self.intact_events():
+            rank = np.full(len(rows), info.rank, np.int32)
+            yield Block(rank, {name: np.ascontiguousarray(rows[name]) for name in columns})
 
     def close(self) -> None:
         pass

@@ -4,18 +4,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from spimpi.trace.order import first_layered_tensor, program_order
 from spimpi.trace.schema import EVENT, Established, Op, RankInfo, Stage, Status, TensorInfo
 
-# Within one tensor: what names the rank at fault comes before what sees the consequence.
-_OPS = (
-    Op.NONFINITE, Op.MATMUL, Op.AT_REST, Op.ALLREDUCE_MAX, Op.ALLREDUCE_MIN, Op.ALLREDUCE_SUM,
-    Op.ALLREDUCE_BOR, Op.ALLREDUCE_BXOR, Op.REDUCE_SCATTER, Op.ALLGATHER, Op.GATHER, Op.SCATTER,
-    Op.ALLTOALL, Op.RING, Op.BROADCAST, Op.AGREEMENT, Op.HANDOFF, Op.MESSAGE, Op.COLOURS,
-    Op.CONTENT,
-)  # fmt: skip
-_PHASES = {Stage.FABRIC: 0, Stage.WEIGHTS: 1}
-_INFERENCE = 2
-_AFTER_LAYERS = np.iinfo(np.int32).max
 KEPT = 100_000  # failures held while looking for the first ones
 
 
@@ -74,7 +65,7 @@ def summarise(trace, n_failures: int = 10) -> Summary:
     first_layered = len(trace.tensors)
     for info, rows in trace.intact_events():
         _add(summary, rows)
-        first_layered = min(first_layered, _first_layered(rows))
+        first_layered = min(first_layered, first_layered_tensor(rows))
         bad = rows[rows["verdict"] == Status.FAILED][: max(KEPT - n_kept, n_failures)]
         n_kept += len(bad)
         failed.append(bad)
@@ -85,32 +76,6 @@ def summarise(trace, n_failures: int = 10) -> Summary:
     summary.failures = [_failure(events[i], ranks[i], trace.tensors) for i in order[:n_failures]]
     summary.verdict, summary.exit_status = _verdict(trace, summary.n_failed)
     return summary
-
-
-def program_order(events: np.ndarray, ranks: np.ndarray, first_layered: int) -> np.ndarray:
-    """Positions that sort failures in program order.
-
-    Fabric and weights come before the inference, which goes by step, layer and tensor (rows of
-    /tensors stand in program order). A tensor of no layer comes before the layers or after them:
-    ``first_layered`` is the first row of /tensors that has a layer.
-    """
-    phase = np.full(len(events), _INFERENCE)
-    for stage, number in _PHASES.items():
-        phase[events["stage"] == stage] = number
-    layer = events["layer"].astype(np.int64)
-    after = (phase == _INFERENCE) & (layer < 0) & (events["tensor"] >= first_layered)
-    layer[after] = _AFTER_LAYERS
-    op_rank = np.array([_OPS.index(op) for op in Op] + [len(_OPS)])
-    op = op_rank[np.minimum(events["op"], len(Op))]
-    keys = (events["repeat"], phase, events["step"], layer, events["tensor"], op)
-    keys += (events["microbatch"], ranks)
-    return np.lexsort(keys[::-1])
-
-
-def _first_layered(rows: np.ndarray) -> int:
-    outside = (rows["stage"] == Stage.FABRIC) | (rows["stage"] == Stage.WEIGHTS)
-    layered = rows["tensor"][(rows["layer"] >= 0) & ~outside]
-    return int(layered.min()) if len(layered) else np.iinfo(np.uint16).max
 
 
 def _add(summary: Summary, rows: np.ndarray) -> None:

@@ -15,7 +15,7 @@ from trace_samples import TENSORS, failing, some_events, write_journal, write_tr
 
 from spimpi.cli import launcher_rank, main
 from spimpi.trace.schema import Established, Op, Stage, Status, blank_events
-from spimpi.trace.summary import program_order
+from spimpi.trace.order import program_order
 
 
 def checks(n: int) -> np.ndarray:
