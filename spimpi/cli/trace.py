@@ -5,6 +5,7 @@ from dataclasses import asdict
 
 from spimpi.cli.apart import apart
 from spimpi.cli.registry import subcommand
+from spimpi.cli.tables import printable
 
 
 def add_arguments(parser):
@@ -89,8 +90,3 @@ def _recover(args) -> int:
         for line in lines:
             print(printable(f"  {kind}  {line}"))
     return 0
-
-
-def printable(text: str) -> str:
-    """Text of a file is not to steer the terminal."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
