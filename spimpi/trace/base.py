@@ -71,9 +71,7 @@ class Trace:
 
         Read lazily from a sealed file, without the check of the rows' fingerprints.
         """
-        if name not in EVENT.names:
-            msg = f"a trace has no column {name!r}; there are {', '.join(EVENT.names)}"
-            raise UsageError(msg)
+        _check_name(name)
         return self._column(name)
 
     def events(self, rank: int | None = None) -> np.ndarray:
@@ -86,12 +84,12 @@ class Trace:
         rows = [self._rows(info) for info in self.ranks]
         return np.concatenate(rows) if rows else np.zeros(0, EVENT)
 
-    def intact_events(self):
+    def intact_events(self, ranks: Sequence[RankInfo] | None = None):
         """Yield (RankInfo, its rows) for each rank whose rows are intact, one rank at a time.
 
         The others are named in ``problems`` and make the trace incomplete.
         """
-        for info in self.ranks:
+        for info in self.ranks if ranks is None else ranks:
             try:
                 rows = self._rows(info)
             except IncompleteError as error:
@@ -99,12 +97,21 @@ class Trace:
             else:
                 yield info, rows
 
-    def blocks(self, columns: Sequence[str] = EVENT.names) -> Iterator[Block]:
+    def blocks(
+        self, columns: Sequence[str] = EVENT.names, ranks: Sequence[int] | None = None
+    ) -> Iterator[Block]:
         """Yield all rows in their order, some at a time, with only the columns that are wanted.
 
-        Rows are checked; ranks whose rows are not intact are left out and named in ``problems``.
+        ``ranks``: only theirs. Columns have the types of EVENT. Rows are checked (which takes all
+        columns); ranks whose rows are not intact are left out and named in ``problems``.
         """
-        for info, rows in self.intact_events():
+        for name in columns:
+            _check_name(name)
+        chosen = self.ranks if ranks is None else [self._rank(rank) for rank in ranks]
+        return self._blocks(columns, chosen)
+
+    def _blocks(self, columns: Sequence[str], ranks: Sequence[RankInfo]) -> Iterator[Block]:
+        for info, rows in self.intact_events(ranks):
             rank = np.full(len(rows), info.rank, np.int32)
             yield Block(rank, {name: np.ascontiguousarray(rows[name]) for name in columns})
 
@@ -135,3 +142,9 @@ class Trace:
         kept = self.damage if isinstance(error, DamageError) else self.missing
         if str(error) not in kept:
             kept.append(str(error))
+
+
+def _check_name(name: str) -> None:
+    if name not in EVENT.names:
+        msg = f"a trace has no column {name!r}; there are {', '.join(EVENT.names)}"
+        raise UsageError(msg)

@@ -170,23 +170,33 @@ def write_parts(comm, plan: Plan, events, undo: ExitStack) -> None:
             shutil.rmtree(building, ignore_errors=True)
             undo.callback(shutil.rmtree, building, ignore_errors=True)
             building.mkdir()
-    with agreed(comm, path), _written_plainly(building / _part_name(comm.rank)) as file:
-        file.attrs["schema_version"] = SCHEMA_VERSION
-        file.attrs["run_id"] = plan.run_id
-        file.attrs["rank"] = comm.rank
-        for name, dtype in plan.types.items():
-            column = file.create_dataset(f"events/{name}", data=events[name].astype(dtype))
-            layout.describe(column, name)
+    with agreed(comm, path):
+        write_part(plan, building, comm.rank, events)
     with agreed(comm, path):
         if comm.rank == 0:
             _swap_in(path, building, undo)
-            parts = [f"{folder.name}/{_part_name(rank.rank)}" for rank in plan.ranks]
             undo.callback(plan.temporary.unlink, missing_ok=True)
-            with _written_plainly(plan.temporary) as file:
-                layout.write_tables(
-                    file, "parts", plan.attributes, plan.ranks, plan.tensors, parts
-                )
-                layout.create_virtual_columns(file, plan.total, plan.types, plan.ranks, parts)
+            write_shown_parts(plan)
+
+
+def write_part(plan: Plan, folder: Path, rank: int, events) -> None:
+    """The file of one rank's rows."""
+    with _written_plainly(folder / _part_name(rank)) as file:
+        file.attrs["schema_version"] = SCHEMA_VERSION
+        file.attrs["run_id"] = plan.run_id
+        file.attrs["rank"] = rank
+        for name, dtype in plan.types.items():
+            column = file.create_dataset(f"events/{name}", data=events[name].astype(dtype))
+            layout.describe(column, name)
+
+
+def write_shown_parts(plan: Plan) -> None:
+    """The file that shows the parts of all ranks as one."""
+    folder = parts_folder(plan.path).name
+    parts = [f"{folder}/{_part_name(rank.rank)}" for rank in plan.ranks]
+    with _written_plainly(plan.temporary) as file:
+        layout.write_tables(file, "parts", plan.attributes, plan.ranks, plan.tensors, parts)
+        layout.create_virtual_columns(file, plan.total, plan.types, plan.ranks, parts)
 
 
 @contextmanager

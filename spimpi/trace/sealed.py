@@ -7,8 +7,9 @@ import numpy as np
 
 from spimpi.errors import IncompleteError, UsageError
 from spimpi.trace import layout
-from spimpi.trace.base import DamageError, Trace
-from spimpi.trace.checksum import rows_fingerprint
+from spimpi.trace.base import Block, DamageError, Trace
+from spimpi.trace.checksum import rank_fingerprints, rows_fingerprint
+from spimpi.trace.pieces import Span, groups, pieces
 from spimpi.trace.schema import ENUMERATIONS, EVENT, SCHEMA_VERSION, RankInfo
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
@@ -107,6 +108,54 @@ class SealedTrace(Trace):
         with self._opened_part(info) as part:
             return _intact(part, info, 0)
 
+    def _blocks(self, columns, ranks):
+        for group in groups(ranks):
+            held = self._intact_group(group)
+            if held is None:  # one rank at a time, to name those that are not intact
+                yield from super()._blocks(columns, group)
+                continue
+            for piece in pieces(group):
+                rows = held or self._piece(piece, columns)
+                rank = np.repeat(
+                    np.array([span.info.rank for span in piece], np.int32),
+                    [span.count for span in piece],
+                )
+                wanted = {name: rows[name].astype(EVENT[name], copy=False) for name in columns}
+                yield Block(rank, wanted)
+
+    def _intact_group(self, group: list[RankInfo]) -> dict[str, np.ndarray] | None:
+        """Check the rows of some ranks: all columns where they are one piece, else nothing kept.
+
+        None where something is not as it was written, or cannot be read.
+        """
+        found, rows = np.zeros(len(group), np.uint64), {}
+        cut = pieces(group)
+        try:
+            for piece in cut:
+                rows = self._piece(piece, EVENT.names)
+                counts = [span.count for span in piece]
+                each = rank_fingerprints(rows, counts, piece[0].first)
+                found ^= np.array(each, np.uint64)
+        except Exception:  # noqa: BLE001  damaged data make h5py raise anything
+            return None
+        if found.tolist() != [info.fingerprint for info in group]:
+            return None
+        return rows if len(cut) == 1 else {}
+
+    def _piece(self, piece: list[Span], names) -> dict[str, np.ndarray]:
+        """Columns of some spans that lie one after the other, as they are stored."""
+        if self.driver != "parts":
+            first = piece[0].info.offset + piece[0].first
+            end = first + sum(span.count for span in piece)
+            return {name: _slice(self._file, name, first, end) for name in names}
+        read = {name: [] for name in names}
+        for span in piece:
+            self._check_part(span.info)
+            with self._opened_part(span.info) as part:
+                for name, columns in read.items():
+                    columns.append(_slice(part, name, span.first, span.first + span.count))
+        return {name: np.concatenate(columns) for name, columns in read.items()}
+
     def check_columns(self, ranks: list[RankInfo]) -> None:
         """Check what other readers of HDF5 rely on; what is altered is noted in ``damage``.
 
@@ -159,6 +208,14 @@ def _opened(path: Path):
             raise UsageError(msg) from None
         msg = f"{path} is damaged or cut short: {_first_line(error)}"
         raise DamageError(msg) from None
+
+
+def _slice(group, name: str, start: int, end: int) -> np.ndarray:
+    column = group[f"events/{name}"][start:end]
+    if column.shape != (end - start,):
+        msg = f"the column {name} is too short"
+        raise DamageError(msg)
+    return column
 
 
 def _intact(group, info: RankInfo, start: int) -> np.ndarray:

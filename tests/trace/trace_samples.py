@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from spimpi.bench.synthetic_trace import write_ranks
 from spimpi.trace.journal import Journal
 from spimpi.trace.schema import EVENT, Op, Stage, Status, TensorInfo, blank_events
 from spimpi.trace.seal import journal_folder, prepare, seal
@@ -65,6 +66,12 @@ def write_trace(comm, path, events, driver="parts", end_state="verified", **opti
     """A sealed trace. Collective."""
     journal = write_journal(comm, path, events, end_state)
     seal(comm, journal, path, {"end_state": end_state}, driver, **options)
+
+
+def write_alone_trace(path, ranks, driver="gather", **attributes) -> None:
+    """A sealed trace of several ranks' events, written by this process alone."""
+    attributes = header(len(ranks), end_state="verified") | attributes
+    write_ranks(path, len(ranks), ranks.__getitem__, TENSORS, attributes, driver)
 
 
 def same(a: np.ndarray, b: np.ndarray) -> bool:
