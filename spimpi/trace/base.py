@@ -8,6 +8,7 @@ import numpy as np
 
 from spimpi.errors import IncompleteError, UsageError
 from spimpi.trace.schema import EVENT, RankInfo, TensorInfo
+from spimpi.trace.sketches import combined
 
 
 class DamageError(IncompleteError):
@@ -115,6 +116,25 @@ class Trace:
             rank = np.full(len(rows), info.rank, np.int32)
             yield Block(rank, {name: np.ascontiguousarray(rows[name]) for name in columns})
 
+    def sketches(self) -> np.ndarray:
+        """The sketch of each tensor of each step, dtype SKETCH, in program order; local.
+
+        Shares of all ranks are added up. Empty where the run took none (``verify --sketch``). A
+        sketch that lacks a share is left out, and told in ``missing``. IncompleteError
+        (DamageError) where the file's rows are not as they were written.
+        """
+        sketches, lacking = combined(self.sketch_shares())
+        if lacking:
+            self._note(IncompleteError(f"{lacking} sketches lack some rank's share, left out"))
+        return sketches
+
+    def check_sketches(self) -> None:
+        """Read all sketches; what is wrong with them is noted in ``problems``."""
+        try:
+            self.sketches()
+        except IncompleteError as error:
+            self._note(error)
+
     def close(self) -> None:
         pass
 
@@ -136,6 +156,10 @@ class Trace:
         raise NotImplementedError
 
     def _rows(self, info: RankInfo) -> np.ndarray:
+        raise NotImplementedError
+
+    def sketch_shares(self) -> np.ndarray:
+        """All ranks' rows, dtype SKETCH_SHARE."""
         raise NotImplementedError
 
     def _note(self, error: IncompleteError) -> None:

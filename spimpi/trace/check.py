@@ -43,6 +43,7 @@ def check(path) -> Condition:
         intact = [info for info, _ in trace.intact_events()]
         if isinstance(trace, SealedTrace):
             trace.check_columns(intact)
+        trace.check_sketches()
         n = sum(info.count for info in intact)
         return Condition(
             str(trace.path), trace.driver, trace.missing, trace.damage, len(intact), n

@@ -1,10 +1,10 @@
 """The checksum of journal records and the fingerprint of a rank's rows.
 
-A record is ten 8-byte words and a checksum. Both follow docs/fingerprint.md (8-byte items):
-``acc`` is the XOR fingerprint of the record's ten words, the checksum of record n is element n
-of value ``acc``, and the fingerprint of a rank's rows is the XOR of its records' checksums. So a
-record binds its words to their places and its place in the journal, and rows combine in any
-order and in any blocks. Plain numpy: a journal is read on machines that have nothing else.
+A record is ten 8-byte words (a sketch's: sixteen) and a checksum. Both follow docs/fingerprint.md
+(8-byte items): ``acc`` is the XOR fingerprint of the record's words, the checksum of record n is
+element n of value ``acc``, and the fingerprint of a rank's rows is the XOR of its records'
+checksums. So a record binds its words to their places and its place in the journal, and rows
+combine in any order and in any blocks. Plain numpy: a journal is read on machines that have nothing else.
 """
 
 import hashlib
@@ -12,19 +12,30 @@ import hashlib
 import numpy as np
 
 from spimpi.fingerprint.tag import GOLDEN, VERSION, mix
-from spimpi.trace.schema import EVENT
+from spimpi.trace.schema import EVENT, SKETCH_SHARE
 
 RECORD = np.dtype(
     [("number", "<u4"), ("event", EVENT), ("writer", "<u2"), ("checksum", "<u8")]
 )
-WORDS = 10
+SKETCH_RECORD = np.dtype(
+    [("number", "<u4"), ("share", SKETCH_SHARE), ("unused", "V6"), ("checksum", "<u8")]
+)
+RECORDS = {EVENT: RECORD, SKETCH_SHARE: SKETCH_RECORD}  # the record of each kind of row
 BLOCK = 4096  # records; the working set stays within a core's cache
 
 _GOLDEN = np.uint64(GOLDEN)
 _M1, _M2 = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 _S27, _S30, _S31 = np.uint64(27), np.uint64(30), np.uint64(31)
-_KEY = np.uint64(mix(VERSION + EVENT.itemsize))
-_WORD_KEYS = (_KEY + np.arange(1, WORDS + 1, dtype=np.uint64) * _GOLDEN)[:, None]
+
+
+def _keys_of(row: np.dtype, record: np.dtype):
+    """The key of this kind of record, and those of its words, in a column."""
+    key = np.uint64(mix(VERSION + row.itemsize))
+    places = np.arange(1, record.itemsize // 8, dtype=np.uint64)
+    return key, (key + places * _GOLDEN)[:, None]
+
+
+_KEYS = {record: _keys_of(row, record) for row, record in RECORDS.items()}
 
 
 def _element8(keys, words) -> np.ndarray:
@@ -40,33 +51,40 @@ def _element8(keys, words) -> np.ndarray:
 
 
 def checksums(records: np.ndarray) -> np.ndarray:
-    """Checksum of each record, uint64; ``records`` of dtype RECORD, contiguous."""
-    words = records.view("<u8").reshape(len(records), WORDS + 1)
+    """Checksum of each record, uint64; ``records`` of dtype RECORD or SKETCH_RECORD, contiguous."""
+    key, word_keys = _KEYS[records.dtype]
+    words = records.view("<u8").reshape(len(records), len(word_keys) + 1)
     result = np.empty(len(records), np.uint64)
     for start in range(0, len(records), BLOCK):
         block = slice(start, start + BLOCK)
-        each = np.array(words[block, :WORDS].T, np.uint64, order="C")  # always a copy
-        acc = np.bitwise_xor.reduce(_element8(_WORD_KEYS, each), axis=0)
+        each = np.array(words[block, :-1].T, np.uint64, order="C")  # always a copy
+        acc = np.bitwise_xor.reduce(_element8(word_keys, each), axis=0)
         place = records["number"][block].astype(np.uint64) + np.uint64(1)
-        result[block] = _element8(_KEY + place * _GOLDEN, acc)
+        result[block] = _element8(key + place * _GOLDEN, acc)
     return result
 
 
-def pack(events: np.ndarray, first: int) -> np.ndarray:
-    """Journal records of ``events`` (EVENT), numbered from ``first``, with their checksums."""
-    records = np.zeros(len(events), RECORD)
+def pack(rows: np.ndarray, first: int) -> np.ndarray:
+    """Records of ``rows`` (EVENT or SKETCH_SHARE), numbered from ``first``, with checksums."""
+    records = np.zeros(len(rows), RECORDS[rows.dtype])
     # Rows are copied as bytes: numpy copies structured arrays field by field, 20 times slower.
-    rows = np.ascontiguousarray(events).view(np.uint8).reshape(len(events), EVENT.itemsize)
-    records.view(np.uint8).reshape(len(events), RECORD.itemsize)[:, 4 : 4 + EVENT.itemsize] = rows
-    records["number"] = np.arange(first, first + len(events), dtype=np.uint32)
+    there = _row_bytes(records)
+    there[:] = np.ascontiguousarray(rows).view(np.uint8).reshape(there.shape)
+    records["number"] = np.arange(first, first + len(rows), dtype=np.uint32)
     records["checksum"] = checksums(records)
     return records
 
 
 def unpack(records: np.ndarray) -> np.ndarray:
-    """The events of journal records, as a contiguous array of dtype EVENT."""
-    rows = records.view(np.uint8).reshape(len(records), RECORD.itemsize)
-    return np.ascontiguousarray(rows[:, 4 : 4 + EVENT.itemsize]).view(EVENT).reshape(len(records))
+    """The rows of records, as a contiguous array of dtype EVENT or SKETCH_SHARE."""
+    rows = np.ascontiguousarray(_row_bytes(records))
+    return rows.view(records.dtype[1]).reshape(len(records))
+
+
+def _row_bytes(records: np.ndarray) -> np.ndarray:
+    """The rows of records as bytes, in place: uint8 [records, size of a row]."""
+    size = records.dtype.itemsize
+    return records.view(np.uint8).reshape(len(records), size)[:, 4 : 4 + records.dtype[1].itemsize]
 
 
 def rows_fingerprint(events: np.ndarray, first: int = 0) -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from spimpi.errors import IncompleteError
-from spimpi.trace import layout
+from spimpi.trace import layout, sketches
 from spimpi.trace.agreed import agreed, kept
 from spimpi.trace.schema import EVENT, SCHEMA_VERSION, RankInfo
 
@@ -19,9 +19,10 @@ PIECE = 1 << 24  # rows a transfer: MPI counts bytes in an int
 
 @dataclass(frozen=True)
 class Plan:
-    """What the drivers write; ``ranks`` and ``attributes`` are on rank 0 alone.
+    """What the drivers write; ``ranks``, ``attributes`` and ``sketches`` are on rank 0 alone.
 
-    ``own`` is this rank's row of them, None where one process writes all ranks'.
+    ``own`` is this rank's row of them, None where one process writes all ranks'. Sketches are few,
+    so that whoever makes the file writes all of them (SKETCH_SHARE); None: none were taken.
     """
 
     path: Path
@@ -33,6 +34,7 @@ class Plan:
     attributes: dict
     tensors: list
     temporary: Path
+    sketches: np.ndarray | None = None
 
 
 def parts_folder(path) -> Path:
@@ -76,12 +78,15 @@ def _lay_out(plan: Plan, driver: str, undo: ExitStack) -> None:
     with h5py.File(plan.temporary, "w", libver=layout.LIBVER) as file:
         layout.write_tables(file, driver, plan.attributes, plan.ranks, plan.tensors)
         layout.create_columns(file, plan.total, plan.types)
+        if plan.sketches is not None:
+            sketches.write_group(file, plan.sketches)
     with plan.temporary.open("r+b") as file:
         os.posix_fallocate(file.fileno(), 0, plan.temporary.stat().st_size)
 
 
 def _check_room(plan: Plan) -> None:
     needed = plan.total * sum(dtype.itemsize for dtype in plan.types.values())
+    needed += plan.sketches.nbytes if plan.sketches is not None else 0
     free = shutil.disk_usage(plan.path.parent).free
     if needed > free:
         msg = f"the disk is full: {needed} bytes needed in {plan.path.parent}, {free} are free"
@@ -197,6 +202,8 @@ def write_shown_parts(plan: Plan) -> None:
     with _written_plainly(plan.temporary) as file:
         layout.write_tables(file, "parts", plan.attributes, plan.ranks, plan.tensors, parts)
         layout.create_virtual_columns(file, plan.total, plan.types, plan.ranks, parts)
+        if plan.sketches is not None:
+            sketches.write_group(file, plan.sketches)
 
 
 @contextmanager

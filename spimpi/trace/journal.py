@@ -23,9 +23,11 @@ from pathlib import Path
 import numpy as np
 
 from spimpi.errors import IncompleteError, UsageError
+from spimpi.trace.appending import append_whole
 from spimpi.trace.checksum import BLOCK, RECORD, checksums, pack, text_digest, unpack
 from spimpi.trace.growing import GrowingTable, read_table, table_path
 from spimpi.trace.schema import EVENT, SCHEMA_VERSION, TensorInfo
+from spimpi.trace.sketch_file import SketchFile, SketchContents, read_sketches, sketch_path
 
 MAGIC = "spimpi-journal"
 FIRST_LINE = 64
@@ -82,6 +84,7 @@ def clear_own(folder, rank: int) -> None:
 
 
 def remove_journal(journal: Path) -> None:
+    sketch_path(journal).unlink(missing_ok=True)
     journal.unlink()
     table_path(journal).unlink(missing_ok=True)
 
@@ -92,8 +95,9 @@ class Journal:
     ``header`` is what the run is (run_id, command, world, topology, model, …): anything that
     JSON can hold. Schema version, rank, host and pid are added, and ``started`` (seconds since
     the epoch, the zero of t_start) and ``device`` where they are missing. All ranks give the same
-    ``tensors``, or None: the table then grows (``table.row``, trace/growing.py). UsageError where
-    the file exists or the folder can't be made.
+    ``tensors``, or None: the table then grows (``table.row``, trace/growing.py). A true
+    ``sketches`` in the header makes a file of sketches beside it (``sketches.append``,
+    trace/sketch_file.py). UsageError where the file exists or the folder can't be made.
 
     ``append`` belongs to one thread; ``flush`` may be called from any thread and from a signal
     handler.
@@ -124,6 +128,9 @@ class Journal:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._write(_header_bytes(self.header, self.tensors))
         self.table = GrowingTable(table_path(self.path)) if tensors is None else None
+        self.sketches = None
+        if header.get("sketches"):
+            self.sketches = SketchFile(sketch_path(self.path), rank, header.get("run_id", ""))
 
     def append(self, events: np.ndarray) -> None:
         """Add rows (dtype EVENT, shape (n,)). They are copied, and written by the next flush."""
@@ -160,6 +167,8 @@ class Journal:
         """Flush, and say how the run ended: "verified", "failed", "incomplete", "error"."""
         if self._fd is None:
             return
+        if self.sketches is not None:
+            self.sketches.close()
         self.flush()
         end = np.zeros(1, END_RECORD)
         end["number"], end["count"], end["state"] = END, self.count, end_state.encode()
@@ -169,14 +178,9 @@ class Journal:
         self._fd = None
 
     def _write(self, data) -> None:
-        data = memoryview(data)
-        size = os.fstat(self._fd).st_size
         try:
-            while data:
-                data = data[os.write(self._fd, data) :]
+            append_whole(self._fd, data)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._fd, size)  # whole records only, so that a retry can follow
             msg = (
                 f"the trace's journal {self.path} could not be written: {error.strerror}; "
                 f"{self.count} events are in it. Free some space or choose another place (--trace)"
@@ -190,7 +194,8 @@ class JournalContents:
 
     ``fingerprint`` is that of these rows: the XOR of their records' checksums. ``grows``: whether
     its table of tensors is a growing one, which other ranks need not share. ``missing``: what is
-    not there, as after a kill; ``damage``: what was altered.
+    not there, as after a kill; ``damage``: what was altered. ``sketches`` has its own of both;
+    None where the run took none.
     """
 
     path: Path
@@ -202,6 +207,7 @@ class JournalContents:
     complete: bool = False
     end_state: str | None = None
     grows: bool = False
+    sketches: SketchContents | None = None
     missing: list[str] = field(default_factory=list)
     damage: list[str] = field(default_factory=list)
 
@@ -240,6 +246,11 @@ def read_journal(path) -> JournalContents:
         if problem:
             contents.damage.append(problem)
             contents.complete = False
+    if contents.header.get("sketches"):
+        header = contents.header
+        contents.sketches = read_sketches(
+            sketch_path(path), header["rank"], header.get("run_id", ""), contents.complete
+        )
     return contents
 
 

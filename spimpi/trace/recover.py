@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from spimpi.errors import IncompleteError, UsageError
-from spimpi.trace import layout
+from spimpi.trace import layout, sketches
 from spimpi.trace.check import check, refuse_running
 from spimpi.trace.checksum import rows_fingerprint
 from spimpi.trace.drivers import Plan, write_alone
@@ -99,12 +99,18 @@ def _seal(trace: JournalTrace) -> SealedTrace:
         fingerprint = rows_fingerprint(rows)
         ranks.append(replace(info, offset=offset, count=len(rows), fingerprint=fingerprint))
         ranges.append(layout.column_range(rows))
+    taken = None
+    if trace.attributes.get(sketches.ATTRIBUTE):
+        trace.check_sketches()
+        taken = trace.sketch_shares()
     lows, highs = (np.array(bounds) for bounds in zip(*ranges))
     missing = [line for line in trace.problems if line != trace.never_sealed]
     ended = trace.end_states if len(trace.end_states) == 1 and not missing else {"incomplete"}
     attributes = {**trace.attributes, "end_state": ended.pop() or "incomplete", "recovered": True}
     if missing:
         attributes[layout.MISSING] = missing
+    if taken is not None:
+        attributes[sketches.ATTRIBUTE] = sketches.facts_of(taken)
     plan = Plan(
         path=trace.path,
         own=None,
@@ -115,6 +121,7 @@ def _seal(trace: JournalTrace) -> SealedTrace:
         attributes=attributes,
         tensors=trace.tensors,
         temporary=Path(f"{trace.path}.sealing"),
+        sketches=taken,
     )
     blocks = ((info.offset, trace.events(info.rank)[: info.count]) for info in ranks)
     with ExitStack() as undo:
@@ -133,6 +140,7 @@ def _read_back(plan: Plan) -> SealedTrace:
     with SealedTrace(plan.temporary) as sealed:
         intact = [info for info, _ in sealed.intact_events()]
         sealed.check_columns(intact)
+        sealed.check_sketches()
     if sealed.damage or intact != plan.ranks:
         msg = (
             f"read back, {plan.temporary.name} does not hold what was written: "

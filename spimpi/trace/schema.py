@@ -1,4 +1,4 @@
-"""What a trace holds: the columns of an event, their enumerations, the table of tensors."""
+"""What a trace holds: the columns of an event and of a sketch, enumerations, the table of tensors."""
 
 from dataclasses import dataclass
 from enum import IntEnum, IntFlag
@@ -106,6 +106,38 @@ DESCRIPTIONS = {
     "bytes": "bytes that the check covered on this rank",
     "t_start": "start of the check, seconds since /ranks/started of its rank",
     "t_end": "end of the check, seconds since /ranks/started of its rank",
+}
+
+# A tensor's sketch (docs/sketches.md) of one step, as ``Trace.sketches`` gives it.
+SKETCH = np.dtype(
+    [
+        ("repeat", "<u2"),
+        ("step", "<i4"),
+        ("layer", "<i2"),
+        ("tensor", "<u2"),
+        ("size", "<i8"),
+        ("nonfinite", "<i8"),
+        ("absmax", "<f8"),
+        ("sumsq", "<f8"),
+        ("projections", "<f8", (8,)),
+    ]
+)
+
+# One rank's share of it, a row of /sketches. Shares are disjoint, so that they add up.
+SKETCH_SHARE = np.dtype([("rank", "<i4"), *SKETCH.descr, ("whole", "<i8")])
+
+SKETCH_DESCRIPTIONS = {
+    "rank": "world rank whose share of the tensor the row is of",
+    "repeat": "number of the repetition (--repeat), from 0",
+    "step": "step of the inference; 0 is the prefill",
+    "layer": "decoder layer, -1: none",
+    "tensor": "row of /tensors",
+    "size": "elements of the share",
+    "nonfinite": "NaN and Inf among them, left out of the sums and of the maximum",
+    "absmax": "largest absolute value",
+    "sumsq": "sum of squares",
+    "projections": "sums of the elements with eight random signs, by global position",
+    "whole": "elements of the whole tensor",
 }
 
 ENUMERATIONS = {"stage": Stage, "op": Op, "verdict": Status, "established": Established}

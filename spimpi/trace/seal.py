@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from spimpi.errors import IncompleteError, UsageError
-from spimpi.trace import layout
+from spimpi.trace import layout, sketches
 from spimpi.trace.agreed import agreed
 from spimpi.trace.checksum import rows_fingerprint
 from spimpi.trace.drivers import (
@@ -26,7 +26,7 @@ from spimpi.trace.growing import merged, renumbered
 from spimpi.trace.journal import (
     OWN_HEADER, Journal, journal_folder, lock, read_journal, remove_journal,
 )  # fmt: skip
-from spimpi.trace.schema import RankInfo
+from spimpi.trace.schema import SKETCH_SHARE, RankInfo
 from spimpi.trace.unsealed import in_use
 
 DRIVERS = ("auto", "mpio", "parts", "gather")
@@ -107,6 +107,8 @@ def seal(comm, journal, path, attributes=None, driver="auto", overwrite=False) -
             if not contents.complete:
                 msg = "; ".join(contents.problems) or f"{journal.name} was not closed"
                 raise IncompleteError(msg)
+            if contents.sketches is not None and contents.sketches.problems:
+                raise IncompleteError("; ".join(contents.sketches.problems))
             if comm.rank == 0:
                 _check_place(path)
                 if not overwrite:
@@ -173,6 +175,10 @@ def _plan(comm, contents, path, attributes, driver) -> Plan:
 
     comm.Allreduce(least, low, op=MPI.MIN)
     comm.Allreduce(most, high, op=MPI.MAX)
+    attributes = {k: v for k, v in header.items() if k not in OWN_HEADER} | attributes
+    taken = _all_sketches(comm, contents, path)
+    if taken is not None:
+        attributes[sketches.ATTRIBUTE] = sketches.facts_of(taken)
     own = RankInfo(
         rank=comm.rank,
         host=header["host"],
@@ -190,10 +196,29 @@ def _plan(comm, contents, path, attributes, driver) -> Plan:
         types=layout.column_types(low, high),
         run_id=run_id,
         ranks=comm.gather(own),
-        attributes={k: v for k, v in header.items() if k not in OWN_HEADER} | attributes,
+        attributes=attributes,
         tensors=contents.tensors,
         temporary=Path(f"{path}.sealing"),
+        sketches=taken,
     )
+
+
+def _all_sketches(comm, contents, path) -> np.ndarray | None:
+    """All ranks' sketches on rank 0; None elsewhere, and where none were taken. Collective."""
+    own = contents.sketches is not None
+    theirs = comm.bcast(own)
+    with agreed(comm, path):
+        if own != theirs:
+            msg = f"its journal {'has' if own else 'lacks'} sketches, unlike rank 0's"
+            raise UsageError(msg)
+    if not own:
+        return None
+    total, rows = comm.reduce(len(contents.sketches.rows)), None
+    with agreed(comm, path):
+        if comm.rank == 0:
+            rows = np.empty(total, SKETCH_SHARE)
+    sketches.gathered(comm, contents.sketches.rows, rows)
+    return rows
 
 
 def _read_back(plan: Plan) -> None:
@@ -206,6 +231,9 @@ def _read_back(plan: Plan) -> None:
         for start in range(0, own.count, layout.ROWS_AT_ONCE):
             n = min(layout.ROWS_AT_ONCE, own.count - start)
             found ^= rows_fingerprint(layout.read_rows(file, own.offset + start, n), start)
+        if plan.sketches is not None and sketches.read_group(file).tobytes() != plan.sketches.tobytes():
+            msg = f"read back, {plan.temporary.name} does not hold the sketches that were written"
+            raise IncompleteError(msg)
     if (total, found) != (plan.total, own.fingerprint):
         msg = (
             f"read back, {plan.temporary.name} does not hold what was written: expected "

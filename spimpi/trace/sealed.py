@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from spimpi.errors import IncompleteError, UsageError
-from spimpi.trace import layout
+from spimpi.trace import layout, sketches
 from spimpi.trace.base import Block, DamageError, Trace
 from spimpi.trace.checksum import rank_fingerprints, rows_fingerprint
 from spimpi.trace.pieces import Span, groups, pieces
-from spimpi.trace.schema import ENUMERATIONS, EVENT, SCHEMA_VERSION, RankInfo
+from spimpi.trace.schema import ENUMERATIONS, EVENT, SCHEMA_VERSION, SKETCH_SHARE, RankInfo
 
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
@@ -177,6 +177,21 @@ class SealedTrace(Trace):
             self._note(error)
         except Exception as error:  # noqa: BLE001
             self.damage.append(f"the columns of events are damaged: {_first_line(error)}")
+
+    def sketch_shares(self) -> np.ndarray:
+        expected = self.attributes.get(sketches.ATTRIBUTE)
+        if not expected:
+            return np.zeros(0, SKETCH_SHARE)
+        try:
+            rows = sketches.read_group(self._file)
+            found = sketches.facts_of(rows)
+        except Exception as error:  # noqa: BLE001
+            msg = f"the sketches cannot be read: {_first_line(error)}"
+            raise DamageError(msg) from None
+        if found != expected:
+            msg = f"the sketches were altered: expected {expected}, found {found}"
+            raise DamageError(msg)
+        return rows
 
     def close(self) -> None:
         self._file.close()

@@ -10,7 +10,7 @@ from spimpi.trace.base import Trace
 from spimpi.trace.checksum import rows_fingerprint
 from spimpi.trace.growing import merged, renumbered
 from spimpi.trace.journal import OWN_HEADER, JournalContents, read_journal
-from spimpi.trace.schema import RankInfo
+from spimpi.trace.schema import SKETCH_SHARE, RankInfo
 
 
 class JournalTrace(Trace):
@@ -75,6 +75,9 @@ class JournalTrace(Trace):
             offset += count
             if not journal.complete and not journal.problems:
                 self.missing.append(f"{journal.path.name}: not closed, {count} events were flushed")
+            if journal.sketches is not None:
+                self.missing += journal.sketches.missing
+                self.damage += journal.sketches.damage
         world = self.attributes.get("world")
         missing = [r for r in range(world if isinstance(world, int) else 0) if r not in self._files]
         if missing:
@@ -88,6 +91,11 @@ class JournalTrace(Trace):
         rows = read_journal(self._files[info.rank]).events[: info.count]
         numbers = self._numbers.get(info.rank)
         return rows if numbers is None else renumbered(rows, numbers)
+
+    def sketch_shares(self) -> np.ndarray:
+        found = [read_journal(file).sketches for file in self._files.values()]
+        rows = [one.rows for one in found if one is not None]
+        return np.concatenate(rows) if rows else np.zeros(0, SKETCH_SHARE)
 
 
 def in_use(journal: Path) -> bool:

@@ -8,7 +8,7 @@ import faulthandler
 import shutil
 
 import pytest
-from trace_samples import same, skip_without_mpio, some_events, write_trace
+from trace_samples import same, skip_without_mpio, some_events, some_sketches, write_trace
 
 from spimpi.cli import apart as module
 from spimpi.cli.apart import apart
@@ -16,6 +16,7 @@ from spimpi.errors import SpimpiError
 from spimpi.trace import open as open_trace
 from spimpi.trace.check import check
 from spimpi.trace.recover import recover
+from spimpi.trace.sketches import combined
 
 SAMPLES = 80  # a file
 RIGHT, NAMED, CRASHED, WRONG = 0, 1, 98, 99
@@ -30,6 +31,21 @@ def tables(trace):
     return trace.attributes, trace.ranks, trace.tensors, trace.driver
 
 
+def sketches_of(driver):
+    """One driver's trace has sketches as well."""
+    return some_sketches() if driver == "gather" else None
+
+
+def wrong_sketches(trace) -> bool:
+    """Whether they are there as if right, and are not."""
+    expected = sketches_of(trace.driver)
+    try:
+        found = trace.sketches()
+    except SpimpiError:
+        return False
+    return found.tobytes() != (b"" if expected is None else combined(expected)[0].tobytes())
+
+
 def judged(path, expected, events) -> int:
     """Read a damaged trace in this process: RIGHT, NAMED or WRONG."""
     try:
@@ -38,6 +54,8 @@ def judged(path, expected, events) -> int:
             for info, rows in trace.intact_events():
                 if not same(rows, events) or info.rank != 0:
                     return WRONG
+            if wrong_sketches(trace):
+                return WRONG
             if found.state == "intact":
                 columns = all((trace.column(n)[:] == events[n]).all() for n in events.dtype.names)
                 return RIGHT if columns and tables(trace) == expected else WRONG
@@ -69,7 +87,7 @@ def sound(request, tmp_path, one):
     if driver == "mpio":
         skip_without_mpio()
     path, events = tmp_path / "run.h5", some_events(40)
-    write_trace(one, path, events, driver)
+    write_trace(one, path, events, driver, sketches=sketches_of(driver))
     with open_trace(path) as trace:
         expected = tables(trace)
     return path, tmp_path / name, expected, events

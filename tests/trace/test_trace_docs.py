@@ -6,7 +6,7 @@ from pathlib import Path
 
 from trace_samples import failing, some_events, write_trace
 
-from spimpi.trace.schema import EVENT, Op
+from spimpi.trace.schema import EVENT, SKETCH_SHARE, Op
 
 PAGE = (Path(__file__).parents[2] / "docs" / "trace.md").read_text()
 
@@ -32,4 +32,4 @@ def test_the_example_needs_ten_lines_and_no_spimpi():
 
 
 def test_the_page_names_every_column():
-    assert all(f"`{name}`" in PAGE for name in EVENT.names)
+    assert all(f"`{name}`" in PAGE for name in EVENT.names + SKETCH_SHARE.names)

@@ -5,7 +5,9 @@ import pytest
 
 from spimpi.bench.synthetic_trace import write_ranks
 from spimpi.trace.journal import Journal
-from spimpi.trace.schema import EVENT, Op, Stage, Status, TensorInfo, blank_events
+from spimpi.trace.schema import (
+    EVENT, SKETCH_SHARE, Op, Stage, Status, TensorInfo, blank_events,
+)  # fmt: skip
 from spimpi.trace.seal import journal_folder, prepare, seal
 
 TENSORS = [
@@ -36,6 +38,26 @@ def some_events(n: int, seed: int = 0) -> np.ndarray:
     return events
 
 
+def some_sketches(rank: int = 0, world: int = 1, steps: int = 3) -> np.ndarray:
+    """A rank's shares of the sketches of a run: embed, hidden of two layers, logits, each step.
+
+    Numbers are whole, so that sums over ranks are exact; a later rank has the later tensors first.
+    """
+    rng = np.random.default_rng(rank)
+    places = [(0, -1), (1, 0), (1, 1), (2, -1)]
+    shares = np.zeros(steps * len(places), SKETCH_SHARE)
+    shares["rank"] = rank
+    shares["step"] = np.repeat(np.arange(steps), len(places))
+    shares["tensor"], shares["layer"] = np.tile(np.array(places), (steps, 1)).T
+    shares["size"] = 100 + rank
+    shares["whole"] = sum(100 + r for r in range(world))
+    shares["nonfinite"] = rng.integers(0, 3, len(shares))
+    for name in ("absmax", "sumsq"):
+        shares[name] = rng.integers(0, 1000, len(shares))
+    shares["projections"] = rng.integers(-1000, 1000, (len(shares), 8))
+    return shares[::-1].copy() if rank % 2 else shares
+
+
 def failing(events: np.ndarray, row: int, **columns) -> np.ndarray:
     """The events with one more failure, at ``row``."""
     events = events.copy()
@@ -50,21 +72,28 @@ def header(world: int, **more) -> dict:
     return {"run_id": "run-1", "world": world, "model": "tiny", "topology": {"tp": 2}} | more
 
 
-def write_journal(comm, path, events, end_state="verified", **more) -> Journal:
+def write_journal(comm, path, events, end_state="verified", sketches=None, **more) -> Journal:
     """Each rank's journal of the trace ``path``. Collective."""
+    if sketches is not None:
+        more["sketches"] = True
     if comm.rank == 0 and not journal_folder(path).exists():
         prepare(path, overwrite=True)
     comm.Barrier()
     journal = Journal(journal_folder(path), comm.rank, {**header(comm.size), **more}, TENSORS)
     for start in range(0, len(events), 20):
         journal.append(events[start : start + 20])
+    if sketches is not None:
+        journal.sketches.append(sketches[:5])
+        journal.sketches.append(sketches[5:])
     journal.close(end_state)
     return journal
 
 
-def write_trace(comm, path, events, driver="parts", end_state="verified", **options) -> None:
+def write_trace(
+    comm, path, events, driver="parts", end_state="verified", sketches=None, **options
+) -> None:
     """A sealed trace. Collective."""
-    journal = write_journal(comm, path, events, end_state)
+    journal = write_journal(comm, path, events, end_state, sketches)
     seal(comm, journal, path, {"end_state": end_state}, driver, **options)
 
 
