@@ -29,17 +29,21 @@ class DistributedContext:
     Every check that is given this context leaves an event in it. Journals are kept while the
     program runs, and sealed when ``with`` is left normally (or by ``free``); an exception leaves
     them as they are, and ``spimpi trace show`` reads them. UsageError on every rank where the
-    trace is there already, or can't be written.
+    trace is there already, or can't be written. ``journal``: a folder for the journals, on each
+    node's own disk; ``sync``: every flush waits until the disk has it, against a loss of power.
     """
 
-    def __init__(self, comm, grid: Grid | None = None, seed: int = DEFAULT_SEED, trace=None):
+    def __init__(
+        self, comm, grid: Grid | None = None, seed: int = DEFAULT_SEED, trace=None, *,
+        journal=None, sync: bool = False,
+    ):  # fmt: skip
         self.grid = grid = grid or Grid(comm.size, 1, 1, (1,))
         self.seed, self.tracer = seed, None
         self._given = comm
         self.world = comm.Dup()
         self._require_one_trace(trace)
         if trace is not None:
-            self.tracer = self._opened(trace)
+            self.tracer = self._opened(trace, journal, sync)
         self.place = grid.coordinates(self.world.rank)
         d, p, s, t = self.place
         self.tensor = self.world.Split((d * grid.pp + p) * grid.sp + s, t)
@@ -68,11 +72,11 @@ class DistributedContext:
         )
         raise UsageError(msg)
 
-    def _opened(self, trace):
+    def _opened(self, trace, journal, sync):
         from spimpi.checks.program_trace import ProgramTracer
 
         try:
-            return ProgramTracer(self.world, trace, self.grid.text(), self.seed)
+            return ProgramTracer(self.world, trace, self.grid.text(), self.seed, journal, sync)
         except SpimpiError:  # of all ranks
             self.world.Free()
             raise

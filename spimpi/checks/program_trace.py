@@ -21,6 +21,7 @@ from spimpi.reduction import together
 from spimpi.trace.journal import Journal, journal_folder, new_run_id
 from spimpi.trace.schema import EVENT, Op, Stage, Status, TensorInfo, blank_events
 from spimpi.trace.seal import choose_driver, prepare, seal
+from spimpi.trace.signals import SignalFlush
 
 OPS = {
     "allgather": Op.ALLGATHER, "broadcast": Op.BROADCAST, "bcast": Op.BROADCAST,
@@ -45,16 +46,19 @@ class ProgramTracer:
     Collective over ``comm``; UsageError on every rank where the trace can't be written.
     """
 
-    def __init__(self, comm, path, topology: str, seed: int):
+    def __init__(self, comm, path, topology: str, seed: int, journal=None, sync: bool = False):
         self.comm = comm
         with together(comm):
             if not isinstance(path, (str, PathLike)):
                 msg = f"expected a path for the trace, found {type(path).__name__}"
                 raise UsageError(msg)
             self.path = Path(path)
+            if journal is not None and not isinstance(journal, (str, PathLike)):
+                msg = f"expected a folder for the journals, found {type(journal).__name__}"
+                raise UsageError(msg)
             self.driver = choose_driver()
             if comm.rank == 0:
-                prepare(self.path)
+                prepare(self.path, local=journal)
         header = {
             "run_id": comm.bcast(new_run_id()),
             "spimpi": __version__,
@@ -64,9 +68,11 @@ class ProgramTracer:
             "seed": seed,
         }
         with together(comm):
-            self.journal = Journal(journal_folder(self.path), comm.rank, header, None)
+            folder = journal_folder(self.path, journal)
+            self.journal = Journal(folder, comm.rank, header, None, sync)
         self._recorder = Recorder({}, comm.rank, self.journal)
         self._worst, self._error = Status.VERIFIED, None
+        self._signals = SignalFlush(self._recorder.write_down)
 
     def record(self, check, verdict, comm, peer=None, **columns) -> None:
         """Take the verdict of a check over ``comm``. Local.
@@ -107,6 +113,12 @@ class ProgramTracer:
 
         SpimpiError on every rank where that fails; the journals are then kept.
         """
+        try:
+            self._seal()
+        finally:
+            self._signals.close()
+
+    def _seal(self) -> None:
         worst = WORST_LAST[self.comm.allreduce(WORST_LAST.index(self._worst), op=MPI.MAX)]
         with together(self.comm):
             if self._error is not None:
@@ -117,6 +129,7 @@ class ProgramTracer:
 
     def give_up(self, error) -> None:
         """The program ended by an exception: the journal stays, to be read as it is. Local."""
+        self._signals.close()
         with suppress(OSError, SpimpiError):
             self._finish("failed" if isinstance(error, CorruptionError) else "error")
 

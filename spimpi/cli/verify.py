@@ -36,6 +36,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing trace")
     parser.add_argument("--trace-driver", default="auto", choices=("auto", "mpio", "parts", "gather"), help="how the trace is written")
     parser.add_argument("--journal", metavar="DIR", help="where each node keeps its ranks' journals while the run goes on (default: beside the trace)")
+    parser.add_argument("--sync", action="store_true", help="wait until the disk has what is flushed, against a loss of power")
     parser.add_argument("--timeout", type=float, default=120, metavar="S", help="end the job after S seconds without progress; 0: never (default: 120)")
     parser.add_argument("--expect-ranks", type=int, metavar="N", help="refuse to run on another world size")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
@@ -83,8 +84,9 @@ def _verify(args, comm, watchdog):
         if not args.no_trace:
             command = " ".join(sys.argv)
             tracer = Tracer(
-                comm.rank, path, args.trace_driver, args.overwrite, command, run_id, args.journal
-            )
+                comm.rank, path, args.trace_driver, args.overwrite, command, run_id, args.journal,
+                args.sync,
+            )  # fmt: skip
     reporter.found(comm, job)
     try:
         outcome = verify_distributed_inference(comm, job, reporter, watchdog, tracer)

@@ -13,6 +13,7 @@ from spimpi.errors import IncompleteError
 from spimpi.trace import layout, sketches
 from spimpi.trace.agreed import agreed, kept
 from spimpi.trace.schema import EVENT, SCHEMA_VERSION, RankInfo
+from spimpi.trace.synced import sync
 
 PIECE = 1 << 24  # rows a transfer: MPI counts bytes in an int
 
@@ -204,6 +205,14 @@ def write_shown_parts(plan: Plan) -> None:
         layout.create_virtual_columns(file, plan.total, plan.types, plan.ranks, parts)
         if plan.sketches is not None:
             sketches.write_group(file, plan.sketches)
+
+
+def sync_written(plan: Plan, driver: str) -> None:
+    """Wait until the disk has what this process wrote of the file and its parts. Local."""
+    if driver == "parts":
+        sync(parts_folder(plan.path) / _part_name(plan.own.rank))
+        sync(parts_folder(plan.path))
+    sync(plan.temporary)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ table of all ranks'.
 """
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,8 @@ def table_path(journal) -> Path:
 class GrowingTable:
     """Rows by the tensor's name; written as they come. Local."""
 
-    def __init__(self, path):
-        self.path = Path(path)
+    def __init__(self, path, sync: bool = False):
+        self.path, self._sync = Path(path), sync
         self.rows: dict[str, int] = {}
         self.tensors: list[TensorInfo] = []
         self._write("")
@@ -53,6 +54,9 @@ class GrowingTable:
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(text)
+                if self._sync:
+                    file.flush()
+                    os.fsync(file.fileno())
         except OSError as error:
             msg = f"the trace's table {self.path} could not be written: {error.strerror}"
             raise IncompleteError(msg) from error

@@ -6,7 +6,7 @@
     end record                                  number 0xFFFFFFFF; count of records, end state
 
 Plain write() of whole records, nothing collective: a rank that is killed leaves a journal that
-reads up to its last flush. Nothing is synchronised to disk, so a power loss may take more.
+reads up to its last flush. A power loss may take more, unless every flush waits for the disk.
 """
 
 import contextlib
@@ -28,6 +28,7 @@ from spimpi.trace.checksum import BLOCK, RECORD, checksums, pack, text_digest, u
 from spimpi.trace.growing import GrowingTable, read_table, table_path
 from spimpi.trace.schema import EVENT, SCHEMA_VERSION, TensorInfo
 from spimpi.trace.sketch_file import SketchFile, SketchContents, read_sketches, sketch_path
+from spimpi.trace.synced import sync as sync_path
 
 MAGIC = "spimpi-journal"
 FIRST_LINE = 64
@@ -97,15 +98,16 @@ class Journal:
     the epoch, the zero of t_start) and ``device`` where they are missing. All ranks give the same
     ``tensors``, or None: the table then grows (``table.row``, trace/growing.py). A true
     ``sketches`` in the header makes a file of sketches beside it (``sketches.append``,
-    trace/sketch_file.py). UsageError where the file exists or the folder can't be made.
+    trace/sketch_file.py). UsageError where the file exists or the folder can't be made. ``sync``:
+    each flush waits until the disk has it.
 
     ``append`` belongs to one thread; ``flush`` may be called from any thread and from a signal
     handler.
     """
 
-    def __init__(self, folder, rank: int, header: dict, tensors=()):
+    def __init__(self, folder, rank: int, header: dict, tensors=(), sync: bool = False):
         self.path = journal_path(folder, rank)
-        self.rank = rank
+        self.rank, self.sync = rank, sync
         self.count = 0  # rows written to the file
         self._waiting = deque()
         self._rows_waiting = 0
@@ -127,10 +129,14 @@ class Journal:
         with contextlib.suppress(OSError):  # says that the run goes on, where there are locks
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._write(_header_bytes(self.header, self.tensors))
-        self.table = GrowingTable(table_path(self.path)) if tensors is None else None
+        self.table = GrowingTable(table_path(self.path), sync) if tensors is None else None
         self.sketches = None
         if header.get("sketches"):
-            self.sketches = SketchFile(sketch_path(self.path), rank, header.get("run_id", ""))
+            place = sketch_path(self.path)
+            self.sketches = SketchFile(place, rank, header.get("run_id", ""), sync)
+        if sync:
+            for folder in self.path.parents[:2]:
+                sync_path(folder)
 
     def append(self, events: np.ndarray) -> None:
         """Add rows (dtype EVENT, shape (n,)). They are copied, and written by the next flush."""
@@ -179,7 +185,7 @@ class Journal:
 
     def _write(self, data) -> None:
         try:
-            append_whole(self._fd, data)
+            append_whole(self._fd, data, self.sync)
         except OSError as error:
             msg = (
                 f"the trace's journal {self.path} could not be written: {error.strerror}; "

@@ -16,6 +16,7 @@ from spimpi.trace.journal import lock, remove_journal
 from spimpi.trace.reader import places
 from spimpi.trace.seal import clear
 from spimpi.trace.sealed import SealedTrace, sealed_run_id
+from spimpi.trace.synced import sync
 from spimpi.trace.unsealed import JournalTrace
 
 
@@ -130,8 +131,10 @@ def _seal(trace: JournalTrace) -> SealedTrace:
         except OSError as error:
             msg = f"cannot write {plan.temporary}: {error.strerror or error}; the journals are kept"
             raise IncompleteError(msg) from error
+        sync(plan.temporary)
         sealed = _read_back(plan)
         os.replace(plan.temporary, plan.path)
+        sync(plan.path.parent)
         undo.pop_all()
     return sealed
 

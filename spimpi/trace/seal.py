@@ -20,13 +20,15 @@ from spimpi.trace import layout, sketches
 from spimpi.trace.agreed import agreed
 from spimpi.trace.checksum import rows_fingerprint
 from spimpi.trace.drivers import (
-    Plan, building_parts, old_parts, parts_folder, write_gather, write_mpio, write_parts,
+    Plan, building_parts, old_parts, parts_folder, sync_written, write_gather, write_mpio,
+    write_parts,
 )  # fmt: skip
 from spimpi.trace.growing import merged, renumbered
 from spimpi.trace.journal import (
     OWN_HEADER, Journal, journal_folder, lock, read_journal, remove_journal,
 )  # fmt: skip
 from spimpi.trace.schema import SKETCH_SHARE, RankInfo
+from spimpi.trace.synced import sync
 from spimpi.trace.unsealed import in_use
 
 DRIVERS = ("auto", "mpio", "parts", "gather")
@@ -94,10 +96,12 @@ def seal(comm, journal, path, attributes=None, driver="auto", overwrite=False) -
 
     ``journal`` is this rank's Journal (or its file's path): what was journalled is what is
     sealed. The attributes of the trace are rank 0's journal header and rank 0's ``attributes``
-    (what is known only at the end: text, numbers, or anything that JSON can hold). On an error
+    (what is known only at the end: text, numbers, or anything that JSON can hold). Where the
+    journal is a Journal with ``sync``, the disk has the trace before the journals go. On an error
     every rank raises the same SpimpiError, ``path`` is as it was and the journals are kept.
     """
     path = Path(path)
+    synced = isinstance(journal, Journal) and journal.sync
     journal = Path(journal.path if isinstance(journal, Journal) else journal)
     with ExitStack() as held:
         with agreed(comm, path):
@@ -117,10 +121,14 @@ def seal(comm, journal, path, attributes=None, driver="auto", overwrite=False) -
         with ExitStack() as undo:
             WRITERS[driver](comm, plan, contents.events, undo)
             with agreed(comm, path):
+                if synced:
+                    sync_written(plan, driver)
                 _read_back(plan)
             with agreed(comm, path):
                 if comm.rank == 0:
                     os.replace(plan.temporary, path)
+                    if synced:
+                        sync(path.parent)
             undo.pop_all()
         with agreed(comm, path):
             remove_journal(journal)

@@ -36,8 +36,8 @@ class SketchFile:
     thread.
     """
 
-    def __init__(self, path, rank: int, run_id: str):
-        self.path = Path(path)
+    def __init__(self, path, rank: int, run_id: str, sync: bool = False):
+        self.path, self._sync = Path(path), sync
         self.count = 0
         try:
             self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
@@ -62,7 +62,7 @@ class SketchFile:
 
     def _write(self, data) -> None:
         try:
-            append_whole(self._fd, data)
+            append_whole(self._fd, data, self._sync)
         except OSError as error:
             msg = (
                 f"the file of sketches {self.path} could not be written: {error.strerror}; "

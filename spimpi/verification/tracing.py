@@ -17,15 +17,16 @@ class Tracer:
     """Where and how a run is traced. Constructing it checks, and writes nothing.
 
     ``journals``: a folder for the journals, on each node's own disk; None: beside the trace.
+    ``sync``: what is flushed, and at the end the trace, survives a loss of power.
     """
 
     def __init__(
         self, rank: int, path, driver: str, overwrite: bool, command: str, run_id: str,
-        journals=None,
+        journals=None, sync=False,
     ):  # fmt: skip
         self.path, self.overwrite, self.command = Path(path), overwrite, command
         self.run_id, self.driver, self.journals = run_id, choose_driver(driver), journals
-        self.journal = None
+        self.sync, self.journal = sync, None
         if rank == 0:
             check_can_write(self.path, overwrite, journals)
 
@@ -54,7 +55,7 @@ class Tracer:
         folder = journal_folder(self.path, self.journals)
         if self.journals is not None and self.overwrite:
             clear_own(folder, ctx.rank)
-        self.journal = Journal(folder, ctx.rank, header, _tensors(job, names))
+        self.journal = Journal(folder, ctx.rank, header, _tensors(job, names), self.sync)
         return self.journal
 
     def seal(self, ctx, outcome) -> None:

@@ -73,17 +73,95 @@ def test_afterwards_signals_do_what_they_did_before():
     assert threading.active_count() == threads - 1
 
 
-def test_a_handler_of_the_program_is_left_as_it_is():
-    def mine(*_):
-        pass
+@pytest.mark.parametrize("made", ["before", "within"])
+def test_a_handler_of_the_program_stays_and_comes_after_the_flush(made):
+    said, flushed = [], threading.Event()
 
-    signal.signal(signal.SIGUSR1, mine)
+    def mine(*_):
+        said.append("mine")
+
+    def install():
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, mine)
+
     try:
-        with flushed_on_signals(lambda: None):
-            assert signal.getsignal(signal.SIGUSR1) is mine
-            assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        if made == "before":
+            install()
+        with flushed_on_signals(flushed.set):
+            if made == "within":
+                install()
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                flushed.clear()
+                os.kill(os.getpid(), number)
+                assert flushed.wait(60)
+        assert said == ["mine", "mine"]
+        assert signal.getsignal(signal.SIGTERM) is mine
     finally:
-        signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
+
+
+def test_two_traces_are_both_flushed():
+    first, second = threading.Event(), threading.Event()
+    with flushed_on_signals(first.set), flushed_on_signals(second.set):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert first.wait(60) and second.wait(60)
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+
+
+def test_a_forked_worker_that_is_told_to_end_ends_alone():
+    flushed = threading.Event()
+    with flushed_on_signals(flushed.set):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(1)
+        os.kill(child, signal.SIGTERM)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGTERM
+        assert not flushed.wait(0.1)
+
+
+PROGRAM = """
+import os, sys
+import numpy as np
+from mpi4py import MPI
+import spimpi
+
+comm = MPI.COMM_WORLD
+with spimpi.DistributedContext(comm, trace=sys.argv[1], journal=sys.argv[2], sync=True) as ctx:
+    for step in range(3):
+        own = np.full(4, float(comm.rank))
+        everyone = np.empty((comm.size, 4))
+        comm.Allgather(own, everyone)
+        place = spimpi.TensorPartition(0, comm.size, comm.rank, comm.size)
+        tag = spimpi.Tag(name="hidden", step=step)
+        spimpi.verify_allgather(comm, own[None], everyone, place, tag, ctx=ctx)
+    open(f"{sys.argv[1]}.pid-{comm.rank}", "w").write(str(os.getpid()))
+    comm.Recv(bytearray(1), comm.rank, tag=1)  # nobody sends
+"""
+
+
+def test_a_program_that_is_told_to_end_leaves_all_its_checks(tmp_path):
+    path, local = tmp_path / "run.h5", tmp_path / "local"
+    process = subprocess.Popen(
+        [*on_ranks(3), "-c", PROGRAM, str(path), str(local)],
+        stdout=subprocess.DEVNULL, env=dict(os.environ),
+    )  # fmt: skip
+    noted = [tmp_path / f"run.h5.pid-{rank}" for rank in range(3)]
+    try:
+        until(lambda: all(n.exists() and n.read_text() for n in noted))
+        os.kill(int(noted[1].read_text()), signal.SIGTERM)  # mpirun then tells the others
+        process.wait(60)
+        for pid in (note.read_text() for note in noted):
+            until(lambda pid=pid: not os.path.exists(f"/proc/{pid}"))
+    finally:
+        process.kill()
+        process.wait()
+    assert journal_folder(path).resolve() == local / "run.h5.journal"
+    found = check(path)
+    assert (found.state, found.ranks) == ("incomplete", 3)
+    told = read_journal(local / "run.h5.journal" / "rank-00001.journal")
+    assert told.events["step"].tolist() == [0, 1, 2]
 
 
 def test_writing_down_from_another_thread_loses_and_doubles_nothing(tmp_path):
