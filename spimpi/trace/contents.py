@@ -6,6 +6,7 @@ of checks whose fingerprint is a whole tensor's (``PROGRAM_OPS``). docs/trace-di
 
 import numpy as np
 
+from spimpi.trace.growing import OTHERS
 from spimpi.trace.order import first_layered_tensor, program_order
 from spimpi.trace.schema import Op, Stage, Status, blank_events
 
@@ -41,9 +42,12 @@ def contents(trace) -> tuple[np.ndarray, int]:
     kept, waiting, n_waiting, n_failed = _empty(), [], 0, 0
     occurrences = _Occurrences()
     first_layered = len(trace.tensors)
+    known = np.array([tensor != OTHERS for tensor in trace.tensors] + [False])
     for block in trace.blocks(COLUMNS):
         n_failed += int((block["verdict"] == Status.FAILED).sum())
-        block = block.where(_wanted(block))
+        wanted = _wanted(block)
+        wanted &= known[np.minimum(block["tensor"], len(known) - 1)]
+        block = block.where(wanted)
         if not len(block):
             continue
         first_layered = min(first_layered, first_layered_tensor(block))
@@ -59,7 +63,7 @@ def contents(trace) -> tuple[np.ndarray, int]:
 # Two words that are a tensor's place, and its fingerprint. From the highest bit, ``run``: stage
 # (8 bits), repeat (16), step (32); ``place``: layer + 1 (16), tensor (16), op (8), occurrence (24).
 _WORDS = np.dtype([("run", "<u8"), ("place", "<u8"), ("fingerprint", "<u8")])
-_OCCURRENCES = np.uint64((1 << 24) - 1)
+_MOST_OCCURRENCES = (1 << 24) - 1
 
 
 def _empty() -> np.ndarray:
@@ -107,27 +111,24 @@ class _Occurrences:
             if ranks[start] != self.rank:
                 self.rank, self.seen = ranks[start], _empty()
             own = program[start:stop]
-            numbers[own] = self._of_rank(words[own])
-        return np.minimum(numbers, _OCCURRENCES)
+            numbers[own] = np.minimum(self._of_rank(words[own]), _MOST_OCCURRENCES)
+        return numbers
 
     def _of_rank(self, words) -> np.ndarray:
+        # ``seen`` has a row a place; in place of the fingerprint, how many there were.
         both = np.concatenate([self.seen, words])
-        order = np.lexsort((both["place"], both["run"]))  # stable: the earlier of equals stays so
+        order = np.lexsort((both["place"], both["run"]))  # stable: what was seen comes first
         starts = _starts(both[order])
-        position = np.arange(len(both)) - np.repeat(starts, np.diff(np.r_[starts, len(both)]))
-        # ``seen`` has one row a place, whose fingerprint is how many there were.
-        counted = np.zeros(len(both), np.int64)
-        counted[: len(self.seen)] = self.seen["fingerprint"]
-        before = np.repeat(
-            np.add.reduceat(counted[order], starts), np.diff(np.r_[starts, len(both)])
-        )
-        is_seen = np.repeat(order[starts] < len(self.seen), np.diff(np.r_[starts, len(both)]))
-        numbers = np.empty(len(both), np.uint64)
-        numbers[order] = before + position - is_seen
+        lengths = np.diff(np.r_[starts, len(both)])
+        is_seen = order[starts] < len(self.seen)
+        before = np.zeros(len(starts), np.int64)
+        before[is_seen] = self.seen["fingerprint"][order[starts[is_seen]]]
+        numbers = np.empty(len(both), np.int64)
+        numbers[order] = np.arange(len(both)) - np.repeat(starts + is_seen - before, lengths)
+        result = numbers[len(self.seen) :]
         self.seen = both[order][starts]
-        lengths = np.diff(np.r_[starts, len(both)]) - is_seen[starts]
-        self.seen["fingerprint"] = before[starts] + lengths
-        return numbers[-len(words) :]
+        self.seen["fingerprint"] = before + lengths - is_seen
+        return result
 
 
 def _starts(words) -> np.ndarray:
@@ -165,12 +166,28 @@ def _unpacked(words, first_layered: int) -> np.ndarray:
     found["step"] = run.astype(np.uint32).view(np.int32)
     found["layer"] = (place >> np.uint64(48)).astype(np.int64) - 1
     found["fingerprint"] = np.bitwise_xor.reduceat(words["fingerprint"], starts)
-    return found[order_of(found, first_layered)]
+    return found[_order_of(found, first_layered)]
 
 
-def order_of(found, first_layered: int) -> np.ndarray:
+def _order_of(found, first_layered: int) -> np.ndarray:
     """Positions that sort rows of dtype CONTENT in program order."""
     events = blank_events(len(found))
     for name in ("repeat", "stage", "step", "layer", "tensor", "op"):
         events[name] = found[name]
     return program_order(events, found["occurrence"], first_layered)
+
+
+def paired(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions in ``a`` and in ``b`` of what both have; rows of any dtype with CONTENT's place
+    columns (those that are there), each place once. In the order of ``a``."""
+    names = [n for n in CONTENT.names if n in a.dtype.names and n != "fingerprint"]
+    keys = [np.concatenate([a[n], b[n]]) for n in names]
+    of_b = np.r_[np.zeros(len(a), bool), np.ones(len(b), bool)]
+    order = np.lexsort((of_b, *keys))
+    same = np.ones(max(len(order) - 1, 0), bool)
+    for key in keys:
+        same &= key[order][1:] == key[order][:-1]
+    at = np.flatnonzero(same)
+    mine, theirs = order[at], order[at + 1] - len(a)
+    back = np.argsort(mine)
+    return mine[back], theirs[back]
