@@ -45,9 +45,12 @@ class Recorder:
         self._settling = Lock()
 
     def add(self, events: np.ndarray, seconds: dict[Stage, float]) -> None:
-        """Take many events; so many seconds were spent on their checks, by stage."""
+        """Take many events; so many seconds were spent on their checks, by stage.
+
+        Events that are NOT_ESTABLISHED go to the journal, and are not counted as checks.
+        """
         self._blocks.append(events)
-        self.n_events += events.size
+        self.n_events += int((events["verdict"] != Status.NOT_ESTABLISHED).sum())
         for stage, spent in seconds.items():
             self._totals[stage].seconds += spent
         self._urgent |= bool((events["verdict"] == Status.FAILED).any())
@@ -125,6 +128,7 @@ class Recorder:
         if self.journal is not None:
             self.journal.append(events)
         n_stages = len(Stage)
+        events = events[events["verdict"] != Status.NOT_ESTABLISHED]
         failed = events["verdict"] == Status.FAILED
         counts = np.bincount(events["stage"], minlength=n_stages)
         wrong = np.bincount(events["stage"][failed], minlength=n_stages)

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from spimpi.cli.apart import apart
 from spimpi.cli.registry import subcommand
 from spimpi.cli.tables import printable
+from spimpi.cli.trace_diff import add_diff
 
 
 def add_arguments(parser):
@@ -44,13 +45,15 @@ def add_arguments(parser):
     recover.add_argument("file", metavar="RUN", help="the trace, or the folder of its journals")
     recover.add_argument("--overwrite", action="store_true", help="replace an existing trace")
     recover.set_defaults(run_trace=_recover, crashed=3)
+    add_diff(commands)
     for command in (show, check, recover):
         command.add_argument("--json", action="store_true", help="print it as JSON")
 
 
 @subcommand("trace", "look at the trace of a run, check it", add_arguments)
 def run(args) -> int:
-    return apart(lambda: args.run_trace(args), args.file, args.crashed)
+    what = " or ".join(args.files) if "files" in args else args.file
+    return apart(lambda: args.run_trace(args), what, args.crashed)
 
 
 def _show(args) -> int:

@@ -147,11 +147,11 @@ def _note(failure) -> str:
 
 def _verdict_line(summary) -> tuple[str, str]:
     if summary.verdict == "corrupted":
-        found = f"{summary.n_failed:,} of {summary.n_events:,} checks failed"
+        found = f"{summary.n_failed:,} of {summary.n_checks:,} checks failed"
         if not summary.n_failed:
             found = "as the run said at its end; the rows of what failed are not here"
         return f"verdict    CORRUPTED: {found}", "bold red"
     if summary.verdict == "incomplete":
-        held = f"no check failed among the {summary.n_events:,} that are here"
+        held = f"no check failed among the {summary.n_checks:,} that are here"
         return f"verdict    INCOMPLETE: {held}", "bold yellow"
-    return f"verdict    VERIFIED: {summary.n_events:,} checks held", "bold green"
+    return f"verdict    VERIFIED: {summary.n_checks:,} checks held", "bold green"

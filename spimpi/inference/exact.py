@@ -18,21 +18,11 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
+from spimpi.arithmetic import EXACT as ARITHMETIC, exact_bits as bits  # noqa: F401
 from spimpi.errors import UsageError
 from spimpi.fingerprint.words import linear_weight
 from spimpi.inference.elementary import bits_of, power_of_two, rounded
 from spimpi.jit import inlined, kernel
-
-ARITHMETIC = "exact-1"
-
-
-def bits(k: int) -> int:
-    """Bits b of the scaled integers for the GLOBAL inner size k: k * 2**b * 2**b <= 2**53."""
-    if k < 1:
-        msg = f"a matmul's global inner size must be at least 1, found {k}"
-        raise UsageError(msg)
-    return min(24, (53 - (k - 1).bit_length()) // 2)
-
 
 # Scaling to integers
 

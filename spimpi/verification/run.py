@@ -298,12 +298,19 @@ class _Run:
         return gathered
 
     def _compare(self, stage, repeat):
-        """The run's golden table against the golden run's. Collective over the world."""
-        if not self.has_golden:
+        """The run's golden table against the golden run's; in a trace also where there is none.
+
+        Collective over the world.
+        """
+        if not self.has_golden and self.tracer is None:
             return
         table = golden_runs.global_table(self.ctx.world, stage.golden)
-        if self.golden is not None and self.ctx.rank == 0:
+        if self.ctx.rank:
+            return
+        if self.golden is not None:
             golden_runs.compare(table, self.golden, self.recorder, repeat)
+        elif self.tracer is not None:
+            golden_runs.record(table, self.job.config.n_layers, self.recorder, repeat)
 
     def _conclude(self, tokens, runs):
         ctx, job = self.ctx, self.job

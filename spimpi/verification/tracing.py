@@ -1,14 +1,16 @@
 """The trace of a verification run: journals while it runs, one sealed file at its end."""
 
+import json
 from contextlib import suppress
 from pathlib import Path
 
 from spimpi import __version__
+from spimpi.arithmetic import EXACT, FLOAT32_BLAS
 from spimpi.errors import SpimpiError
+from spimpi.trace.checksum import text_digest
 from spimpi.trace.journal import Journal, clear_own, journal_folder
 from spimpi.trace.schema import TensorInfo
 from spimpi.trace.seal import check_can_write, choose_driver, clear_folder, prepare, seal
-from spimpi.inference.exact import ARITHMETIC
 
 ENDS = {0: "verified", 1: "failed", 3: "incomplete"}
 
@@ -46,9 +48,10 @@ class Tracer:
             "model": job.config.name,
             "identity": job.checkpoint.identity() if ctx.rank == 0 else "",
             "seed": job.seed,
-            "arithmetic": ARITHMETIC if job.exact else "float32-blas",
+            "arithmetic": EXACT if job.exact else FLOAT32_BLAS,
             "prompts": len(job.prompts),
             "prompt_tokens": sum(job.lengths),
+            "prompts_digest": text_digest(json.dumps(job.workload.prompts).encode()),
             "new_tokens": job.n_tokens,
             "injected": [str(fault) for fault in job.faults],
         }

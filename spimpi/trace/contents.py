@@ -1,0 +1,193 @@
+"""The global fingerprints that a trace holds: of whole tensors, whatever the topology.
+
+Of ``spimpi verify``: those of its tensors (Stage.GOLDEN) and of its weights. Of a program: those
+of checks whose fingerprint is a whole tensor's (``PROGRAM_OPS``). docs/trace-diff.md.
+"""
+
+import numpy as np
+
+from spimpi.trace.growing import OTHERS
+from spimpi.trace.order import first_layered_tensor, program_order
+from spimpi.trace.schema import Op, Stage, Status, blank_events
+
+# A message's, a buffer's at rest and a matmul's fingerprint are of what one rank holds.
+PROGRAM_OPS = (
+    Op.ALLGATHER, Op.ALLREDUCE_SUM, Op.ALLREDUCE_MAX, Op.ALLREDUCE_MIN, Op.ALLREDUCE_BOR,
+    Op.ALLREDUCE_BXOR, Op.BROADCAST, Op.AGREEMENT, Op.CONTENT, Op.GATHER, Op.SCATTER, Op.ALLTOALL,
+    Op.RING, Op.REDUCE_SCATTER, Op.COLOURS,
+)  # fmt: skip
+CONTENT = np.dtype(
+    [
+        ("repeat", "<u2"),
+        ("stage", "u1"),
+        ("step", "<i4"),
+        ("layer", "<i2"),
+        ("tensor", "<u2"),
+        ("op", "u1"),
+        ("occurrence", "<u4"),
+        ("fingerprint", "<u8"),
+    ]
+)
+COLUMNS = ("stage", "op", "verdict", "repeat", "step", "layer", "tensor", "fingerprint", "expected")
+MOST_VALUES = 64  # of one tensor; distinct ones come of groups of ranks that hold different data
+SETTLE = 1 << 20  # rows that wait until they are put together
+
+
+def contents(trace) -> tuple[np.ndarray, int]:
+    """(global fingerprints in program order, dtype CONTENT; number of failed checks).
+
+    Reads the trace once. A program's tensor of which ranks recorded several values (one a group)
+    has the XOR of the distinct ones, of the smallest MOST_VALUES.
+    """
+    kept, waiting, n_waiting, n_failed = _empty(), [], 0, 0
+    occurrences = _Occurrences()
+    first_layered = len(trace.tensors)
+    known = np.array([tensor != OTHERS for tensor in trace.tensors] + [False])
+    for block in trace.blocks(COLUMNS):
+        n_failed += int((block["verdict"] == Status.FAILED).sum())
+        wanted = _wanted(block)
+        wanted &= known[np.minimum(block["tensor"], len(known) - 1)]
+        block = block.where(wanted)
+        if not len(block):
+            continue
+        first_layered = min(first_layered, first_layered_tensor(block))
+        words = _packed(block)
+        words["place"] |= occurrences.of(block, words)
+        waiting.append(words)
+        n_waiting += len(words)
+        if n_waiting > SETTLE:
+            kept, waiting, n_waiting = _distinct([kept, *waiting]), [], 0
+    return _unpacked(_distinct([kept, *waiting]), first_layered), n_failed
+
+
+# Two words that are a tensor's place, and its fingerprint. From the highest bit, ``run``: stage
+# (8 bits), repeat (16), step (32); ``place``: layer + 1 (16), tensor (16), op (8), occurrence (24).
+_WORDS = np.dtype([("run", "<u8"), ("place", "<u8"), ("fingerprint", "<u8")])
+_MOST_OCCURRENCES = (1 << 24) - 1
+
+
+def _empty() -> np.ndarray:
+    return np.zeros(0, _WORDS)
+
+
+def _wanted(block) -> np.ndarray:
+    stage, op = block["stage"], block["op"]
+    wanted = (stage == Stage.GOLDEN) & (op == Op.CONTENT)
+    wanted |= (stage == Stage.WEIGHTS) & (op == Op.CONTENT)
+    program = stage == Stage.PROGRAM
+    if program.any():
+        told = (block["fingerprint"] != 0) | (block["expected"] != 0)
+        wanted |= program & np.isin(op, np.array(PROGRAM_OPS, op.dtype)) & told
+    return wanted
+
+
+def _packed(block) -> np.ndarray:
+    def column(name, bits, shift, plus=0):
+        values = block[name].astype(np.int64) + plus
+        return (values.astype(np.uint64) & np.uint64((1 << bits) - 1)) << np.uint64(shift)
+
+    words = np.empty(len(block), _WORDS)
+    words["run"] = column("stage", 8, 48) | column("repeat", 16, 32) | column("step", 32, 0)
+    words["place"] = column("layer", 16, 48, plus=1) | column("tensor", 16, 32) | column("op", 8, 24)
+    words["fingerprint"] = block["fingerprint"]
+    return words
+
+
+class _Occurrences:
+    """Counts a rank's checks of one tensor and op at one step: a program may make several."""
+
+    def __init__(self):
+        self.rank, self.seen = -1, _empty()
+
+    def of(self, block, words) -> np.ndarray:
+        """The number of each row, from 0; rows of verify have none."""
+        numbers = np.zeros(len(words), np.uint64)
+        program = np.flatnonzero(block["stage"] == Stage.PROGRAM)
+        if not program.size:
+            return numbers
+        ranks = block["rank"][program]
+        starts = np.flatnonzero(np.r_[True, ranks[1:] != ranks[:-1]])
+        for start, stop in zip(starts, np.r_[starts[1:], len(ranks)]):
+            if ranks[start] != self.rank:
+                self.rank, self.seen = ranks[start], _empty()
+            own = program[start:stop]
+            numbers[own] = np.minimum(self._of_rank(words[own]), _MOST_OCCURRENCES)
+        return numbers
+
+    def _of_rank(self, words) -> np.ndarray:
+        # ``seen`` has a row a place; in place of the fingerprint, how many there were.
+        both = np.concatenate([self.seen, words])
+        order = np.lexsort((both["place"], both["run"]))  # stable: what was seen comes first
+        starts = _starts(both[order])
+        lengths = np.diff(np.r_[starts, len(both)])
+        is_seen = order[starts] < len(self.seen)
+        before = np.zeros(len(starts), np.int64)
+        before[is_seen] = self.seen["fingerprint"][order[starts[is_seen]]]
+        numbers = np.empty(len(both), np.int64)
+        numbers[order] = np.arange(len(both)) - np.repeat(starts + is_seen - before, lengths)
+        result = numbers[len(self.seen) :]
+        self.seen = both[order][starts]
+        self.seen["fingerprint"] = before + lengths - is_seen
+        return result
+
+
+def _starts(words) -> np.ndarray:
+    """Where a new place begins in sorted rows."""
+    new = np.ones(len(words), bool)
+    new[1:] = words["run"][1:] != words["run"][:-1]
+    new[1:] |= words["place"][1:] != words["place"][:-1]
+    return np.flatnonzero(new)
+
+
+def _distinct(pieces) -> np.ndarray:
+    """The rows sorted, equal ones once, at most the MOST_VALUES smallest values of a place."""
+    words = np.concatenate(pieces)
+    words = words[np.lexsort((words["fingerprint"], words["place"], words["run"]))]
+    if not len(words):
+        return words
+    words = words[np.r_[True, words[1:] != words[:-1]]]
+    starts = _starts(words)
+    position = np.arange(len(words)) - np.repeat(starts, np.diff(np.r_[starts, len(words)]))
+    return words[position < MOST_VALUES]
+
+
+def _unpacked(words, first_layered: int) -> np.ndarray:
+    """One row a place, in program order."""
+    if not len(words):
+        return np.zeros(0, CONTENT)
+    starts = _starts(words)
+    found = np.zeros(len(starts), CONTENT)
+    run, place = words["run"][starts], words["place"][starts]
+    for name, word, bits, shift in (
+        ("stage", run, 8, 48), ("repeat", run, 16, 32), ("tensor", place, 16, 32),
+        ("op", place, 8, 24), ("occurrence", place, 24, 0),
+    ):  # fmt: skip
+        found[name] = word >> np.uint64(shift) & np.uint64((1 << bits) - 1)
+    found["step"] = run.astype(np.uint32).view(np.int32)
+    found["layer"] = (place >> np.uint64(48)).astype(np.int64) - 1
+    found["fingerprint"] = np.bitwise_xor.reduceat(words["fingerprint"], starts)
+    return found[_order_of(found, first_layered)]
+
+
+def _order_of(found, first_layered: int) -> np.ndarray:
+    """Positions that sort rows of dtype CONTENT in program order."""
+    events = blank_events(len(found))
+    for name in ("repeat", "stage", "step", "layer", "tensor", "op"):
+        events[name] = found[name]
+    return program_order(events, found["occurrence"], first_layered)
+
+
+def paired(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Positions in ``a`` and in ``b`` of what both have; rows of any dtype with CONTENT's place
+    columns (those that are there), each place once. In the order of ``a``."""
+    names = [n for n in CONTENT.names if n in a.dtype.names and n != "fingerprint"]
+    keys = [np.concatenate([a[n], b[n]]) for n in names]
+    of_b = np.r_[np.zeros(len(a), bool), np.ones(len(b), bool)]
+    order = np.lexsort((of_b, *keys))
+    same = np.ones(max(len(order) - 1, 0), bool)
+    for key in keys:
+        same &= key[order][1:] == key[order][:-1]
+    at = np.flatnonzero(same)
+    mine, theirs = order[at], order[at + 1] - len(a)
+    back = np.argsort(mine)
+    return mine[back], theirs[back]

@@ -1,0 +1,255 @@
+"""Two runs side by side: the first tensor that differs, and how the difference grows.
+
+docs/trace-diff.md says what is compared and what is claimed.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from spimpi.distance import ERROR, distances, relative_distances
+from spimpi.errors import IncompleteError, UsageError
+from spimpi.trace.contents import CONTENT, contents, paired
+from spimpi.trace.growing import merged
+from spimpi.trace.rounding import Judgement, first_jump, judge
+from spimpi.trace.schema import Stage
+from spimpi.trace.summary import Failure, summarise
+
+# A row of ``Difference.table``: one tensor of one step, in both runs. ``tensor``: an index into
+# ``Difference.names``; ``a``, ``b``: the global fingerprints; ``relative``: ‖a - b‖ / ‖a‖ by the
+# sketches, ``error`` its standard error, NaN where there are no sketches, infinite where NaN or
+# Inf are in one of them and not in the other.
+PLACE = ("repeat", "step", "layer", "tensor")  # of a tensor of spimpi verify
+COMPARED = np.dtype(
+    [(name, CONTENT[name]) for name in CONTENT.names if name != "fingerprint"]
+    + [("a", "<u8"), ("b", "<u8"), ("differs", "?"), ("relative", "<f8"), ("error", "<f8")]
+)
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of the runs. ``problems``: what its trace lacks; ``failure``: its first own failure."""
+
+    path: Path
+    attributes: dict
+    ranks: int
+    problems: tuple[str, ...]
+    n_failed: int
+    failure: Failure | None
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What a comparison of two runs found.
+
+    ``table``: every tensor that both have, dtype COMPARED, in program order; ``first``: row of the
+    first that differs, -1: none; ``judgement``: what kind of difference that is; ``jump``: first
+    row at which the relative difference is more than JUMP times all before it, -1: none;
+    ``diverged``: row of the first tokens that differ: later steps have other inputs; -1: none;
+    ``notes``: what was not compared, ``missing``: what should have been and could not be.
+    """
+
+    a: Side
+    b: Side
+    names: tuple[str, ...]
+    table: np.ndarray
+    first: int
+    judgement: Judgement
+    jump: int
+    diverged: int
+    notes: tuple[str, ...]
+    missing: tuple[str, ...]
+
+    @property
+    def n_differ(self) -> int:
+        return int(self.table["differs"].sum())
+
+    def by_layer(self) -> list[dict]:
+        """How many tensors differ, by run, step and layer, in program order.
+
+        Keys: ``repeat``, ``step``, ``layer``, ``part`` ("weights", "before", "layer", "after" the
+        layers), ``compared``, ``differ``, ``relative`` (the largest known, else NaN).
+        """
+        table = self.table
+        new = np.ones(len(table), bool)
+        weights = table["stage"] == Stage.WEIGHTS
+        layer = np.where(weights, -1, table["layer"])
+        for column in (table["repeat"], table["step"], layer, weights):
+            new[1:] &= column[1:] == column[:-1]
+        new[1:] = ~new[1:]
+        starts = np.flatnonzero(new)
+        if not starts.size:
+            return []
+        differ = np.add.reduceat(table["differs"].astype(np.int64), starts)
+        with np.errstate(invalid="ignore"):
+            largest = np.fmax.reduceat(table["relative"], starts)
+        lengths = np.diff(np.r_[starts, len(table)])
+        parts, layered = [], set()
+        for i in starts:
+            step = table["repeat"][i], table["step"][i]
+            part = "layer" if layer[i] >= 0 else "after" if step in layered else "before"
+            parts.append("weights" if weights[i] else part)
+            if part == "layer" and not weights[i]:
+                layered.add(step)
+        return [
+            {"repeat": int(table["repeat"][i]), "step": int(table["step"][i]),
+             "layer": int(layer[i]), "part": part, "compared": int(n), "differ": int(d),
+             "relative": float(r)}
+            for i, part, n, d, r in zip(starts, parts, lengths, differ, largest)
+        ]  # fmt: skip
+
+    @property
+    def exit_status(self) -> int:
+        if self.first >= 0:
+            return 1
+        return 3 if self.missing else 0
+
+
+def diff(a, b) -> Difference:
+    """Compare two open traces (spimpi.trace.open), each read once. Local.
+
+    UsageError where they are not of the same model, seed and prompts.
+    """
+    require_comparable(a, b)
+    found_a, side_a = _side(a)
+    found_b, side_b = _side(b)
+    union, (_, numbers) = merged([a.tensors, b.tensors])  # A's first, in their order
+    names = tuple(tensor.name for tensor in union)
+    found_b["tensor"] = numbers[found_b["tensor"]]
+    mine, theirs = paired(found_a, found_b)
+    table = np.zeros(len(mine), COMPARED)
+    for name in COMPARED.names:
+        if name in CONTENT.names:
+            table[name] = found_a[name][mine]
+    table["a"], table["b"] = found_a["fingerprint"][mine], found_b["fingerprint"][theirs]
+    table["differs"] = table["a"] != table["b"]
+    table["relative"] = table["error"] = np.nan
+    missing = [f"A: {line}" for line in a.problems] + [f"B: {line}" for line in b.problems]
+    missing += _measure(table, a, b, numbers)
+    alone = np.delete(found_a, mine), np.delete(found_b, theirs)
+    notes, lacking = _lonely(alone, (found_a, found_b), _is_program(a))
+    missing += lacking
+    if not len(table):
+        missing.append("no tensor is in both traces")
+    differing = np.flatnonzero(table["differs"])
+    first = int(differing[0]) if differing.size else -1
+    diverged, judgement, jump = -1, Judgement("same bits", None, None, None, ""), -1
+    if first >= 0:
+        is_tokens = np.array([name == "tokens" for name in names])[table["tensor"]]
+        tokens = np.flatnonzero(is_tokens & (table["stage"] == Stage.GOLDEN) & table["differs"])
+        diverged = int(tokens[0]) if tokens.size else -1
+        row, widths = table[first], {t.name: t.shape[-1] for t in a.tensors if t.shape}
+        judgement = judge(
+            names[row["tensor"]], float(row["relative"]), float(row["error"]), a.attributes,
+            b.attributes, widths,
+        )  # fmt: skip
+        jump = first_jump(table["relative"][: diverged + 1 if diverged >= 0 else None])
+    return Difference(
+        side_a, side_b, names, table, first, judgement, jump, diverged, tuple(notes), tuple(missing)
+    )
+
+
+def _is_program(trace) -> bool:
+    return "model" not in trace.attributes
+
+
+def require_comparable(a, b) -> None:
+    """UsageError unless the runs are of the same model, seed and prompts. Unknown is equal."""
+    if _is_program(a) != _is_program(b):
+        kinds = ["a program" if _is_program(t) else "spimpi verify" for t in (a, b)]
+        msg = f"{a.path} is the trace of {kinds[0]}, {b.path} of {kinds[1]}: nothing is in both"
+        raise UsageError(msg)
+    ours, theirs = a.attributes, b.attributes
+    for what, names in (
+        ("seed", ("seed",)),  # it is in every fingerprint
+        ("model", ("identity", "model")),
+        ("prompts", ("prompts_digest", "prompts", "prompt_tokens")),
+    ):
+        for name in names:
+            x, y = ours.get(name), theirs.get(name)
+            if x in (None, "") or y in (None, "") or x == y:
+                continue
+            if name == "model" and ours.get("identity") and theirs.get("identity"):
+                continue  # the name is the directory's
+            told = [_told(what, t.attributes, name) for t in (a, b)]
+            msg = f"{a.path} is of {what} {told[0]}, {b.path} of {told[1]}: they cannot be compared"
+            raise UsageError(msg)
+
+
+def _told(what: str, attributes: dict, name: str) -> str:
+    if what == "model":
+        return f"{attributes.get('model')} ({attributes.get('identity')})"
+    if name == "prompts_digest":
+        return f"{attributes[name]} ({attributes.get('prompts')} prompts)"
+    unit = {"prompts": " prompts", "prompt_tokens": " prompt tokens"}.get(name, "")
+    return f"{attributes[name]}{unit}"
+
+
+def _side(trace) -> tuple[np.ndarray, Side]:
+    found, n_failed = contents(trace)
+    failures = summarise(trace, 1).failures if n_failed else []
+    side = Side(
+        trace.path, trace.attributes, len(trace.ranks), tuple(trace.problems), n_failed,
+        failures[0] if failures else None,
+    )  # fmt: skip
+    return found, side
+
+
+def _measure(table, a, b, numbers) -> list[str]:
+    """Relative differences by the sketches of both, where there are; what was wrong with them."""
+    if not hasattr(a, "sketches"):
+        return []
+    try:
+        ours, theirs = a.sketches(), b.sketches().copy()
+    except IncompleteError as error:
+        return [str(error)]
+    if not len(ours) or not len(theirs):
+        return []
+    theirs["tensor"] = numbers[theirs["tensor"]]
+    mine, others = paired(ours, theirs)
+    ours, theirs = ours[mine], theirs[others]
+    golden = np.flatnonzero(table["stage"] == Stage.GOLDEN)
+    rows, at = paired(table[golden][list(PLACE)], ours[list(PLACE)])
+    rows, ours, theirs = golden[rows], ours[at], theirs[at]
+    found = relative_distances(
+        distances(ours["projections"], theirs["projections"]), np.sqrt(ours["sumsq"])
+    )
+    found[ours["nonfinite"] != theirs["nonfinite"]] = np.inf
+    found[~table["differs"][rows]] = 0.0
+    table["relative"][rows], table["error"][rows] = found, found * ERROR
+    return []
+
+
+def _lonely(alone, found, program: bool) -> tuple[list[str], list[str]]:
+    """(notes, missing): tensors that one of the traces has alone."""
+    notes, missing = [], []
+    runs = [_runs(rows) for rows in found]
+    if bool(runs[0].size) != bool(runs[1].size):
+        lacks = "A" if not runs[0].size else "B"
+        missing.append(
+            f"{lacks} has no fingerprints of whole tensors of the inference: they are written when "
+            "it ends"
+        )
+    elif not np.array_equal(*runs):
+        both = len(np.intersect1d(*runs))
+        notes.append(
+            f"A has {len(runs[0])} steps, B {len(runs[1])}: the {both} that both have are compared"
+        )
+    for name, rows, others in zip("AB", alone, reversed(runs)):
+        of_weights = rows["stage"] == Stage.WEIGHTS
+        common = np.isin(_keys(rows), others) & ~of_weights
+        if of_weights.any():
+            notes.append(f"{int(of_weights.sum())} weights are in {name} alone")
+        if common.any():
+            kept = notes if program else missing
+            kept.append(f"{int(common.sum())} tensors of common steps are in {name} alone")
+    return notes, missing
+
+
+def _keys(rows) -> np.ndarray:
+    return rows["repeat"].astype(np.int64) << 32 | rows["step"]
+
+
+def _runs(rows) -> np.ndarray:
+    return np.unique(_keys(rows[rows["stage"] != Stage.WEIGHTS]))
