@@ -11,33 +11,58 @@ _OPS = (
     Op.ALLTOALL, Op.RING, Op.BROADCAST, Op.AGREEMENT, Op.HANDOFF, Op.MESSAGE, Op.COLOURS,
     Op.CONTENT,
 )  # fmt: skip
-_PHASES = {Stage.FABRIC: 0, Stage.WEIGHTS: 1}
-_INFERENCE = 2
-_AFTER_LAYERS = np.iinfo(np.int32).max
+FABRIC, WEIGHTS, INFERENCE = range(3)
+AFTER_LAYERS = np.iinfo(np.int32).max
+# NaN and Inf are met when a tensor is scaled, by row maxima that were reduced before: a corrupted
+# maximum is what comes first.
+SCALED_BY = {"attn": "attn_max", "ffn": "ffn_max", "qkv": "qk_max"}
 
 
-def program_order(events: np.ndarray, ranks: np.ndarray, first_layered: int) -> np.ndarray:
-    """Positions that sort failures in program order.
+def phase_of(events) -> np.ndarray:
+    """FABRIC, WEIGHTS or INFERENCE of each event, which follow each other."""
+    stage = events["stage"]
+    return np.where(stage == Stage.FABRIC, FABRIC, np.where(stage == Stage.WEIGHTS, WEIGHTS, INFERENCE))
+
+
+def only_met(events) -> np.ndarray:
+    """Events whose data were as expected, NaN and Inf included: these came from before."""
+    return (events["nonfinite"] > 0) & (events["fingerprint"] == events["expected"])
+
+
+def program_keys(events, first_layered: int, names=()) -> tuple[np.ndarray, ...]:
+    """Columns that tell the program order of events, the weightiest first: repetition, phase,
+    step, layer, tensor, op.
 
     Fabric and weights come before the inference, which goes by step, layer and tensor (rows of
-    /tensors stand in program order). A tensor of no layer comes before the layers or after them:
-    ``first_layered`` is the first row of /tensors that has a layer.
+    /tensors stand in program order; ``names`` are theirs). A tensor of no layer comes before the
+    layers or after them: ``first_layered`` is the first row of /tensors that has a layer.
+    ``events``: columns by name, of a Block or a structured array.
     """
-    phase = np.full(len(events), _INFERENCE)
-    for stage, number in _PHASES.items():
-        phase[events["stage"] == stage] = number
+    phase = phase_of(events)
     layer = events["layer"].astype(np.int64)
-    after = (phase == _INFERENCE) & (layer < 0) & (events["tensor"] >= first_layered)
-    layer[after] = _AFTER_LAYERS
+    after = (phase == INFERENCE) & (layer < 0) & (events["tensor"] >= first_layered)
+    layer[after] = AFTER_LAYERS
     op_rank = np.array([_OPS.index(op) for op in Op] + [len(_OPS)])
     op = op_rank[np.minimum(events["op"], len(Op))]
-    keys = (events["repeat"], phase, events["step"], layer, events["tensor"], op)
-    keys += (events["microbatch"], ranks)
+    tensor = events["tensor"].astype(np.int64)
+    met = only_met(events) & (phase == INFERENCE)
+    if met.any():
+        op[met] = len(_OPS) + 1
+        rows = {name: row for row, name in enumerate(names)}
+        for name, before in SCALED_BY.items():
+            if name in rows and before in rows:
+                chosen = met & (tensor == rows[name])
+                tensor[chosen] = rows[before]
+    return events["repeat"], phase, events["step"], layer, tensor, op
+
+
+def program_order(events, ranks: np.ndarray, first_layered: int, names=()) -> np.ndarray:
+    """Positions that sort events in program order (``program_keys``), then by microbatch, rank."""
+    keys = program_keys(events, first_layered, names) + (events["microbatch"], ranks)
     return np.lexsort(keys[::-1])
 
 
-def first_layered_tensor(rows: np.ndarray) -> int:
+def first_layered_tensor(events) -> int:
     """First row of /tensors that has a layer, of these events; a large number where none has."""
-    outside = (rows["stage"] == Stage.FABRIC) | (rows["stage"] == Stage.WEIGHTS)
-    layered = rows["tensor"][(rows["layer"] >= 0) & ~outside]
+    layered = events["tensor"][(events["layer"] >= 0) & (phase_of(events) == INFERENCE)]
     return int(layered.min()) if len(layered) else np.iinfo(np.uint16).max

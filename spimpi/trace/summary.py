@@ -8,6 +8,7 @@ from spimpi.trace.order import first_layered_tensor, program_order
 from spimpi.trace.schema import EVENT, Established, Op, RankInfo, Stage, Status, TensorInfo
 
 KEPT = 100_000  # failures held while looking for the first ones
+SPELT = ("stage", "op", "tensor", "expected", "fingerprint")  # columns that a Failure has in words
 
 
 @dataclass
@@ -77,9 +78,10 @@ def summarise(trace, n_failures: int = 10) -> Summary:
         ranks += [info] * len(bad)
     summary.n_failed = sum(stage.failed for stage in summary.stages.values())
     events = np.concatenate(failed) if failed else np.zeros(0, EVENT)
-    order = program_order(events, np.array([r.rank for r in ranks], np.int64), first_layered)
-    summary.failures = [_failure(events[i], ranks[i], trace.tensors) for i in order[:n_failures]]
-    summary.verdict, summary.exit_status = _verdict(trace, summary.n_failed)
+    numbers, names = np.array([r.rank for r in ranks], np.int64), [t.name for t in trace.tensors]
+    order = program_order(events, numbers, first_layered, names)
+    summary.failures = [in_words(events[i], ranks[i], trace.tensors) for i in order[:n_failures]]
+    summary.verdict, summary.exit_status = verdict_of(trace, summary.n_failed)
     return summary
 
 
@@ -107,7 +109,8 @@ def _seconds(starts: np.ndarray, ends: np.ndarray) -> float:
     return float(np.maximum(ends - starts, 0).sum())
 
 
-def _verdict(trace, n_failed: int) -> tuple[str, int]:
+def verdict_of(trace, n_failed: int) -> tuple[str, int]:
+    """A run's verdict and the exit status that tells it, where so many checks failed."""
     ended = trace.attributes.get("end_state", "verified")
     if n_failed or ended == "failed":
         return "corrupted", 1
@@ -128,12 +131,13 @@ def name_of(member) -> str:
     return getattr(member, "name", str(member)).lower().replace("_", " ")
 
 
-def _failure(event, info: RankInfo, tensors: list[TensorInfo]) -> Failure:
-    row = {name: event[name].item() for name in EVENT.names}
+def in_words(event, info: RankInfo, tensors: list[TensorInfo]) -> Failure:
+    """A failed check as people read it. ``event``: one row, columns by name."""
+    plain = ("repeat", "step", "microbatch", "layer", "peer", "element", "nonfinite")
+    row = {name: event[name].item() for name in (*plain, *SPELT)}
     index = row["tensor"]
     return Failure(
-        **{k: row[k] for k in ("repeat", "step", "microbatch", "layer", "peer", "element")},
-        nonfinite=row["nonfinite"],
+        **{name: row[name] for name in plain},
         stage=name_of(_member(Stage, row["stage"])),
         op=name_of(_member(Op, row["op"])),
         tensor=tensors[index].name if index < len(tensors) else f"tensor {index}",
