@@ -7,6 +7,7 @@ from spimpi.cli.apart import apart
 from spimpi.cli.registry import subcommand
 from spimpi.cli.tables import printable
 from spimpi.cli.trace_diff import add_diff
+from spimpi.cli.trace_locate import add_locate
 
 
 def add_arguments(parser):
@@ -45,6 +46,7 @@ def add_arguments(parser):
     recover.add_argument("file", metavar="RUN", help="the trace, or the folder of its journals")
     recover.add_argument("--overwrite", action="store_true", help="replace an existing trace")
     recover.set_defaults(run_trace=_recover, crashed=3)
+    add_locate(commands)
     add_diff(commands)
     for command in (show, check, recover):
         command.add_argument("--json", action="store_true", help="print it as JSON")

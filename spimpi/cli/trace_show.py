@@ -98,7 +98,7 @@ def _print(trace, summary) -> None:
     if summary.failures:
         _print_failures(out, summary)
     out.line("")
-    out.line(*_verdict_line(summary))
+    out.line(*verdict_line(summary))
 
 
 def _header(trace) -> list[tuple[str, str]]:
@@ -124,12 +124,22 @@ def _print_failures(out, summary) -> None:
         "bold red",
     )
     for number, f in enumerate(summary.failures, 1):
-        layer = f"layer {f.layer}, " if f.layer >= 0 else ""
-        run = f" of run {f.repeat}" if f.repeat else ""
-        out.line(
-            f"{number:3}. step {f.step}{run}, {layer}{f.tensor}: {f.op} on rank {f.rank} "
-            f"({f.host}), expected {f.expected}, found {f.found}{_note(f)}"
-        )
+        out.line(f"{number:3}. {in_words(f)}")
+
+
+def in_words(f) -> str:
+    """A failed check in one line."""
+    return (
+        f"{place_of(f)}: {f.op} on rank {f.rank} ({f.host}), expected {f.expected}, "
+        f"found {f.found}{_note(f)}"
+    )
+
+
+def place_of(f) -> str:
+    """Where in the program a check failed."""
+    layer = f"layer {f.layer}, " if f.layer >= 0 else ""
+    run = f" of run {f.repeat}" if f.repeat else ""
+    return f"step {f.step}{run}, {layer}{f.tensor}"
 
 
 def _note(failure) -> str:
@@ -145,7 +155,7 @@ def _note(failure) -> str:
     return "".join(f", {note}" for note in notes)
 
 
-def _verdict_line(summary) -> tuple[str, str]:
+def verdict_line(summary) -> tuple[str, str]:
     if summary.verdict == "corrupted":
         found = f"{summary.n_failed:,} of {summary.n_checks:,} checks failed"
         if not summary.n_failed:

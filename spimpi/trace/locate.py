@@ -6,15 +6,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from spimpi.trace.base import Block
-from spimpi.trace.order import FABRIC, INFERENCE, WEIGHTS, first_layered_tensor, program_order
+from spimpi.trace.order import FABRIC, WEIGHTS, first_layered_tensor, program_order
 from spimpi.trace.reach import (
-    ENDS, VALUE, Failures, Flow, blamed_ranks, classify, failures_of, incidents, reached_by,
+    VALUE, Failures, Flow, blamed_ranks, classify, failures_of, incidents, reached_by,
 )  # fmt: skip
 from spimpi.trace.schema import EVENT, Op, Stage, Status
-from spimpi.trace.summary import Failure, in_words, name_of, verdict_of
+from spimpi.trace.summary import Failure, in_words, verdict_of
+from spimpi.trace.suspects import Place, Shared, places_of, shared_by, suspects_of
 
 KEPT = 1 << 20  # the failures, earliest in program order, whose causes are looked for
-LOOKED_UP = 1000  # pairs of replicas for which the golden run is asked
 COLUMNS = (
     "repeat", "stage", "step", "layer", "tensor", "op", "microbatch", "peer", "verdict", "element",
     "nonfinite", "fingerprint", "expected",
@@ -48,28 +48,6 @@ class Root:
     why: str
     seen: int
     reached: Reached
-
-
-@dataclass(frozen=True)
-class Place:
-    """A rank or a host in numbers: ``roots`` that it is at fault for or suspected of, ``named``
-    failed checks that name it as the one at fault, ``recorded`` failed checks that it recorded."""
-
-    name: str
-    host: str
-    roots: int
-    named: int
-    recorded: int
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What ``roots`` roots have in common: ``kind`` "rank", "host", "layer", "tensor", "op" or
-    "element", and its ``value``."""
-
-    kind: str
-    value: str
-    roots: int
 
 
 @dataclass(frozen=True)
@@ -111,10 +89,10 @@ def locate(trace, n: int = 10) -> Located:
     numbers = incidents(failures, is_root)
     _, first, seen = np.unique(numbers, return_index=True, return_counts=True)
     at = at_root[first]
-    suspects = _suspects(failures, at, flow, read.golden if trace.complete else set())
+    suspects = suspects_of(failures, at, flow, read.golden if trace.complete else set())
     told = _Teller(trace, failures)
     verdict, exit_status = verdict_of(trace, read.n_failed)
-    ranks, hosts = _places(read, suspects, told)
+    ranks, hosts = places_of(suspects, read.named, read.recorded, told.hosts)
     return Located(
         verdict=verdict,
         exit_status=exit_status,
@@ -130,7 +108,7 @@ def locate(trace, n: int = 10) -> Located:
         unclassified=read.n_failed - len(failures),
         ranks=ranks[:n],
         hosts=hosts[:n],
-        shared=_shared(failures, at, suspects, told),
+        shared=shared_by(failures, at, suspects, told.hosts, trace.tensors),
     )
 
 
@@ -140,9 +118,7 @@ class _Teller:
     def __init__(self, trace, failures: Failures):
         self.failures, self.tensors = failures, trace.tensors
         self.infos = {info.rank: info for info in trace.ranks}
-
-    def host_of(self, rank: int) -> str:
-        return self.infos[rank].host if rank in self.infos else ""
+        self.hosts = {rank: info.host for rank, info in self.infos.items()}
 
     def failure(self, i: int) -> Failure:
         f = self.failures
@@ -157,7 +133,7 @@ class _Teller:
             self.failure(i),
             ranks[0] if len(ranks) == 1 else -1,
             ranks,
-            tuple(dict.fromkeys(self.host_of(rank) for rank in ranks)),
+            tuple(dict.fromkeys(self.hosts.get(rank, "") for rank in ranks)),
             self._why(i),
             int(seen),
             Reached(
@@ -185,63 +161,6 @@ class _Teller:
 
 def _range(values) -> tuple[int, int] | None:
     return (int(values.min()), int(values.max())) if len(values) else None
-
-
-def _places(read: "_Read", suspects, told) -> tuple[list[Place], list[Place]]:
-    """Ranks and hosts that failures concern, those of most roots first."""
-    numbers = (_counts(suspects, len(read.named)), read.named, read.recorded)
-    ranks, hosts = [], {}
-    for rank in np.flatnonzero(np.logical_or.reduce([n > 0 for n in numbers])):
-        host = told.host_of(int(rank))
-        ranks.append(Place(f"rank {rank}", host, *(int(n[rank]) for n in numbers)))
-    by_host = {place.host for place in ranks}
-    index = {host: i for i, host in enumerate(sorted(by_host))}
-    at_host = np.full(len(read.named) + 1, -1)  # the last for -1, no rank
-    for rank in range(len(read.named)):
-        at_host[rank] = index.get(told.host_of(rank), -1)
-    roots = _counts(at_host[suspects], len(index))
-    for place in ranks:
-        total = hosts.setdefault(place.host, [0, 0])
-        total[0] += place.named
-        total[1] += place.recorded
-    hosts = [Place(host, host, int(roots[index[host]]), *total) for host, total in hosts.items()]
-
-    def most_first(place):
-        return -place.roots, -place.named, -place.recorded
-
-    return sorted(ranks, key=most_first), sorted(hosts, key=most_first)
-
-
-def _counts(pairs: np.ndarray, n: int) -> np.ndarray:
-    """How many rows have each number below ``n``; a row that has it twice counts once."""
-    pairs = np.where((pairs[:, 1:] == pairs[:, :1]) & [False, True], -1, pairs)
-    return np.bincount(pairs[(pairs >= 0) & (pairs < n)], minlength=n)
-
-
-def _shared(f: Failures, at, suspects, told) -> list[Shared]:
-    """What at least half of the roots, and two or more, have in common."""
-    n, found = len(at), []
-    if n < 2:
-        return found
-
-    def note(kind, values, counts, name):
-        for value, count in zip(values, counts):
-            if count >= 2 and 2 * count >= n:
-                found.append(Shared(kind, name(int(value)), int(count)))
-
-    world = int(max(suspects.max(), 0)) + 1
-    counts = _counts(suspects, world)
-    note("rank", range(world), counts, str)
-    hosts = sorted({told.host_of(rank) for rank in np.flatnonzero(counts).tolist()})
-    if len({info.host for info in told.infos.values()}) > 1:
-        index = np.array([hosts.index(h) if h in hosts else -1 for h in map(told.host_of, range(world))] + [-1])
-        note("host", range(len(hosts)), _counts(index[suspects], len(hosts)), hosts.__getitem__)
-    names = {"tensor": lambda row: told.tensors[row].name, "op": lambda op: name_of(Op(op))}
-    for kind in ("layer", "tensor", "op", "element"):
-        values, counts = np.unique(f[kind][at], return_counts=True)
-        known = values >= 0
-        note(kind, values[known], counts[known], names.get(kind, str))
-    return found
 
 
 class _Read:
@@ -312,27 +231,3 @@ def _flow(trace, read: _Read) -> Flow:
     if tp * sp * pp * dp != world or not world:
         return Flow(read.names, read.first_layered)
     return Flow(read.names, read.first_layered, tp * sp * pp, tp)
-
-
-def _suspects(f: Failures, at: np.ndarray, flow: Flow, golden: set[int]) -> np.ndarray:
-    """World ranks of which one is at fault, [roots × 2]; -1: none known. ``at``: the roots.
-
-    Of two replicas that differ, the golden run (whose tensors ``golden`` are), which looks at the
-    lower one, confirms one.
-    """
-    pairs = np.full((len(at), 2), -1)
-    pairs[:, 0] = f.blamed[at]
-    ends = np.isin(f["op"][at], ENDS)
-    pairs[ends] = np.stack([f.rank[at], f["peer"][at]], axis=1)[ends]
-    if flow.tp != 2:
-        return pairs
-    replicas = (f["op"][at] == Op.AGREEMENT) & (pairs[:, 0] < 0)
-    lower = f.rank[at] // 2 * 2
-    pairs[replicas] = np.stack([lower, lower + 1], axis=1)[replicas]
-    told = replicas & np.isin(f["tensor"][at], list(golden)) & (f.phase[at] == INFERENCE)
-    for i in np.flatnonzero(told)[:LOOKED_UP]:
-        same = np.logical_and.reduce([f[c] == f[c][at[i]] for c in ("repeat", "step", "layer", "tensor")])
-        confirmed = not (same & (f["stage"] == Stage.GOLDEN)).any()
-        if confirmed or len(at) == 1:  # else what another root did may have failed there
-            pairs[i] = lower[i] + confirmed, -1
-    return pairs

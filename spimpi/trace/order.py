@@ -21,7 +21,9 @@ SCALED_BY = {"attn": "attn_max", "ffn": "ffn_max", "qkv": "qk_max"}
 def phase_of(events) -> np.ndarray:
     """FABRIC, WEIGHTS or INFERENCE of each event, which follow each other."""
     stage = events["stage"]
-    return np.where(stage == Stage.FABRIC, FABRIC, np.where(stage == Stage.WEIGHTS, WEIGHTS, INFERENCE))
+    phases = np.full(256, INFERENCE)
+    phases[Stage.FABRIC], phases[Stage.WEIGHTS] = FABRIC, WEIGHTS
+    return phases[stage]
 
 
 def only_met(events) -> np.ndarray:
@@ -42,12 +44,12 @@ def program_keys(events, first_layered: int, names=()) -> tuple[np.ndarray, ...]
     layer = events["layer"].astype(np.int64)
     after = (phase == INFERENCE) & (layer < 0) & (events["tensor"] >= first_layered)
     layer[after] = AFTER_LAYERS
-    op_rank = np.array([_OPS.index(op) for op in Op] + [len(_OPS)])
+    op_rank = 2 * np.array([_OPS.index(op) for op in Op] + [len(_OPS)])
     op = op_rank[np.minimum(events["op"], len(Op))]
     tensor = events["tensor"].astype(np.int64)
     met = only_met(events) & (phase == INFERENCE)
     if met.any():
-        op[met] = len(_OPS) + 1
+        op[met] = 2 * _OPS.index(Op.CONTENT) - 1  # after all that tells where they came from
         rows = {name: row for row, name in enumerate(names)}
         for name, before in SCALED_BY.items():
             if name in rows and before in rows:

@@ -90,7 +90,7 @@ def _add(summary: Summary, rows: np.ndarray) -> None:
     for number in np.unique(stages):
         chosen = stages == number
         verdict = verdicts[chosen]
-        stage = summary.stages.setdefault(_member(Stage, number), StageSummary())
+        stage = summary.stages.setdefault(member(Stage, number), StageSummary())
         stage.events += len(verdict)
         stage.failed += int((verdict == Status.FAILED).sum())
         stage.not_established += int((verdict == Status.NOT_ESTABLISHED).sum())
@@ -119,7 +119,7 @@ def verdict_of(trace, n_failed: int) -> tuple[str, int]:
     return "verified", 0
 
 
-def _member(kind, number):
+def member(kind, number):
     """The enumeration's member, or the plain number where a later spimpi has added one."""
     try:
         return kind(int(number))
@@ -131,16 +131,19 @@ def name_of(member) -> str:
     return getattr(member, "name", str(member)).lower().replace("_", " ")
 
 
+def tensor_name(tensors: list[TensorInfo], row: int) -> str:
+    return tensors[row].name if row < len(tensors) else f"tensor {row}"
+
+
 def in_words(event, info: RankInfo, tensors: list[TensorInfo]) -> Failure:
     """A failed check as people read it. ``event``: one row, columns by name."""
     plain = ("repeat", "step", "microbatch", "layer", "peer", "element", "nonfinite")
     row = {name: event[name].item() for name in (*plain, *SPELT)}
-    index = row["tensor"]
     return Failure(
         **{name: row[name] for name in plain},
-        stage=name_of(_member(Stage, row["stage"])),
-        op=name_of(_member(Op, row["op"])),
-        tensor=tensors[index].name if index < len(tensors) else f"tensor {index}",
+        stage=name_of(member(Stage, row["stage"])),
+        op=name_of(member(Op, row["op"])),
+        tensor=tensor_name(tensors, row["tensor"]),
         rank=info.rank,
         host=info.host,
         expected=f"{row['expected']:016x}",

@@ -7,11 +7,12 @@ from mpi4py import MPI
 
 from spimpi.checks.recorder import StageTotals, place_of
 from spimpi.checks.verdict import Verdict, Where
-from spimpi.inference.program_order import order_codes
-from spimpi.reduction import ALL_ONES, empty_records
+from spimpi.reduction import empty_records
+from spimpi.trace.order import program_keys
 from spimpi.trace.schema import Established, Op, Stage
 
 HANDED_ON = (Op.HANDOFF,)
+NO_PLACE = (float("inf"),)  # after all places in program order
 
 
 @dataclass
@@ -67,17 +68,15 @@ def any_failed(ctx, recorder) -> bool:
 def first_failure(ctx, recorder, names: list[str]) -> Where | None:
     """The failure that comes first in program order, on every rank. Collective.
 
-    The lowest code wins by the records' ``place``; the lowest rank that has it tells.
+    The lowest rank that has it tells.
     """
     failures = recorder.all_failures()
-    codes = order_codes(failures, names)
-    records = empty_records(1)
-    if codes.size:
-        records["place"] = codes.min()
-    first = ctx.records.merge(ctx.world, records)[0]["place"]
-    if first == ALL_ONES:
+    keys = np.array(program_keys(failures, names.index("embed") + 1, names), np.int64)
+    places = [tuple(place) for place in keys.T.tolist()]
+    first = ctx.world.allreduce(min(places, default=NO_PLACE), op=MPI.MIN)
+    if first == NO_PLACE:
         return None
-    mine = failures[codes == first] if codes.size else failures
+    mine = failures[[place == first for place in places]]
     # A rank whose data changed speaks before one that only met the NaN that came of it (all meet
     # it: their row maxima are reduced), and one that can name the culprit before one that cannot.
     mine = sorted(mine, key=_authority)
