@@ -135,6 +135,38 @@ class Trace:
         except IncompleteError as error:
             self._note(error)
 
+    def to_pandas(
+        self,
+        columns: Sequence[str] | None = None,
+        where: str | None = None,
+        ranks: Sequence[int] | None = None,
+    ):
+        """A pandas DataFrame, a row a check, of the rows that ``where`` chooses, of ``ranks``.
+
+        ``columns``: "rank", "host" and those of the schema, in this order unless chosen;
+        ``host``, ``stage``, ``op``, ``verdict`` and ``tensor`` are categoricals of names.
+        ``where``: a condition as ``DataFrame.query`` takes it, such as
+        ``"verdict == 'FAILED' and layer >= 3"``. Rows are checked and read as ``blocks`` does
+        it; of those that are not chosen none is kept. UsageError for a column or a name that the
+        trace does not have, MissingDependency without pandas.
+        """
+        from spimpi.trace.frames import to_pandas
+
+        return to_pandas(self, columns, where, ranks)
+
+    def to_xarray(self):
+        """An xarray Dataset of all columns along "event", with the coordinate "rank".
+
+        Lazy: a column is read where it is used, from the trace, which must still be open, and
+        without the check of the rows' fingerprints (``spimpi trace check`` makes it). Types
+        are the schema's; the names of numbers stand in the attributes ``flag_values`` (or
+        ``flag_masks``) and ``flag_meanings``, as in the CF conventions. IncompleteError where a
+        part is missing, MissingDependency without xarray.
+        """
+        from spimpi.trace.arrays import to_xarray
+
+        return to_xarray(self)
+
     def close(self) -> None:
         pass
 

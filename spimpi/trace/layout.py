@@ -5,6 +5,9 @@
     /ranks/<column>   rank, host, pid, device, started, offset, count, fingerprint (and part)
     /tensors/<column> name, shape (JSON), dtype
 
+Each group has one dimension, named by a dimension scale as netCDF-4 does it: /events/event,
+/ranks/rank, /tensors/name. So xarray opens the groups as they are.
+
 Integers are stored in the narrowest type that holds the column in this run (about 50 bytes an
 event in place of 74). One process writes everything but the rows.
 """
@@ -30,6 +33,7 @@ NARROWED = tuple(
     name for name in EVENT.names if EVENT[name].kind in "iu" and "u8" not in EVENT[name].str
 ) + ("bytes",)
 ROWS_AT_ONCE = 1 << 16
+EVENT_DIMENSION = "event"
 LIBVER = ("v108", "v110")  # attributes beyond 64 kB, and virtual datasets; read since HDF5 1.10
 
 
@@ -77,11 +81,27 @@ def write_tables(file, driver: str, attributes: dict, ranks, tensors, parts=None
         table.create_dataset(column.name, data=np.array(values, dtype=dtype))
     if parts is not None:
         table.create_dataset("part", data=np.array(parts, dtype=text))
+    _name_dimension(table, table["rank"])
     table = file.create_group("tensors")
     for name in ("name", "shape", "dtype"):
         values = [getattr(tensor, name) for tensor in tensors]
         values = [json.dumps(v) if name == "shape" else v for v in values]
         table.create_dataset(name, data=np.array(values, dtype=text))
+    _name_dimension(table, table["name"])
+
+
+def _name_dimension(group, scale, name: str | None = None) -> None:
+    """Make one data set of a group the dimension scale of the others."""
+    scale.make_scale(name or scale.name.rpartition("/")[2])
+    for dataset in group.values():
+        if dataset != scale:
+            dataset.dims[0].attach_scale(scale)
+
+
+def _name_events(group, total: int) -> None:
+    """A dimension of no coordinate: a data set without storage, of a name that netCDF-4 knows."""
+    scale = group.create_dataset(EVENT_DIMENSION, (total,), "i1")
+    _name_dimension(group, scale, f"This is a netCDF dimension but not a netCDF variable.{total:10}")
 
 
 def describe(dataset, name: str) -> None:
@@ -107,6 +127,7 @@ def create_columns(file, total: int, types: dict) -> None:
         h5type = h5py.h5t.py_create(dtype, logical=True)
         dataset = h5py.h5d.create(group.id, name.encode(), h5type, space, creation)
         describe(h5py.Dataset(dataset), name)
+    _name_events(group, total)
 
 
 def create_virtual_columns(file, total: int, types: dict, ranks, parts) -> None:
@@ -125,6 +146,7 @@ def create_virtual_columns(file, total: int, types: dict, ranks, parts) -> None:
             describe(group.create_virtual_dataset(name, layout), name)
         else:
             describe(group.create_dataset(name, (0,), dtype), name)
+    _name_events(group, total)
 
 
 def read_tables(file) -> tuple[dict, list[RankInfo], list[TensorInfo], list[str], bool]:
