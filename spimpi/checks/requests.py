@@ -6,15 +6,18 @@ Hence two steps. A check begins, in the order of the calls, in the first checked
 that sees the data there: whoever waits for one thing looks after all others, whatever their
 communicator. It is judged in the order of the calls too, since a check that fails exchanges more
 (checks/failure.py): by Wait, Test, the next blocking collective, or a rank that would wait for
-something else, on which the ranks in that exchange may wait.
+something else, on which the ranks in that exchange may wait. Those exchanges are begun in turn
+(checks/turns.py), so that those of two communicators do not wait for each other.
 """
 
 from collections import deque
+from copy import copy
 from time import sleep
 
 from mpi4py import MPI
 
 from spimpi.checks.pending import Group, built
+from spimpi.checks.turns import InTurn, NotYetError, Turns
 from spimpi.errors import CorruptionError, SpimpiError, UsageError
 from spimpi.launch import LONGEST_NAP, SHORTEST_NAP
 
@@ -204,15 +207,14 @@ class CheckedCollective(CheckedRequest):
         if error is not None:
             raise error
 
-    def _judge(self) -> None:
-        self._judged = True
+    def _judge(self, turns) -> None:
         try:
-            self.verdict = self._check.judge()
+            self.verdict = self._check.judge(turns)
+            if self._raises and not self.verdict:
+                self._error = CorruptionError(self.verdict)
         except SpimpiError as error:
             self._error = error
-            return
-        if self._raises and not self.verdict:
-            self._error = CorruptionError(self.verdict)
+        self._judged = True
 
 
 class RecordCheck:
@@ -235,17 +237,24 @@ class RecordCheck:
     def wait(self) -> None:
         self.group.wait()
 
-    def judge(self):
+    def judge(self, turns):
+        """The verdict. NotYetError where more must be exchanged and it is not this rank's turn:
+        nothing has happened then."""
         merged = self.group.wait()
-        self.group.session = self.session
+        self.group.session = copy(self.session)
+        self.group.session.comm = InTurn(self.session.comm, turns)
         return self.group.judge(merged)[0]
 
 
 class Queue:
-    """The collectives of one communicator that are not judged, in the order of the calls."""
+    """The collectives of one communicator that are not judged, in the order of the calls.
+
+    Making it is collective.
+    """
 
     def __init__(self, session):
         self.session = session
+        self._turns, self._asks = Turns(session.comm), False
         self._waiting: deque[CheckedCollective] = deque()  # for their data
         self._begun: deque[CheckedCollective] = deque()
 
@@ -270,14 +279,27 @@ class Queue:
         first._check.begin(self.session)
         self._begun.append(first)
 
-    def judge_first(self) -> bool:
-        """Judge the first one, if its check is complete; whether it was."""
+    def _can_judge(self) -> bool:
+        """Whether the first one's check is complete, and the turn has come that it may ask for."""
         if not self._begun or not self._begun[0]._check.test():
+            return False
+        return not self._asks or self._turns.has_come()
+
+    def judge_first(self) -> bool:
+        """Judge the first one, if that can be done now; whether it was."""
+        if not self._can_judge():
             return False
         first = self._begun.popleft()
         if not self._begun and not self._waiting:
             del _open[self]
-        first._judge()
+        try:
+            first._judge(self._turns)
+        except NotYetError:
+            self._begun.appendleft(first)
+            _open[self] = None
+            self._asks = True
+            return False
+        self._asks = False
         return True
 
     def judge_until(self, last: CheckedCollective, blocking: bool) -> bool:
@@ -306,10 +328,10 @@ class Queue:
             self.judge_until((self._waiting or self._begun)[-1], True)
 
     def _wait(self, last) -> None:
-        """Until the first one's check is complete, or can begin. Asleep in MPI where nothing else
+        """Until the first one can be judged, or its check can begin. Asleep in MPI where nothing else
         is under way."""
-        if len(_open) > 1 or (self._begun and self._waiting):
-            _meanwhile(lambda: last._judged or (self._begun and self._begun[0]._check.test()))
+        if len(_open) > 1 or self._asks or (self._begun and self._waiting):
+            _meanwhile(lambda: last._judged or self._can_judge())
         elif self._begun:
             self._begun[0]._check.wait()
         else:
@@ -322,3 +344,4 @@ class Queue:
         self._begun.clear()
         _busy.pop(self, None)
         _open.pop(self, None)
+        self._turns.free()

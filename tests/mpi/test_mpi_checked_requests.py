@@ -238,3 +238,48 @@ def test_a_handoff_and_an_exact_sum_come_between_a_failing_request_and_its_wait(
             assert spimpi.exact_allreduce(comm, np.ones(2))[1] == comm.size
         requests[-1].Wait()
         assert not requests[-1].verdict and requests[-1].verdict.where.rank == 1
+
+
+def exchanging(checked, case):
+    """A request whose check exchanges more than one record: several times where it is faulty."""
+    own, size = np.full(2, 1.0 + checked.comm.rank), checked.comm.size
+    own[1] = np.nan if case == "NaN" else own[1]
+    inner = checked.comm
+    if case == "faulty":
+        spoilt(checked, 1)
+        request = checked.Iallgather(own, np.zeros(2 * size))
+        checked.comm = inner
+        return request
+    return checked.Iallreduce(own, np.zeros(2), MPI.MAX if case == "maximum" else MPI.SUM)
+
+
+@two
+@pytest.mark.parametrize("case", ["faulty", "maximum", "NaN"])
+def test_ranks_wait_in_opposite_orders_on_communicators_whose_checks_exchange_more(comm, case):
+    """Two requests on each of two communicators; even ranks wait for one first, odd for the other."""
+    second = comm.Dup()
+    both = [spimpi.checked(one, check=False) for one in (comm, second)]
+    for _ in range(3):
+        requests = [exchanging(checked, case) for checked in both for _ in range(2)]
+        for request in requests if comm.rank % 2 else reversed(requests):
+            request.Wait()
+            assert bool(request.verdict) is (case != "faulty")
+    second.Free()
+
+
+@pytest.mark.mpi(min_size=3)
+@pytest.mark.parametrize("case", ["faulty", "maximum", "NaN"])
+def test_a_ring_of_pairs_whose_checks_exchange_more(comm, case):
+    """Each rank waits for its exchange with the next first, then for that with the one before."""
+    checked = {}
+    for low in range(comm.size):  # making and freeing a communicator waits for its ranks
+        ends = low, (low + 1) % comm.size
+        pair = comm.Split(0 if comm.rank in ends else MPI.UNDEFINED, comm.rank != low)
+        if pair != MPI.COMM_NULL:
+            checked[low] = spimpi.checked(pair, check=False)
+    requests = {low: exchanging(one, case) for low, one in checked.items()}
+    for low in (comm.rank, (comm.rank - 1) % comm.size):
+        requests[low].Wait()
+        assert bool(requests[low].verdict) is (case != "faulty")
+    for low in sorted(checked):
+        checked[low].comm.Free()

@@ -7,7 +7,7 @@ from planted import worlds
 from sums_data import TAG, added, dtype_of, own_of
 
 from spimpi import TensorPartition
-from spimpi.checks.sums import judge
+from spimpi.checks.sums.agreement import disagreement_of
 from spimpi.checks.sums.call import RESULT, prepare
 from spimpi.checks.sums.verify import sum_check, verify_allreduce, verify_reduce_scatter
 
@@ -110,4 +110,4 @@ def test_bits_that_differ_between_ranks_are_a_disagreement(comm, dtype):
         local.blocks.result[3] = 0
     everyone = np.zeros((comm.size, check.words.size), np.uint64)
     everyone[1, RESULT] = 1
-    assert judge._disagreement(comm, local, everyone).where.check == "allreduce"
+    assert disagreement_of(comm, local, everyone).where.check == "allreduce"

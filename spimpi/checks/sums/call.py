@@ -4,6 +4,7 @@ Local; docs/sums.md says what is checked of which operation and dtype.
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from mpi4py import MPI
@@ -12,7 +13,7 @@ from spimpi.checks.check import Check, cut_of
 from spimpi.checks.sums import float_bound, words as sum_words
 from spimpi.errors import UsageError
 from spimpi.fingerprint.tag import Tag
-from spimpi.partition import Slab, TensorPartition, whole
+from spimpi.partition import TensorPartition
 
 _CHECKED = ("SUM", "MAX", "MIN", "BXOR")
 _REFUSED = ("BAND", "BOR", "PROD", "LAND", "LOR", "LXOR", "MAXLOC", "MINLOC")
@@ -61,6 +62,7 @@ def prepare(comm, c: Check, contribution, result, partition, op) -> SumCall:
     kind = _kind(op_name, x.dtype, c.name, contribution.dtype)
     c.of(contribution.shape, contribution.dtype)
     c.settings = f"op MPI.{op_name}"
+    most = float_bound.most_bins(comm.size)
     if c.name == "allreduce":
         if x.shape != r.shape:
             msg = (
@@ -68,15 +70,14 @@ def prepare(comm, c: Check, contribution, result, partition, op) -> SumCall:
                 f"found {contribution.shape} and {result.shape}"
             )
             raise UsageError(msg)
-        parts, slabs, own = (x,), (whole(x.shape),), 0
+        parts, layout, own = (x,), sum_words.layout_of(x.shape, most), 0
     else:
-        parts, slabs = _shards(comm, x, r, partition)
+        parts, layout = _shards(comm, x, r, partition, most)
         own, c.layout = comm.rank, cut_of(partition)
     key = sum_words.sketch_key(c.tag, x.shape, x.dtype.itemsize)
-    most = float_bound.most_bins(comm.size)
-    blocks = sum_words.Blocks(parts, slabs, r, own, key, most)
-    c.contributed = [(x, whole(x.shape))]
-    c.held = [(r, slabs[own])]
+    blocks = sum_words.Blocks(parts, r, own, key, layout)
+    c.contributed = [(x, sum_words.layout_of(x.shape, most).slabs[0])]
+    c.held = [(r, layout.slabs[own])]
     c.n_bytes = x.nbytes + r.nbytes
     kind = "one rank" if comm.size == 1 else kind
     return SumCall(c.name, op_name, kind, x.dtype, blocks, c.tag)
@@ -95,6 +96,7 @@ def _name_of(op) -> str:
     raise UsageError(msg)
 
 
+@lru_cache(maxsize=256)
 def _kind(op: str, dtype, name: str, given) -> str:
     is_integer = dtype.kind in "iu"
     is_float = float_bound.format_of(dtype) is not None
@@ -109,7 +111,7 @@ def _kind(op: str, dtype, name: str, given) -> str:
     raise UsageError(msg)
 
 
-def _shards(comm, x, r, partition):
+def _shards(comm, x, r, partition, most):
     if not isinstance(partition, TensorPartition):
         msg = f"partition must be a TensorPartition, found {type(partition).__name__}"
         raise UsageError(msg)
@@ -125,10 +127,7 @@ def _shards(comm, x, r, partition):
             f"{partition.slab(r.shape).global_shape}, but the contribution has {x.shape}"
         )
         raise UsageError(msg)
-    parts, slabs = [], []
-    for start, stop in zip(partition.starts, partition.starts[1:]):
-        parts.append(x[(slice(None),) * partition.dim + (slice(start, stop),)])
-        offset = [0] * x.ndim
-        offset[partition.dim] = start
-        slabs.append(Slab(x.shape, tuple(offset)))
-    return tuple(parts), tuple(slabs)
+    cut = (slice(None),) * partition.dim
+    starts = partition.starts
+    parts = tuple(x[(*cut, slice(start, stop))] for start, stop in zip(starts, starts[1:]))
+    return parts, sum_words.layout_of(x.shape, most, partition.dim, starts)

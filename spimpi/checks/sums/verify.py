@@ -12,17 +12,25 @@ from mpi4py import MPI
 
 from spimpi.checks.check import Check, Rule
 from spimpi.checks.pending import require_comm, settle
-from spimpi.checks.sums import exact as sum_exact, words as sum_words
+from spimpi.checks.sums import exact as sum_exact, judge_exact, words as sum_words
 from spimpi.checks.sums.call import (
     BAD, HEADER, HIGH, INTEGRAL, LARGEST, LINEAR, LOW, OWN, PIECES, RESULT, SumCall, n_words,
     prepare, regions,
 )  # fmt: skip
-from spimpi.checks.sums.judge import JUDGES
+from spimpi.checks.sums.judge_floats import floats
 from spimpi.checks.verdict import Verdict
 from spimpi.errors import UsageError
 from spimpi.fingerprint import fingerprint
 from spimpi.fingerprint.tag import MASK
 from spimpi.trace.schema import Established
+
+JUDGES = {
+    "one rank": judge_exact.one_rank,
+    "float": floats,
+    "integer": judge_exact.integers,
+    "extreme": judge_exact.extreme,
+    "bits": judge_exact.bits,
+}
 
 
 def verify_allreduce(
@@ -112,7 +120,7 @@ def _fill_floats(local: SumCall, words, threads: int, comm) -> None:
     for q, x in enumerate(blocks.blocks):
         is_own = q == blocks.own
         projected = sum_words.project_block(
-            x, blocks.result if is_own else None, blocks.cuts[q], blocks.key, threads
+            x, blocks.result if is_own else None, blocks.layout.cuts[q], blocks.key, threads
         )
         pieces = max(pieces, projected.pieces)
         own[0, :, blocks.bins_of(q)] = projected.sums[:2]

@@ -5,7 +5,8 @@ and bfloat16 are widened to float32 a piece at a time. Nothing here communicates
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import accumulate
 from math import prod
 
 import numpy as np
@@ -15,7 +16,7 @@ from spimpi.errors import UsageError
 from spimpi.fingerprint import arrays, as_array, fingerprint, projections
 from spimpi.fingerprint.cpu import _pool
 from spimpi.fingerprint.tag import SKETCH
-from spimpi.partition import Slab
+from spimpi.partition import Slab, whole
 
 _PIECE = 1 << 17  # elements of an array that are copied at a time, where they must be
 _SCALE = 2.0**-128  # keeps the sums of the largest float64 finite
@@ -117,6 +118,51 @@ def project_block(x, result, cuts, key: int, threads: int = 1) -> Projected:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """Where a tensor's blocks lie, and their bins: B / blocks each at most, at least one.
+
+    Kept for each shape (``layout_of``), for after a large collective every call costs.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    slabs: tuple[Slab, ...]
+    most: int
+
+    @cached_property
+    def cuts(self) -> tuple[np.ndarray, ...]:
+        """The bins of each block."""
+        most = max(1, self.most // len(self.shapes))
+        return tuple(bins_of(shape, most) for shape in self.shapes)
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """Where each block's bins start among all bins; one more entry than blocks."""
+        return list(accumulate((len(cuts) - 1 for cuts in self.cuts), initial=0))
+
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """Elements of each bin, int64, of all blocks one after the other."""
+        return np.concatenate([np.diff(cuts) for cuts in self.cuts])
+
+    @cached_property
+    def longest(self) -> int:
+        """Elements of the largest bin."""
+        return int(self.sizes.max(initial=0))
+
+
+@lru_cache(maxsize=256)
+def layout_of(shape, most: int, dim: int = 0, starts: tuple[int, ...] | None = None) -> Layout:
+    """Of a tensor in one block, or in shards along ``dim`` that begin (and end) at ``starts``."""
+    if starts is None:
+        return Layout((shape,), (whole(shape),), most)
+    shapes, slabs = [], []
+    for start, stop in zip(starts, starts[1:]):
+        shapes.append((*shape[:dim], stop - start, *shape[dim + 1 :]))
+        slabs.append(Slab(shape, (*(0,) * dim, start, *(0,) * (len(shape) - dim - 1))))
+    return Layout(tuple(shapes), tuple(slabs), most)
+
+
+@dataclass(frozen=True)
 class Blocks:
     """A rank's addends as blocks, each with bins of its own, and the block its result is for.
 
@@ -125,30 +171,17 @@ class Blocks:
     """
 
     blocks: tuple[np.ndarray, ...]
-    slabs: tuple[Slab, ...]
     result: np.ndarray
     own: int
     key: int
-    most: int
+    layout: Layout
 
-    @cached_property
-    def cuts(self) -> tuple[np.ndarray, ...]:
-        """The bins of each block."""
-        most = max(1, self.most // len(self.blocks))
-        return tuple(bins_of(block.shape, most) for block in self.blocks)
-
-    @cached_property
-    def starts(self) -> np.ndarray:
-        """Where each block's bins start among all bins; one more entry than blocks."""
-        return np.cumsum([0, *(len(cuts) - 1 for cuts in self.cuts)])
-
-    @cached_property
-    def sizes(self) -> np.ndarray:
-        """Elements of each bin, of all blocks one after the other."""
-        return np.concatenate([np.diff(cuts) for cuts in self.cuts])
+    @property
+    def slabs(self) -> tuple[Slab, ...]:
+        return self.layout.slabs
 
     def bins_of(self, block: int) -> slice:
-        return slice(int(self.starts[block]), int(self.starts[block + 1]))
+        return slice(*self.layout.starts[block : block + 2])
 
     def index_of(self, block: int, place: int) -> tuple[int, ...]:
         """The global index of an element of a block."""

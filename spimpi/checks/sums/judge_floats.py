@@ -1,0 +1,132 @@
+"""The verdict on a sum of floats by docs/sums.md's bound.
+
+``floats`` takes the communicator, the rank's own SumCall and the gathered words [P, W], and is
+collective: what is exchanged further depends on these words alone, so that all ranks do the same.
+"""
+
+from math import isfinite
+
+import numpy as np
+
+from spimpi.checks.sums import float_bound, report as sum_report, search as sum_search
+from spimpi.checks.sums.agreement import disagreement_of, holders_of, passed, wrong_ranks
+from spimpi.checks.sums.call import PIECES, regions
+from spimpi.checks.sums.judge_exact import integral
+from spimpi.checks.verdict import Verdict
+
+
+def floats(comm, local, everyone) -> Verdict:
+    own, results = regions(everyone, comm.size)
+    sizes = local.blocks.layout.sizes
+    own = own[:, :, : sizes.size]
+    pieces = int(everyone[:, PIECES].max())
+    with np.errstate(all="ignore"):
+        limit = float_bound.limits(own[:, -1], sizes, comm.size, local.dtype, pieces)
+        failing, odd = {}, {}
+        holders = holders_of(local, everyone)
+        largest = float(limit.max(initial=0.0))
+        for q in holders:
+            bins = local.blocks.bins_of(local.held(q))
+            there = results[q, :, : bins.stop - bins.start]
+            right = np.abs(float_bound.excess(own[:, :, bins], there)) <= limit[bins]
+            # Caches are cold after a large collective, so that every call costs: a bin within a
+            # finite limit is neither wrong nor unsure.
+            if isfinite(largest) and right.all():
+                continue
+            wrong = ~right
+            unsure = ~np.isfinite(limit[bins]) | ~np.isfinite(there).all(axis=0)
+            unsure |= ~np.isfinite(own[:, :, bins]).all(axis=(0, 1))
+            failing[q] = np.flatnonzero(wrong.any(axis=0) & ~unsure)
+            odd[q] = np.flatnonzero(unsure)
+    left_out = {}
+    for q, bins in odd.items():
+        if bins.size:
+            failure, left_out[q] = _not_finite(comm, local, q, bins)
+            if failure is not None:
+                return failure
+    wrong = {q: bins for q, bins in failing.items() if bins.size}
+    if wrong:
+        return _too_far(comm, local, everyone, wrong, own, results, limit)
+    disagreement = disagreement_of(comm, local, everyone) if len(holders) > 1 else None
+    if disagreement is not None:
+        return disagreement
+    exact = integral(comm, local, everyone)
+    if exact is not None:
+        return exact
+    given = max((given for given, _ in left_out.values()), default=0)
+    overflowed = max((over for _, over in left_out.values()), default=0)
+    if local.scattered:
+        given, overflowed = (sum(n) for n in zip((0, 0), *left_out.values()))
+    missing = []
+    if given:
+        missing.append(
+            f"{given} elements to which a contribution gave NaN or Inf are not covered by the "
+            "bound (they came out as IEEE 754 says)"
+        )
+    if overflowed:
+        missing.append(f"{overflowed} elements whose sum may have overflowed are not covered")
+    if not isfinite(largest):
+        largest = float(limit.max(initial=0.0, where=np.isfinite(limit)))
+    return passed(
+        local, f"bound (one wrong element is always seen if off by more than {4 * largest:.2g})",
+        missing,
+    )  # fmt: skip
+
+
+def _ranges(local, q, bins) -> list[tuple[int, int]]:
+    cuts = local.blocks.layout.cuts[local.held(q)]
+    return [(int(cuts[b]), int(cuts[b + 1])) for b in bins]
+
+
+def _search(comm, local, q, ranges, skip=(), scale=False):
+    floats = sum_search.Floats(
+        local.blocks, local.held(q), q, local.dtype, np.asarray(skip, np.int64), scale
+    )
+    return floats, [(start, start, stop) for start, stop in ranges]
+
+
+def _not_finite(comm, local, q, bins):
+    """A failure among bins that hold numbers that are not finite, or (None, what is left out)."""
+    ranges = _ranges(local, q, bins)
+    sorted_out = sum_search.sort_out(
+        comm, local.blocks, local.held(q), q, local.dtype, ranges
+    )
+    counts = (sorted_out.n_given, sorted_out.n_overflowed)
+    if sorted_out.wrong:
+        n = len(sorted_out.wrong)
+        detail = f"{n} element{'s' * (n > 1)} are not finite as the contributions say"
+        return sum_report.found(local, q, sorted_out.wrong, detail), counts
+    scale = local.dtype == np.float64
+    floats, ranges = _search(comm, local, q, ranges, sorted_out.skip, scale)
+    own, result = floats.exchange(comm, ranges)
+    failing = [ranges[i] for i in np.flatnonzero(floats.failing(own, result, ranges))]
+    if not failing:
+        return None, counts
+    elements = floats.elements(comm, failing[: sum_search.MOST_RANGES])
+    detail = "beside elements that are not finite, others are off by more than rounding explains"
+    return sum_report.found(local, q, elements, detail), counts
+
+
+def _too_far(comm, local, everyone, wrong, own, results, limit) -> Verdict:
+    """The failure of a sum that lies further off than rounding can explain."""
+    q = min(wrong)
+    bins, at = wrong[q], local.blocks.bins_of(local.held(q))
+    here = own[:, :, at][:, :, bins]
+    there = results[q, :, : at.stop - at.start][:, bins]
+    ranges = _ranges(local, q, bins)
+    off = np.abs(float_bound.excess(here, there)).max(axis=0)
+    worst = int(np.argmax(off / np.maximum(limit[at][bins], 1e-300)))
+    detail = (
+        f"the sum is wrong in {sum_report.rows(local, q, ranges)}: its check is off by "
+        f"{off[worst]:.3g}, where rounding explains {limit[at][bins][worst]:.3g}"
+    )
+    blamed = float_bound.blame(here, there, limit[at][bins])
+    floats, ranges = _search(comm, local, q, ranges[: sum_search.MOST_RANGES])
+    elements = floats.elements(comm, ranges)
+    if blamed is not None:
+        return sum_report.found(local, q, elements, f"{detail}; {blamed}", rank=blamed.rank)
+    culprits = wrong_ranks(local, everyone, wrong)
+    rank = culprits[0] if len(culprits) == 1 else None
+    if rank is None and not local.scattered and len(culprits) < comm.size:
+        detail += f"; the results of ranks {sum_report.listed(culprits)} are wrong"
+    return sum_report.found(local, q, elements, detail, rank=rank)
