@@ -6,6 +6,7 @@ when its verdict is known. Recording is local; only opening and sealing are coll
 
 import sys
 from contextlib import suppress
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from time import perf_counter
@@ -18,7 +19,8 @@ from spimpi.checks.recorder import Recorder
 from spimpi.errors import CorruptionError, SpimpiError, UsageError
 from spimpi.fingerprint.tag import MASK
 from spimpi.reduction import together
-from spimpi.trace.journal import Journal, journal_folder, new_run_id
+from spimpi.trace.journal import Journal, new_run_id
+from spimpi.trace.journal_files import journal_folder, own_journal
 from spimpi.trace.schema import EVENT, Op, Stage, Status, TensorInfo, blank_events
 from spimpi.trace.seal import choose_driver, prepare, seal
 from spimpi.trace.signals import SignalFlush
@@ -67,9 +69,10 @@ class ProgramTracer:
             "topology": topology,
             "seed": seed,
         }
+        folder = journal_folder(self.path, journal)
+        own = own_journal(comm, partial(together, comm), folder)
         with together(comm):
-            folder = journal_folder(self.path, journal)
-            self.journal = Journal(folder, comm.rank, header, None, sync)
+            self.journal = Journal(folder, comm.rank, header, None, sync, own)
         self._recorder = Recorder({}, comm.rank, self.journal)
         self._worst, self._error = Status.VERIFIED, None
         self._signals = SignalFlush(self._recorder.write_down)
