@@ -6,6 +6,7 @@ when its verdict is known. Recording is local; only opening and sealing are coll
 
 import sys
 from contextlib import suppress
+from functools import lru_cache, partial
 from os import PathLike
 from pathlib import Path
 from time import perf_counter
@@ -18,8 +19,9 @@ from spimpi.checks.recorder import Recorder
 from spimpi.errors import CorruptionError, SpimpiError, UsageError
 from spimpi.fingerprint.tag import MASK
 from spimpi.reduction import together
-from spimpi.trace.journal import Journal, journal_folder, new_run_id
-from spimpi.trace.schema import EVENT, Op, Stage, Status, TensorInfo, blank_events
+from spimpi.trace.journal import Journal, new_run_id
+from spimpi.trace.journal_files import journal_folder, own_journal
+from spimpi.trace.schema import EVENT, Op, Stage, Status, TensorInfo
 from spimpi.trace.seal import choose_driver, prepare, seal
 from spimpi.trace.signals import SignalFlush
 
@@ -38,6 +40,10 @@ STATES = {
     Status.VERIFIED: "verified", Status.NOT_ESTABLISHED: "incomplete", Status.FAILED: "failed",
 }  # fmt: skip
 WORST_LAST = list(STATES)
+LIMITS = {
+    name: (int(np.iinfo(EVENT[name]).min), int(np.iinfo(EVENT[name]).max))
+    for name in ("step", "microbatch", "layer", "sequence", "element")
+}  # fmt: skip
 
 
 class ProgramTracer:
@@ -67,46 +73,57 @@ class ProgramTracer:
             "topology": topology,
             "seed": seed,
         }
+        folder = journal_folder(self.path, journal)
+        own = own_journal(comm, partial(together, comm), folder)
         with together(comm):
-            folder = journal_folder(self.path, journal)
-            self.journal = Journal(folder, comm.rank, header, None, sync)
+            self.journal = Journal(folder, comm.rank, header, None, sync, own)
         self._recorder = Recorder({}, comm.rank, self.journal)
         self._worst, self._error = Status.VERIFIED, None
+        self._seen: dict[str, tuple] = {}  # by tensor: what its last check said of it, its row
         self._signals = SignalFlush(self._recorder.write_down)
 
-    def record(self, check, verdict, comm, peer=None, **columns) -> None:
+    def record(
+        self, check, verdict, comm, peer=None, *, microbatch=-1, sequence=0
+    ) -> None:
         """Take the verdict of a check over ``comm``. Local.
 
-        ``peer``: rank of ``comm`` at the other end, where there is one; ``columns`` of the event.
-        A journal that can't be written is told by ``seal``: here one rank would raise alone.
+        ``peer``: rank of ``comm`` at the other end, where there is one. A journal that can't be
+        written is told by ``seal``: here one rank would raise alone.
         """
-        event = blank_events(1)
+        now = perf_counter()
         tag, where = check.tag, verdict.where
-        status = Status.VERIFIED
+        status, element = Status.VERIFIED, -1
         if not verdict:
             nothing_wrong = where is None and verdict.missing
             status = Status.NOT_ESTABLISHED if nothing_wrong else Status.FAILED
-        self._worst = max(self._worst, status, key=WORST_LAST.index)
+            self._worst = max(self._worst, status, key=WORST_LAST.index)
         if where is not None:
             peer = where.rank if peer is None else peer
-            columns.setdefault("microbatch", where.microbatch)
-            columns["element"] = _linear(check, where)
-        columns |= {
-            "step": tag.step, "layer": tag.layer, "stage": Stage.PROGRAM, "op": op_of(check),
-            "verdict": status, "established": int(verdict.established),
-            "fingerprint": (verdict.actual or 0) & MASK, "expected": (verdict.expected or 0) & MASK,
-            "bytes": check.n_bytes, "t_start": check.started, "t_end": perf_counter(),
-            "peer": -1 if peer is None else self._world_rank(comm, peer),
-        }  # fmt: skip
+            microbatch = where.microbatch if microbatch < 0 else microbatch
+            element = _linear(check, where)
         try:
-            columns["tensor"] = self.journal.table.row(_tensor(check))
-            for name, value in columns.items():
-                event[name] = _fitting(name, value)
-            spent = columns["t_end"] - columns["t_start"]
-            self._recorder.add(event, {Stage.PROGRAM: spent})
+            # In the order of EVENT's fields.
+            self._recorder.row((
+                _fitting("step", tag.step), _fitting("microbatch", microbatch), 0,
+                _fitting("layer", tag.layer), Stage.PROGRAM, op_of(check.name, check.settings),
+                status, verdict.established, self._row(check), 0,
+                -1 if peer is None else self._world_rank(comm, peer),
+                _fitting("sequence", sequence), _fitting("element", element),
+                (verdict.actual or 0) & MASK, (verdict.expected or 0) & MASK, check.n_bytes,
+                check.started, now,
+            ), now - check.started)  # fmt: skip
             self._recorder.flush()
         except SpimpiError as error:
             self._error = self._error or error
+
+    def _row(self, check) -> int:
+        """The check's row in the table of tensors; looked up again where its tensor has changed."""
+        seen = (check.shape, check.dtype, check.n_loose)
+        last, row = self._seen.get(check.tag.name, (None, 0))
+        if last != seen:
+            row = self.journal.table.row(_tensor(check))
+            self._seen[check.tag.name] = seen, row
+        return row
 
     def seal(self) -> None:
         """Make the trace of all ranks' journals. Collective.
@@ -147,12 +164,13 @@ class ProgramTracer:
         return -1 if found == MPI.UNDEFINED else found
 
 
-def op_of(check) -> Op:
+@lru_cache(maxsize=4096)
+def op_of(name: str, settings: str = "") -> Op:
     """What a check looked at; the wrapper's checks are named after their call (Iallgatherv)."""
-    name = check.name.lower()
+    name = name.lower()
     for known in (name, name.removesuffix("v"), name.removeprefix("i").removesuffix("v")):
         if known == "allreduce":
-            return SUMS[check.settings]
+            return SUMS[settings]
         if known in OPS:
             return OPS[known]
     return Op.CONTENT
@@ -174,9 +192,7 @@ def _linear(check, where) -> int:
     return linear
 
 
-def _fitting(name: str, value):
+def _fitting(name: str, value) -> int:
     """The nearest number that an event's column can hold."""
-    if EVENT[name].kind == "f":
-        return value
-    facts = np.iinfo(EVENT[name])
-    return min(max(int(value), facts.min), facts.max)
+    least, most = LIMITS[name]
+    return value if least <= value <= most else least if value < least else most

@@ -64,16 +64,19 @@ class Recorder:
         now = perf_counter()
         if failed and peer < 0 and op in LOCAL:
             peer = self.rank
-        # In the order of EVENT's fields.
-        self._rows.append((
+        self.row((
             step, microbatch, repeat, layer, stage, op,
             Status.FAILED if failed else Status.VERIFIED, established, self.tensor_index[tensor],
             min(int(nonfinite), 0xFFFF), peer, sequence, element, fingerprint, expected, bytes,
             t_start, now,
-        ))  # fmt: skip
+        ), now - t_start)  # fmt: skip
+
+    def row(self, row: tuple, spent: float) -> None:
+        """Take one event, in the order of EVENT's fields; so many seconds its check took."""
+        self._rows.append(row)
         self.n_events += 1
-        self._totals[stage].seconds += now - t_start
-        self._urgent |= bool(failed)
+        self._totals[row[4]].seconds += spent
+        self._urgent |= row[6] == Status.FAILED
 
     def flush(self) -> None:
         """A step has ended: from time to time, and after a failure, write down what there is.

@@ -87,8 +87,9 @@ def _recover(args) -> int:
     if args.json:
         print(json.dumps(asdict(found), indent=1))
         return 0
-    if not found.events and not found.missing:
-        print(f"{found.file}: was sealed already, and is intact")
+    if found.was_sealed:
+        intact = "" if found.missing else ", and is intact"
+        print(f"{found.file}: was sealed already{intact}")
     else:
         print(f"{found.file}: sealed, {found.events:,} events of {found.ranks:,} ranks")
     for kind, lines in (("missing", found.missing), ("kept", found.kept)):

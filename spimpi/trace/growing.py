@@ -8,12 +8,12 @@ table of all ranks'.
 """
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 
 from spimpi.errors import IncompleteError
+from spimpi.trace.appending import Appending
 from spimpi.trace.checksum import text_digest
 from spimpi.trace.schema import TensorInfo
 
@@ -22,19 +22,18 @@ MOST = 65535  # rows; the last one stands for all tensors that have none of thei
 OTHERS = TensorInfo("(other tensors)", (-1,), "mixed")
 
 
-def table_path(journal) -> Path:
-    """Where the growing table of a journal is."""
-    return Path(journal).with_suffix(".tensors")
+def table_path(journal):
+    """Where the growing table of a journal (a Path or a Stream) is."""
+    return journal.with_suffix(".tensors")
 
 
 class GrowingTable:
-    """Rows by the tensor's name; written as they come. Local."""
+    """Rows by the tensor's name; written as they come, in a new file. Local."""
 
     def __init__(self, path, sync: bool = False):
-        self.path, self._sync = Path(path), sync
+        self.path, self._file = path, Appending(path, sync)
         self.rows: dict[str, int] = {}
         self.tensors: list[TensorInfo] = []
-        self._write("")
 
     def row(self, tensor: TensorInfo) -> int:
         """The row of a tensor, which is made where there is none."""
@@ -52,14 +51,13 @@ class GrowingTable:
 
     def _write(self, text: str) -> None:
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(text)
-                if self._sync:
-                    file.flush()
-                    os.fsync(file.fileno())
+            self._file.append(text.encode())
         except OSError as error:
             msg = f"the trace's table {self.path} could not be written: {error.strerror}"
             raise IncompleteError(msg) from error
+
+    def close(self) -> None:
+        self._file.close()
 
 
 def alike(one: TensorInfo, other: TensorInfo) -> TensorInfo:
@@ -72,9 +70,12 @@ def alike(one: TensorInfo, other: TensorInfo) -> TensorInfo:
 
 def read_table(path) -> tuple[list[TensorInfo], str]:
     """The rows before the first line that is damaged or torn, and what is wrong with that."""
-    path = Path(path)
     tensors: list[TensorInfo] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")):
+    try:
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return tensors, f"{path.name} is missing"
+    for number, line in enumerate(text.split("\n")):
         digest, _, body = line.partition(" ")
         if not line:
             continue

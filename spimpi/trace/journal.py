@@ -9,8 +9,6 @@ Plain write() of whole records, nothing collective: a rank that is killed leaves
 reads up to its last flush. A power loss may take more, unless every flush waits for the disk.
 """
 
-import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -23,11 +21,13 @@ from pathlib import Path
 import numpy as np
 
 from spimpi.errors import IncompleteError, UsageError
-from spimpi.trace.appending import append_whole
+from spimpi.trace.appending import Appending
 from spimpi.trace.checksum import BLOCK, RECORD, checksums, pack, text_digest, unpack
 from spimpi.trace.growing import GrowingTable, read_table, table_path
+from spimpi.trace.journal_files import already_there, journal_path
+from spimpi.trace.node_file import Stream
 from spimpi.trace.schema import EVENT, SCHEMA_VERSION, TensorInfo
-from spimpi.trace.sketch_file import SketchFile, SketchContents, read_sketches, sketch_path
+from spimpi.trace.sketch_file import SketchContents, SketchFile, read_sketches, sketch_path
 from spimpi.trace.synced import sync as sync_path
 
 MAGIC = "spimpi-journal"
@@ -46,52 +46,8 @@ def new_run_id() -> str:
     return f"spimpi-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
 
 
-def journal_folder(path, local=None) -> Path:
-    """Where the journals of the trace ``path`` are while the run goes on; ``local``: in there."""
-    folder = Path(f"{path}.journal")
-    return folder if local is None else Path(local) / folder.name
-
-
-def journal_path(folder, rank: int) -> Path:
-    return Path(folder) / f"rank-{rank:05d}.journal"
-
-
-def lock(journal):
-    """The journal's lock, held until what this returns is closed; None where it is taken.
-
-    A run holds it while it writes its journal, and whoever seals. On a file system without locks
-    nobody has one.
-    """
-    file = open(journal, "r+b")  # NFS wants to be able to write
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        return None
-    except OSError:
-        pass
-    return file
-
-
-def clear_own(folder, rank: int) -> None:
-    """Remove this rank's journal of an earlier run, which rank 0 can't see on another node."""
-    journal = journal_path(folder, rank)
-    if journal.exists():
-        if (held := lock(journal)) is None:
-            msg = f"the journal {journal} is being written by a running job; choose another name"
-            raise UsageError(msg)
-        held.close()
-        remove_journal(journal)
-
-
-def remove_journal(journal: Path) -> None:
-    sketch_path(journal).unlink(missing_ok=True)
-    journal.unlink()
-    table_path(journal).unlink(missing_ok=True)
-
-
 class Journal:
-    """Writer of one rank's journal, ``folder/rank-00003.journal``. Not collective.
+    """Writer of one rank's journal, ``folder/rank-00003.journal`` or ``at``. Not collective.
 
     ``header`` is what the run is (run_id, command, world, topology, model, …): anything that
     JSON can hold. Schema version, rank, host and pid are added, and ``started`` (seconds since
@@ -105,8 +61,8 @@ class Journal:
     handler.
     """
 
-    def __init__(self, folder, rank: int, header: dict, tensors=(), sync: bool = False):
-        self.path = journal_path(folder, rank)
+    def __init__(self, folder, rank: int, header: dict, tensors=(), sync: bool = False, at=None):
+        self.path = at or journal_path(folder, rank)
         self.rank, self.sync = rank, sync
         self.count = 0  # rows written to the file
         self._waiting = deque()
@@ -119,24 +75,22 @@ class Journal:
         self.tensors = list(tensors or ())
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+            self._file = Appending(self.path, sync)
         except FileExistsError:
-            msg = f"a journal of an earlier run is there: {self.path}; remove it or use --overwrite"
-            raise UsageError(msg) from None
+            raise UsageError(already_there(self.path)) from None
         except OSError as error:
             msg = f"cannot create the trace's journal {self.path}: {error.strerror}"
             raise UsageError(msg) from None
-        with contextlib.suppress(OSError):  # says that the run goes on, where there are locks
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        self._write(_header_bytes(self.header, self.tensors))
+        self._file.lock()
+        self._write(_header_bytes(self.header, tensors))
         self.table = GrowingTable(table_path(self.path), sync) if tensors is None else None
         self.sketches = None
         if header.get("sketches"):
             place = sketch_path(self.path)
             self.sketches = SketchFile(place, rank, header.get("run_id", ""), sync)
         if sync:
-            for folder in self.path.parents[:2]:
-                sync_path(folder)
+            for parent in (self.path.parent, self.path.parent.parent):
+                sync_path(parent)
 
     def append(self, events: np.ndarray) -> None:
         """Add rows (dtype EVENT, shape (n,)). They are copied, and written by the next flush."""
@@ -171,7 +125,7 @@ class Journal:
 
     def close(self, end_state: str) -> None:
         """Flush, and say how the run ended: "verified", "failed", "incomplete", "error"."""
-        if self._fd is None:
+        if self._file is None:
             return
         if self.sketches is not None:
             self.sketches.close()
@@ -180,12 +134,14 @@ class Journal:
         end["number"], end["count"], end["state"] = END, self.count, end_state.encode()
         end["checksum"] = checksums(end.view(RECORD))
         self._write(end.data.cast("B"))
-        os.close(self._fd)
-        self._fd = None
+        self._file.close()
+        self._file = None
+        if self.table is not None:
+            self.table.close()
 
     def _write(self, data) -> None:
         try:
-            append_whole(self._fd, data, self.sync)
+            self._file.append(data)
         except OSError as error:
             msg = (
                 f"the trace's journal {self.path} could not be written: {error.strerror}; "
@@ -204,7 +160,7 @@ class JournalContents:
     None where the run took none.
     """
 
-    path: Path
+    path: Path | Stream
     header: dict = field(default_factory=dict)
     tensors: list[TensorInfo] = field(default_factory=list)
     events: np.ndarray = field(default_factory=lambda: np.zeros(0, EVENT))
@@ -223,7 +179,9 @@ class JournalContents:
 
 
 def _header_bytes(header: dict, tensors) -> bytes:
-    table = [[t.name, list(t.shape), t.dtype] for t in tensors]
+    table = None  # it grows
+    if tensors is not None:
+        table = [[t.name, list(t.shape), t.dtype] for t in tensors]
     body = json.dumps({"header": header, "tensors": table}).encode()
     body += b" " * (-len(body) % 8)
     return _first_line(SCHEMA_VERSION, body) + body
@@ -240,15 +198,13 @@ def read_journal(path) -> JournalContents:
     Never raises because of what the file holds, except UsageError for a newer schema: what is
     wrong is named in ``problems``, and everything before it is kept.
     """
-    path = Path(path)
+    path = path if isinstance(path, Stream) else Path(path)
     contents = JournalContents(path)
     with path.open("rb") as file:
         if _read_header(file, contents):
             _read_records(file, contents)
-    table = table_path(path)
-    if table.exists():
-        contents.grows = True
-        contents.tensors, problem = read_table(table)
+    if contents.grows:
+        contents.tensors, problem = read_table(table_path(path))
         if problem:
             contents.damage.append(problem)
             contents.complete = False
@@ -270,7 +226,7 @@ def _read_header(file, contents: JournalContents) -> bool:
         sound = line == _first_line(int(version), body)
     except (ValueError, OverflowError, MemoryError):
         sound = False
-    if not sound and contents.path.stat().st_size < wanted:
+    if not sound and _size(contents.path) < wanted:
         contents.missing.append(f"{name}: its header is cut short, nothing was flushed")
         return False
     if not sound:
@@ -284,8 +240,13 @@ def _read_header(file, contents: JournalContents) -> bool:
         raise UsageError(msg)
     content = json.loads(body)
     contents.header = content["header"]
-    contents.tensors = [TensorInfo(*row) for row in content["tensors"]]
+    contents.grows = content["tensors"] is None
+    contents.tensors = [TensorInfo(*row) for row in content["tensors"] or ()]
     return True
+
+
+def _size(path) -> int:
+    return path.size() if isinstance(path, Stream) else path.stat().st_size
 
 
 def _read_records(file, contents: JournalContents) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from spimpi.errors import UsageError
 from spimpi.trace.base import Trace
-from spimpi.trace.journal import journal_folder
+from spimpi.trace.journal_files import journal_folder
 from spimpi.trace.sealed import SealedTrace, sealed_run_id
 from spimpi.trace.unsealed import JournalTrace
 

@@ -12,7 +12,8 @@ from spimpi.trace import layout, sketches
 from spimpi.trace.check import check, refuse_running
 from spimpi.trace.checksum import rows_fingerprint
 from spimpi.trace.drivers import Plan, write_alone
-from spimpi.trace.journal import lock, remove_journal
+from spimpi.trace.journal_files import files_of, lock, remove_file
+from spimpi.trace.reader import open as open_trace
 from spimpi.trace.reader import places
 from spimpi.trace.seal import clear
 from spimpi.trace.sealed import SealedTrace, sealed_run_id
@@ -24,7 +25,7 @@ from spimpi.trace.unsealed import JournalTrace
 class Recovered:
     """What was sealed, what the journals lacked, and the journals that are kept.
 
-    ``events`` is 0 where the trace was sealed already, and only journals were left to remove.
+    ``was_sealed``: the trace was sealed already, and only journals were left to remove.
     """
 
     file: str
@@ -32,6 +33,7 @@ class Recovered:
     events: int
     missing: list[str]
     kept: list[str]
+    was_sealed: bool = False
 
 
 def recover(path, overwrite: bool = False) -> Recovered:
@@ -49,12 +51,14 @@ def recover(path, overwrite: bool = False) -> Recovered:
         raise UsageError(msg)
     trace = JournalTrace(path, folder)
     refuse_running(trace)
+    if not trace.journals and not trace.damage and path.is_file():
+        return _already_sealed(trace, folder)
     if not trace.ranks:
         msg = f"{folder}: {'; '.join(trace.problems[1:])}"
         raise IncompleteError(msg)
     with ExitStack() as held:
-        for journal in trace.journals:
-            held.enter_context(_locked(path, journal))
+        for file in files_of(trace.journals):
+            held.enter_context(_locked(path, file))
         if path.is_file() and not overwrite:
             return _already_sealed(trace, folder)
         sealed = _seal(trace)
@@ -74,22 +78,28 @@ def _locked(path: Path, journal: Path):
 
 
 def _already_sealed(trace: JournalTrace, folder: Path) -> Recovered:
-    """A sealed trace is there: of this run and intact, only its journals are left to remove."""
+    """A sealed trace is there: where it holds all that the journals do, these are removed.
+
+    So it is after an interrupted removal, by the run itself or by a recovery.
+    """
     path = trace.path
-    if sealed_run_id(path) != trace.attributes.get("run_id"):
+    if trace.ranks and sealed_run_id(path) != trace.attributes.get("run_id"):
         msg = f"{path} is there, of another run; --overwrite replaces it by what the journals hold"
         raise UsageError(msg)
     found = check(path)
-    if found.exit_status:
+    with open_trace(path) as sealed:
+        there = {info.rank: info.count for info, _ in sealed.intact_events()}
+    lost = [i.rank for i in trace.ranks if there.get(i.rank, -1) < i.count]
+    if found.damage or lost:
         msg = (
             f"{path} is there, of the same run and {found.state}; --overwrite replaces it by what "
             "the journals hold"
         )
         raise UsageError(msg)
-    for journal in trace.journals:
-        remove_journal(journal)
+    for file in files_of(trace.journals):
+        remove_file(file)
     clear(path, folder, keep_parts=found.driver == "parts")
-    return Recovered(str(path), found.ranks, 0, [], [])
+    return Recovered(str(path), found.ranks, found.events, found.missing, [], was_sealed=True)
 
 
 def _seal(trace: JournalTrace) -> SealedTrace:
@@ -154,12 +164,14 @@ def _read_back(plan: Plan) -> SealedTrace:
 
 
 def _remove(trace: JournalTrace, folder: Path, sealed: SealedTrace) -> Recovered:
-    kept = []
-    for journal in trace.journals:
-        if any(line.startswith(f"{journal.stem}.") for line in trace.damage):
-            kept.append(str(journal))
-        else:
-            remove_journal(journal)
+    damaged = [
+        journal for journal in trace.journals
+        if any(line.startswith(f"{journal.stem}.") for line in trace.damage)
+    ]  # fmt: skip
+    kept = files_of(damaged)
+    for file in files_of(trace.journals):
+        if file not in kept:
+            remove_file(file)
     clear(trace.path, folder)
     events = sum(info.count for info in sealed.ranks)
-    return Recovered(str(trace.path), len(sealed.ranks), events, sealed.missing, kept)
+    return Recovered(str(trace.path), len(sealed.ranks), events, sealed.missing, list(map(str, kept)))

@@ -24,12 +24,13 @@ from spimpi.trace.drivers import (
     write_parts,
 )  # fmt: skip
 from spimpi.trace.growing import merged, renumbered
-from spimpi.trace.journal import (
-    OWN_HEADER, Journal, journal_folder, lock, read_journal, remove_journal,
+from spimpi.trace.journal import OWN_HEADER, Journal, read_journal
+from spimpi.trace.journal_files import (
+    NODES, RANKS_OWN, in_use, journal_folder, lock, remove_journal,
 )  # fmt: skip
+from spimpi.trace.node_file import Stream
 from spimpi.trace.schema import SKETCH_SHARE, RankInfo
 from spimpi.trace.synced import sync
-from spimpi.trace.unsealed import in_use
 
 DRIVERS = ("auto", "mpio", "parts", "gather")
 WRITERS = {"mpio": write_mpio, "parts": write_parts, "gather": write_gather}
@@ -77,7 +78,7 @@ def prepare(path, overwrite: bool = False, local=None) -> Path:
     try:
         if link.is_symlink():
             link.unlink()
-        if any(map(in_use, folder.glob("rank-*.journal"))):
+        if any(map(in_use, (*folder.glob(RANKS_OWN), *folder.glob(NODES)))):
             msg = f"the trace {path} is being written by a running job; choose another name"
             raise UsageError(msg)
         if folder.exists():
@@ -102,7 +103,7 @@ def seal(comm, journal, path, attributes=None, driver="auto", overwrite=False) -
     """
     path = Path(path)
     synced = isinstance(journal, Journal) and journal.sync
-    journal = Path(journal.path if isinstance(journal, Journal) else journal)
+    journal = journal.path if isinstance(journal, Journal) else Path(journal)
     with ExitStack() as held:
         with agreed(comm, path):
             driver = choose_driver(driver)
@@ -155,8 +156,9 @@ def clear_folder(path: Path, folder: Path) -> None:
         link.unlink(missing_ok=True)
 
 
-def _locked(journal: Path):
-    held = lock(journal)
+def _locked(journal: Path | Stream):
+    shared = isinstance(journal, Stream)
+    held = lock(journal.file if shared else journal, shared)
     if held is None:
         msg = f"another process holds the journal {journal}: spimpi trace recover?"
         raise IncompleteError(msg)

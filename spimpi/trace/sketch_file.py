@@ -8,14 +8,12 @@ As in the journal, whole records are appended by plain write(), nothing is colle
 record has its number and its checksum. Every call writes at once: sketches are few.
 """
 
-import os
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from spimpi.errors import IncompleteError, UsageError
-from spimpi.trace.appending import append_whole
+from spimpi.trace.appending import Appending
 from spimpi.trace.checksum import SKETCH_RECORD, checksums, pack, text_digest, unpack
 from spimpi.trace.schema import SCHEMA_VERSION, SKETCH_SHARE
 
@@ -24,9 +22,9 @@ FIRST_LINE = 64
 END = 0xFFFFFFFF
 
 
-def sketch_path(journal) -> Path:
-    """Where the sketches beside a journal are."""
-    return Path(journal).with_suffix(".sketches")
+def sketch_path(journal):
+    """Where the sketches beside a journal (a Path or a Stream) are."""
+    return journal.with_suffix(".sketches")
 
 
 class SketchFile:
@@ -37,10 +35,10 @@ class SketchFile:
     """
 
     def __init__(self, path, rank: int, run_id: str, sync: bool = False):
-        self.path, self._sync = Path(path), sync
+        self.path = path
         self.count = 0
         try:
-            self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+            self._file = Appending(path, sync)
         except OSError as error:
             msg = f"cannot create the file of sketches {self.path}: {error.strerror}"
             raise UsageError(msg) from None
@@ -58,11 +56,11 @@ class SketchFile:
         end["number"], end["share"]["size"] = END, self.count
         end["checksum"] = checksums(end)
         self._write(end.data.cast("B"))
-        os.close(self._fd)
+        self._file.close()
 
     def _write(self, data) -> None:
         try:
-            append_whole(self._fd, data, self._sync)
+            self._file.append(data)
         except OSError as error:
             msg = (
                 f"the file of sketches {self.path} could not be written: {error.strerror}; "
@@ -95,7 +93,7 @@ def read_sketches(path, rank: int, run_id: str, ended: bool) -> SketchContents:
     ``ended``: whether the rank's journal has its end, which the sketches then have too. Never
     raises because of what the file holds.
     """
-    path, found = Path(path), SketchContents()
+    found = SketchContents()
     name = path.name
     try:
         data = path.read_bytes()

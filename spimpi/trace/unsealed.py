@@ -1,6 +1,5 @@
 """The journals of a run that was never sealed, read as a trace."""
 
-import fcntl
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,8 @@ from spimpi.trace.base import Trace
 from spimpi.trace.checksum import rows_fingerprint
 from spimpi.trace.growing import merged, renumbered
 from spimpi.trace.journal import OWN_HEADER, JournalContents, read_journal
+from spimpi.trace.journal_files import files_of, in_use, journals_in
+from spimpi.trace.node_file import Stream
 from spimpi.trace.schema import SKETCH_SHARE, RankInfo
 
 
@@ -27,14 +28,16 @@ class JournalTrace(Trace):
         self.attributes, self.tensors, self.ranks = {}, [], []
         self.end_states: set[str | None] = set()
         self._files, self._numbers = {}, {}
-        self.journals = sorted(folder.glob("rank-*.journal"))
         self.never_sealed = (
             f"{path.name} was never sealed: the run was killed, has not ended or could not seal; "
             "this is what its journals hold"
         )
         self.missing.append(self.never_sealed)
         try:
-            self.running = any(map(in_use, self.journals))
+            self.journals, missing, damage = journals_in(folder)
+            self.missing += missing
+            self.damage += damage
+            self.running = any(map(in_use, files_of(self.journals)))
             self._use([_without_events(file) for file in self.journals])
         except OSError as error:
             msg = f"the journals in {folder} cannot be read: {error.strerror} ({error.filename})"
@@ -98,19 +101,7 @@ class JournalTrace(Trace):
         return np.concatenate(rows) if rows else np.zeros(0, SKETCH_SHARE)
 
 
-def in_use(journal: Path) -> bool:
-    """Whether a process holds the journal open for writing (or seals it)."""
-    with journal.open("rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        except OSError:  # no locks on this file system
-            pass
-    return False
-
-
-def _without_events(path: Path) -> JournalContents:
+def _without_events(path: Path | Stream) -> JournalContents:
     """A journal's facts; its rows are read again when they are wanted, one rank at a time."""
     contents = read_journal(path)
     contents.count, contents.events = len(contents.events), contents.events[:0]

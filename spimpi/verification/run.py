@@ -115,8 +115,7 @@ class _Run:
         self.watchdog.before_abort = self.recorder.write_down
         with flushed_on_signals(self.recorder.write_down):
             try:
-                with together(ctx.world, PATIENCE):
-                    self.recorder.journal = self.tracer.open(ctx, job, self.names)
+                self.recorder.journal = self.tracer.open(ctx, job, self.names)
                 outcome = self._verify()
             except UsageError:
                 self.tracer.give_up(refused=True)

@@ -2,13 +2,16 @@
 
 import json
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 from spimpi import __version__
 from spimpi.arithmetic import EXACT, FLOAT32_BLAS
 from spimpi.errors import SpimpiError
+from spimpi.reduction import PATIENCE, together
 from spimpi.trace.checksum import text_digest
-from spimpi.trace.journal import Journal, clear_own, journal_folder
+from spimpi.trace.journal import Journal
+from spimpi.trace.journal_files import journal_folder, own_journal, remove_journal
 from spimpi.trace.schema import TensorInfo
 from spimpi.trace.seal import check_can_write, choose_driver, clear_folder, prepare, seal
 
@@ -37,7 +40,7 @@ class Tracer:
         prepare(self.path, self.overwrite, self.journals)
 
     def open(self, ctx, job, names) -> Journal:
-        """Open this rank's journal. Local."""
+        """Open this rank's journal. Collective over ctx.world."""
         header = {
             "run_id": self.run_id,
             "spimpi": __version__,
@@ -56,9 +59,12 @@ class Tracer:
             "injected": [str(fault) for fault in job.faults],
         }
         folder = journal_folder(self.path, self.journals)
-        if self.journals is not None and self.overwrite:
-            clear_own(folder, ctx.rank)
-        self.journal = Journal(folder, ctx.rank, header, _tensors(job, names), self.sync)
+        agreed = partial(together, ctx.world, PATIENCE)
+        own = own_journal(ctx.world, agreed, folder, self.journals is not None and self.overwrite)
+        with agreed():
+            self.journal = Journal(
+                folder, ctx.rank, header, _tensors(job, names), self.sync, own
+            )
         return self.journal
 
     def seal(self, ctx, outcome) -> None:
@@ -81,8 +87,8 @@ class Tracer:
             return
         with suppress(OSError, SpimpiError):
             self.journal.close("error")
-            if refused or self.journal.count == 0:
-                self.journal.path.unlink()
+            if refused or (self.journal.count == 0 and isinstance(self.journal.path, Path)):
+                remove_journal(self.journal.path)
                 clear_folder(self.path, self.journal.path.parent)
 
 

@@ -8,6 +8,8 @@ import spimpi
 import spimpi.trace
 from spimpi import DistributedContext, Tag, TensorPartition, UsageError
 from spimpi.cli import main
+from spimpi.trace import node_file
+from spimpi.trace.journal_files import journal_folder
 from spimpi.trace.schema import Established, Op, Stage, Status
 from spimpi.trace.summary import summarise
 
@@ -77,6 +79,27 @@ def test_every_check_leaves_an_event_on_each_rank_that_makes_it(comm, shared_fol
                 assert (handed["peer"] == part.size - 1 - rank).all()
                 assert handed["sequence"].tolist() == [0, 1][: len(handed)]
             assert summarise(trace).exit_status == 0
+
+
+def test_ranks_of_a_node_that_share_a_file_leave_the_same_trace(comm, shared_folder, monkeypatch):
+    monkeypatch.setattr(node_file, "SEPARATE", 0)
+    for part in worlds(comm):
+        path = _path(shared_folder, part, "shared")
+        with spimpi.DistributedContext(part, trace=path) as ctx:
+            _checks(ctx, part, 0)
+            if part.rank == part.size - 1:
+                spimpi.at_rest(np.ones(9), _tag("cache", step=2)).verify(ctx=ctx)
+            part.Barrier()
+            names = [file.name for file in journal_folder(path).iterdir()]
+            assert names == ["node-00000.journal"]
+            part.Barrier()
+        with spimpi.trace.open(path) as trace:
+            assert trace.complete and not trace.problems
+            counts = [2 + (rank in (0, part.size - 1) and part.size > 1) for rank in range(part.size)]
+            counts[-1] += 1
+            assert [info.count for info in trace.ranks] == counts
+        assert not journal_folder(path).exists()
+        part.Barrier()
 
 
 def test_a_planted_failure_is_found_in_the_sealed_trace(comm, shared_folder, capfd):

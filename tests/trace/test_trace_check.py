@@ -15,7 +15,8 @@ from trace_samples import TENSORS, failing, header, some_events, write_journal, 
 from spimpi.cli import apart as module
 from spimpi.cli import main
 from spimpi.cli.apart import apart
-from spimpi.trace.journal import Journal, journal_folder
+from spimpi.trace.journal import Journal
+from spimpi.trace.journal_files import journal_folder
 
 
 def check(capfd, path) -> tuple[int, dict]:

@@ -139,7 +139,8 @@ def test_a_wrong_value_would_be_seen(sound, tmp_path):
 
 
 def test_damaged_journals_are_sealed_up_to_the_damage_or_refused(tmp_path):
-    from spimpi.trace.journal import Journal, journal_folder, journal_path
+    from spimpi.trace.journal import Journal
+    from spimpi.trace.journal_files import journal_folder, journal_path
     from trace_samples import TENSORS, header
 
     events, folder = some_events(40), journal_folder(tmp_path / "made.h5")

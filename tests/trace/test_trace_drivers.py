@@ -11,7 +11,7 @@ from trace_samples import some_events, write_journal
 
 from spimpi.trace import drivers, layout
 from spimpi.trace import open as open_trace
-from spimpi.trace.journal import journal_folder
+from spimpi.trace.journal_files import journal_folder
 from spimpi.trace.recover import recover
 from spimpi.trace.schema import EVENT
 from spimpi.trace.seal import choose_driver, seal

@@ -12,7 +12,8 @@ from trace_samples import TENSORS, header, same, some_events
 
 from spimpi.errors import IncompleteError, UsageError
 from spimpi.trace.checksum import RECORD
-from spimpi.trace.journal import BUFFERED, Journal, journal_path, read_journal
+from spimpi.trace.journal import BUFFERED, Journal, read_journal
+from spimpi.trace.journal_files import journal_path
 from spimpi.trace.schema import EVENT
 
 

@@ -5,24 +5,27 @@ import shutil
 from pathlib import Path
 
 import pytest
-from kill_runs import RANKS, compare, journals, kill_runs, note, rows_of
+from kill_runs import RANKS, RECOVERY, compare, kill_runs, note, rows_of
 from trace_samples import TENSORS, header
+
+from spimpi.trace.journal import Journal
+from spimpi.trace.journal_files import journal_folder
 
 
 def test_ten_killed_runs_leave_traces_that_say_what_is_there_and_what_is_not():
     counts = kill_runs(10, seed=1)
     assert sum(counts.values()) == 10
-    assert len({way for _, way, _ in counts}) == 4
+    assert len({way for _, _, way, _, _ in counts}) == 4
 
 
 def a_killed_run(path: Path) -> list[Path]:
     """Journals as of ranks killed after 100 rows, and their notes."""
     files = []
     for rank in range(RANKS):
-        journal = journals.Journal(journals.journal_folder(path), rank, header(RANKS), TENSORS)
+        journal = Journal(journal_folder(path), rank, header(RANKS), TENSORS)
         journal.append(rows_of(rank)[:100])
         journal.flush()
-        os.close(journal._fd)
+        os.close(journal._file.fd)
         note(path, rank, "flushed 100")
         files.append(journal.path)
     return files
@@ -39,7 +42,15 @@ def test_the_comparison_sees_a_planted_fault(tmp_path, fault):
     elif fault == "a rank lost":
         files[1].unlink()
     if fault == "none":
-        assert compare(path) == "incomplete, journals"
+        assert compare(path, "before writing") == "incomplete, journals"
         return
     with pytest.raises(AssertionError):
-        compare(path)
+        compare(path, "before writing")
+
+
+@pytest.mark.parametrize("phase", RECOVERY)
+def test_a_recovery_that_is_killed_can_be_done_again(tmp_path, phase):
+    path = tmp_path / "run.h5"
+    a_killed_run(path)
+    assert compare(path, phase) == "incomplete, journals"
+    assert sorted(p.name for p in tmp_path.iterdir() if "notes" not in p.name) == ["run.h5"]

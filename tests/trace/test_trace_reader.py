@@ -10,7 +10,7 @@ from trace_samples import same, some_events, write_journal, write_trace
 
 from spimpi.errors import IncompleteError, UsageError
 from spimpi.trace import open as open_trace
-from spimpi.trace.seal import journal_folder
+from spimpi.trace.journal_files import journal_folder
 
 
 def test_columns_are_read_lazily(tmp_path, one, driver):

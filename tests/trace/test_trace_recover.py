@@ -13,7 +13,8 @@ from spimpi.cli import main
 from spimpi.errors import IncompleteError
 from spimpi.trace import open as open_trace
 from spimpi.trace.check import check
-from spimpi.trace.journal import Journal, journal_folder, journal_path
+from spimpi.trace.journal import Journal
+from spimpi.trace.journal_files import journal_folder, journal_path
 from spimpi.trace.recover import recover
 
 
@@ -25,7 +26,7 @@ def killed(path, world=3, rows=30, present=(0, 1, 2), closed=()):
         journal.flush()
         if rank in closed:
             journal.close("verified")
-        os.close(journal._fd) if journal._fd else None
+        os.close(journal._file.fd) if journal._file else None
 
 
 def recovered(capfd, path, *options) -> tuple[int, dict]:

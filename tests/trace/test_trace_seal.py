@@ -10,7 +10,8 @@ from spimpi.errors import IncompleteError, UsageError
 from spimpi.trace import open as open_trace
 from spimpi.trace.checksum import rows_fingerprint
 from spimpi.trace.schema import EVENT
-from spimpi.trace.seal import check_can_write, choose_driver, journal_folder, prepare, seal
+from spimpi.trace.journal_files import journal_folder
+from spimpi.trace.seal import check_can_write, choose_driver, prepare, seal
 
 
 @pytest.fixture

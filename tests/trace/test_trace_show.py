@@ -122,7 +122,8 @@ sys.path.insert(0, sys.argv[2])
 from test_trace_show import checks
 from trace_samples import TENSORS, header
 from spimpi.trace.journal import Journal
-from spimpi.trace.seal import journal_folder, prepare
+from spimpi.trace.journal_files import journal_folder
+from spimpi.trace.seal import prepare
 
 prepare(sys.argv[1])
 journal = Journal(journal_folder(sys.argv[1]), 0, header(1), TENSORS)

@@ -14,7 +14,8 @@ from trace_samples import TENSORS, header, same, some_events
 
 from spimpi.checks.recorder import Recorder
 from spimpi.trace.check import check
-from spimpi.trace.journal import Journal, journal_folder, read_journal
+from spimpi.trace.journal import Journal, read_journal
+from spimpi.trace.journal_files import journal_folder
 from spimpi.trace.recover import recover
 from spimpi.trace.schema import Established, Op, Stage
 from spimpi.trace.signals import flushed_on_signals

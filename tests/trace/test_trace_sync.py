@@ -6,7 +6,8 @@ import pytest
 from trace_samples import TENSORS, header, some_events
 
 from spimpi.errors import IncompleteError
-from spimpi.trace.journal import Journal, journal_folder, read_journal
+from spimpi.trace.journal import Journal, read_journal
+from spimpi.trace.journal_files import journal_folder
 from spimpi.trace.recover import recover
 from spimpi.trace.seal import prepare, seal
 

@@ -5,10 +5,11 @@ import pytest
 
 from spimpi.bench.synthetic_trace import write_ranks
 from spimpi.trace.journal import Journal
+from spimpi.trace.journal_files import journal_folder
 from spimpi.trace.schema import (
     EVENT, SKETCH_SHARE, Op, Stage, Status, TensorInfo, blank_events,
 )  # fmt: skip
-from spimpi.trace.seal import journal_folder, prepare, seal
+from spimpi.trace.seal import prepare, seal
 
 TENSORS = [
     TensorInfo("embed", (-1, 64), "float32"),
