@@ -54,9 +54,10 @@ class Root:
 class Located:
     """What ``locate`` found. Lists are the first ones, in program order; counts are of all.
 
-    ``flow_known``: whether the topology is known, and with it what can reach what; else any later
-    failure of a value counts as a consequence. ``unclassified``: failures beyond the KEPT earliest
-    ones, which are neither among the roots nor among the consequences.
+    ``n_checks``: events that say whether something held. ``flow_known``: whether the topology is
+    known, and with it what can reach what; else any later failure of a value counts as a
+    consequence. ``unclassified``: failures beyond the KEPT earliest ones, which are neither among
+    the roots nor among the consequences.
     """
 
     verdict: str
@@ -64,6 +65,7 @@ class Located:
     topology: str
     flow_known: bool
     n_events: int
+    n_checks: int
     n_failed: int
     first: Failure | None
     n_roots: int
@@ -99,6 +101,7 @@ def locate(trace, n: int = 10) -> Located:
         topology=str(trace.attributes.get("topology", "")),
         flow_known=flow.per_part is not None,
         n_events=read.n_events,
+        n_checks=read.n_checks,
         n_failed=read.n_failed,
         first=told.failure(0) if len(failures) else None,
         n_roots=len(at),
@@ -168,7 +171,7 @@ class _Read:
 
     def __init__(self, trace):
         self.names = [t.name for t in trace.tensors]
-        self.n_events = self.n_failed = self.n_held = 0
+        self.n_events = self.n_checks = self.n_failed = self.n_held = 0
         self.first_layered = len(trace.tensors)
         self.of_program = False
         self.golden: set[int] = set()  # tensors that were compared with a golden run
@@ -179,7 +182,9 @@ class _Read:
     def take(self, block: Block) -> None:
         self.n_events += len(block)
         self.first_layered = min(self.first_layered, first_layered_tensor(block))
-        golden = block["stage"] == Stage.GOLDEN
+        known = block["verdict"] != Status.NOT_ESTABLISHED
+        self.n_checks += int(known.sum())
+        golden = (block["stage"] == Stage.GOLDEN) & known
         if golden.any():
             self.golden |= set(np.unique(block["tensor"][golden]).tolist())
         bad = block["verdict"] == Status.FAILED

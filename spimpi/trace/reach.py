@@ -124,7 +124,7 @@ def reached_by(failures: Failures, at: int) -> np.ndarray:
         return later & same_data
     meet = _meet(f.part[at], f.part)
     if f.phase[at] == WEIGHTS:
-        return (later & same_data) | ((f.kind == VALUE) & meet)
+        return later & (same_data | ((f.kind == VALUE) & meet))
     meet &= f["repeat"] == f["repeat"][at]
     mine, theirs = f.microbatch[at], f.microbatch
     if f["step"][at] == 0:
