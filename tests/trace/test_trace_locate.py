@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 from trace_samples import failing, some_events, write_journal, write_trace
 
-import spimpi.trace
 from spimpi.cli import main
 from spimpi.trace import locate as module
 from spimpi.trace.base import Block
@@ -172,7 +171,7 @@ def _random_event(rng):
         ops = [Op.CONTENT]
     tensor = rng.choice(names)
     layered = tensor in PROGRAM[1:-2]
-    op = rng.choice(["embed"]) if False else rng.choice(ops)
+    op = rng.choice(ops)
     if op == Op.ALLREDUCE_BOR:
         tensor, layered = "embed", False
     more = {}
@@ -197,3 +196,128 @@ def test_roots_and_what_they_reach_are_those_of_a_plain_oracle(seed):
     found = np.array([reached_by(f, i) for i in range(len(f))])
     assert (found == reach).all(), [(rows[i], rows[j]) for i, j in np.argwhere(found != reach)[:3]]
     assert (classify(f) == ~reach.any(axis=0)).all()
+
+
+def test_one_flip_is_one_root_and_what_follows_its_consequence():
+    flip = event("qkv", Op.AT_REST, 1, 0, rank=1)
+    later = [
+        event("resid", Op.AGREEMENT, 1, 0, rank=0),
+        event("hidden", Op.CONTENT, 1, 1, stage=Stage.GOLDEN),
+        event("tokens", Op.AGREEMENT, 2, rank=3),
+    ]
+    found = located(*later, flip)
+    (root,) = found.roots
+    assert (root.failure.step, root.failure.layer, root.failure.tensor) == (1, 0, "qkv")
+    assert (root.at_fault, root.suspects, root.seen) == (1, (1,), 1)
+    reached = root.reached
+    assert (reached.failures, reached.steps, reached.layers, reached.ranks) == (3, (1, 2), (0, 1), 2)
+    assert found.first == root.failure and found.n_consequences == 3 and found.n_failed == 4
+    assert [f.tensor for f in found.consequences] == ["resid", "hidden", "tokens"]
+    assert (found.verdict, found.exit_status, found.flow_known) == ("corrupted", 1, True)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        event("ffn", Op.MATMUL, 2, 1, rank=0),  # wrong inputs multiplied rightly pass
+        event("hidden", Op.HANDOFF, 2, 1, rank=2),  # so do they when they are handed on
+        event("resid", Op.AGREEMENT, 2, 1, rank=5),  # of another data rank
+        event("resid", Op.AGREEMENT, 2, 1, microbatch=1),  # of other prompts
+        event("embed", Op.AGREEMENT, 1, rank=0),  # earlier in the program
+        event("w.0", Op.CONTENT, stage=Stage.WEIGHTS, layer=0),
+        event("fabric.sum", Op.ALLREDUCE_SUM, stage=Stage.FABRIC),
+        event("resid", Op.AGREEMENT, 2, 1, repeat=1),
+    ],
+    ids=["matmul", "hand-off", "data rank", "microbatch", "earlier", "weights", "fabric", "repeat"],
+)
+def test_what_no_data_flow_explains_is_a_root_of_its_own(other):
+    found = located(event("qkv", Op.AT_REST, 1, 0, rank=1), other)
+    assert (found.n_roots, found.n_consequences) == (2, 0)
+
+
+def test_a_sum_that_arrived_wrong_is_one_failure_however_many_ranks_saw_it():
+    seen = [event("attn", Op.ALLREDUCE_SUM, 1, 0, rank=rank, peer=1) for rank in (0, 1)]
+    (root,) = located(*seen).roots
+    assert (root.at_fault, root.seen) == (1, 2)
+    held = event("attn", Op.AT_REST, 1, 0, rank=1)  # the addend itself had changed
+    found = located(*seen, held)
+    assert (found.n_roots, found.n_consequences) == (1, 2) and found.roots[0].failure.op == "at rest"
+
+
+def test_a_hand_off_has_two_suspects_and_the_golden_run_decides_between_replicas():
+    (root,) = located(event("hidden", Op.HANDOFF, 1, 1, rank=2, peer=0)).roots
+    assert (root.at_fault, root.suspects) == (-1, (2, 0))
+    differ = [event("resid", Op.AGREEMENT, 1, 1, rank=rank) for rank in (2, 3)]
+    (root,) = located(*differ).roots
+    assert (root.at_fault, root.suspects) == (-1, (2, 3))
+    golden = event("resid", Op.CONTENT, 1, 1, stage=Stage.GOLDEN)
+    (root,) = located(*differ, golden).roots
+    assert root.at_fault == 2  # of which the golden fingerprint is
+    golden[0]["verdict"] = Status.VERIFIED
+    (root,) = located(*differ, golden).roots
+    assert root.at_fault == 3
+
+
+def test_failures_that_share_a_host_say_so():
+    hosts = ["n01", "n01", "n07", "n07", "n02", "n02", "n03", "n03"]
+    broken = [event("qkv", Op.MATMUL, step, 0, rank=2 + step % 2) for step in range(7)]
+    found = located(*broken, event("ffn", Op.MATMUL, 1, 1, rank=5), hosts=hosts)
+    shared = {(s.kind, s.value): s.roots for s in found.shared}
+    assert shared[("host", "n07")] == 7 and shared[("rank", "2")] == 4
+    assert shared[("layer", "0")] == 7 and shared[("tensor", "qkv")] == 7
+    assert shared[("op", "matmul")] == 8 and ("host", "n02") not in shared
+    assert [(p.host, p.roots, p.named, p.recorded) for p in found.hosts] == [
+        ("n07", 7, 7, 7), ("n02", 1, 1, 1),
+    ]  # fmt: skip
+    assert [(p.name, p.roots) for p in found.ranks] == [("rank 2", 4), ("rank 3", 3), ("rank 5", 1)]
+
+
+def test_of_many_failures_the_earliest_are_looked_at_and_all_are_counted(monkeypatch):
+    monkeypatch.setattr(module, "KEPT", 10)
+    rng = np.random.default_rng(0)
+    many = [event("qkv", Op.MATMUL, int(step), 0, rank=int(step) % 8) for step in rng.permutation(64)]
+    found = located(*many, n=3)
+    assert (found.n_failed, found.n_roots, found.unclassified) == (64, 10, 54)
+    assert [root.failure.step for root in found.roots] == [0, 1, 2]
+    assert sum(place.recorded for place in located(*many, n=8).ranks) == 64
+
+
+def test_of_a_program_only_its_order_is_known():
+    more = {"stage": Stage.PROGRAM}
+    first = event("qkv", Op.AT_REST, 1, 0, rank=1, **more)
+    found = located(first, event("resid", Op.AGREEMENT, 2, 1, rank=7, microbatch=3, **more))
+    assert (found.n_roots, found.n_consequences, found.flow_known) == (1, 1, False)
+    found = located(first, event("attn", Op.ALLGATHER, 2, 0, rank=1, **more))
+    assert found.n_roots == 2
+
+
+def run(capfd, *args):
+    status = main(["trace", "locate", *map(str, args)])
+    return status, capfd.readouterr().out
+
+
+def test_the_command_says_it_in_words_and_in_json(tmp_path, one, driver, capfd):
+    path = tmp_path / "run.h5"
+    events = failing(some_events(100), 60, step=7, layer=3, tensor=1, op=Op.MATMUL, stage=Stage.COMPUTE)
+    write_trace(one, path, events, driver, end_state="failed")
+    status, text = run(capfd, path)
+    assert status == 1
+    assert text.startswith("the first failure: step 7, layer 3, hidden: matmul on rank 0 (")
+    assert "at fault: rank 0 (" in text and "can have caused: no later failure" in text
+    assert "1 independent, 0 can be consequences" in text
+    status, text = run(capfd, path, "--json")
+    found = json.loads(text)
+    assert status == 1 and found["exit_status"] == 1 and found["roots"][0]["at_fault"] == 0
+    assert found["first"]["tensor"] == "hidden" and found["n_events"] == 100
+
+
+def test_exit_status_without_a_failure(tmp_path, one, capfd):
+    write_trace(one, tmp_path / "run.h5", some_events(20))
+    status, text = run(capfd, tmp_path / "run.h5")
+    assert status == 0 and "VERIFIED" in text
+    write_journal(one, tmp_path / "killed.h5", some_events(20))
+    (tmp_path / "killed.h5.journal").joinpath("rank-00000.journal").open("r+b").truncate(1500)
+    status, text = run(capfd, tmp_path / "killed.h5")
+    assert status == 3 and text.startswith("INCOMPLETE: what failed in what is missing")
+    assert run(capfd, tmp_path / "absent.h5")[0] == 2
+    assert run(capfd, tmp_path / "run.h5", "--failures", "-1")[0] == 2
