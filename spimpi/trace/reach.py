@@ -100,8 +100,16 @@ def classify(failures: Failures) -> np.ndarray:
     moved = f.kind == MOVED
     root[moved] = f.code[moved] <= first[f.datum[moved]]
     value = np.flatnonzero(f.kind == VALUE)
-    root[value] = _earliest_that_reaches(f)[value] >= f.code[value]
+    root[value] = _earliest_that_reaches(f, tells(f))[value] >= f.code[value]
     return root
+
+
+def tells(failures: Failures) -> np.ndarray:
+    """bool, one a failure: whether later failures may be its consequence. A golden comparison is of
+    all data ranks together: one that an earlier failure explains tells nothing of the others."""
+    f, telling = failures, failures["stage"] != Stage.GOLDEN
+    unexplained = _earliest_that_reaches(f, telling) >= f.code
+    return telling | unexplained
 
 
 def incidents(failures: Failures, root: np.ndarray) -> np.ndarray:
@@ -116,7 +124,8 @@ def incidents(failures: Failures, root: np.ndarray) -> np.ndarray:
 
 
 def reached_by(failures: Failures, at: int) -> np.ndarray:
-    """bool, one a failure: whether failure ``at`` can have caused it by data flow."""
+    """bool, one a failure: whether failure ``at``, which ``tells``, can have caused it by data
+    flow."""
     f = failures
     later = f.code > f.code[at]
     same_data = (f.kind == MOVED) & (f.datum == f.datum[at]) & f.evident[at]
@@ -135,10 +144,11 @@ def reached_by(failures: Failures, at: int) -> np.ndarray:
     return later & (same_data | ((f.kind == VALUE) & meet & rows))
 
 
-def _earliest_that_reaches(f: Failures) -> np.ndarray:
-    """Of each VALUE failure, the lowest code of those whose data can reach it (itself included)."""
+def _earliest_that_reaches(f: Failures, source: np.ndarray) -> np.ndarray:
+    """Of each VALUE failure, the lowest code of those sources whose data can reach it (itself
+    included)."""
     none = len(f)
-    inference = f.phase == INFERENCE
+    inference = source & (f.phase == INFERENCE)
     # A repetition and a part share no data with others, but for what concerns all parts.
     runs, run = np.unique(f["repeat"], return_inverse=True)
     parts, part = np.unique(np.append(EVERY, f.part), return_inverse=True)

@@ -44,7 +44,7 @@ OTHER_WEIGHTS = {
 }  # fmt: skip
 
 
-def _stored_name(fault):
+def stored_name(fault):
     if fault.layer >= 0:
         return f"model.layers.{fault.layer}.{LAYER_WEIGHTS[fault.tensor]}.weight"
     return OTHER_WEIGHTS[fault.tensor]
@@ -82,7 +82,7 @@ def _last_element(fault, job):
     return part.rows[-1] * part.width + column
 
 
-def _faults(job, golden):
+def faults_of(job, golden):
     """One fault for every kind, tensor and step (prefill; decoding), on ranks, layers and elements
     that take turns."""
     turn = count()
@@ -138,7 +138,7 @@ def test_every_fault_is_caught_where_it_was_injected(comm, model, monkeypatch, n
         monkeypatch.setattr(run, "GOLDEN_BYTES", 0)
     job = prepare(Request(**wishes, topology=topology), n)
     missed, kinds, struck = [], set(), set()
-    for fault in _faults(job, golden):
+    for fault in faults_of(job, golden):
         kinds.add(fault.kind)
         struck.add(fault.tensor)
         outcome = verify_distributed_inference(
@@ -146,7 +146,7 @@ def test_every_fault_is_caught_where_it_was_injected(comm, model, monkeypatch, n
         )
         where = outcome.verdict.where
         weight = PLACES[fault.tensor].is_weight
-        tensor = _stored_name(fault) if weight else fault.tensor
+        tensor = stored_name(fault) if weight else fault.tensor
         expected = (1, tensor, fault.step, fault.layer, fault.rank)
         found = where and (
             outcome.exit_status, where.tensor, where.step, where.layer, where.rank

@@ -12,7 +12,7 @@ from spimpi.trace import locate as module
 from spimpi.trace.base import Block
 from spimpi.trace.locate import locate
 from spimpi.trace.order import program_order
-from spimpi.trace.reach import Flow, classify, failures_of, reached_by
+from spimpi.trace.reach import Flow, classify, failures_of, reached_by, tells
 from spimpi.trace.schema import EVENT, Op, RankInfo, Stage, Status, TensorInfo, blank_events
 
 PROGRAM = ("embed", "qkv", "kv", "attn", "attn_max", "resid", "ffn", "hidden", "logits", "tokens")
@@ -195,7 +195,10 @@ def test_roots_and_what_they_reach_are_those_of_a_plain_oracle(seed):
     )
     found = np.array([reached_by(f, i) for i in range(len(f))])
     assert (found == reach).all(), [(rows[i], rows[j]) for i, j in np.argwhere(found != reach)[:3]]
-    assert (classify(f) == ~reach.any(axis=0)).all()
+    golden = rows["stage"] == Stage.GOLDEN
+    source = ~golden | ~reach[~golden].any(axis=0)
+    assert (tells(f) == source).all()
+    assert (classify(f) == ~reach[source].any(axis=0)).all()
 
 
 def test_one_flip_is_one_root_and_what_follows_its_consequence():
@@ -233,6 +236,14 @@ def test_one_flip_is_one_root_and_what_follows_its_consequence():
 def test_what_no_data_flow_explains_is_a_root_of_its_own(other):
     found = located(event("qkv", Op.AT_REST, 1, 0, rank=1), other)
     assert (found.n_roots, found.n_consequences) == (2, 0)
+
+
+def test_a_golden_comparison_that_one_data_rank_explains_is_no_cause_in_another():
+    first = event("qkv", Op.AT_REST, 0, 0, rank=1)
+    golden = event("hidden", Op.CONTENT, 0, 1, stage=Stage.GOLDEN)
+    other = event("resid", Op.AGREEMENT, 1, 0, rank=5)
+    assert located(first, golden, other).n_roots == 2
+    assert located(golden, other).n_roots == 1  # unexplained, it may be of any
 
 
 def test_a_sum_that_arrived_wrong_is_one_failure_however_many_ranks_saw_it():
