@@ -30,6 +30,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--manifest", metavar="FILE", help="fingerprints that the weights must equal, in place of a second read (spimpi manifest make)")
     parser.add_argument("--inject", action="append", default=[], metavar="FAULT", help="KIND:key=value,…; repeatable; see below")
     parser.add_argument("--repeat", type=int, default=1, metavar="N", help="run the inference N times in this job")
+    parser.add_argument("--sketch", action="store_true", help="put a sketch of every tensor of the first run into the trace, to tell rounding from corruption; takes time")
     trace = parser.add_mutually_exclusive_group()
     trace.add_argument("--trace", metavar="FILE", help="HDF5 trace (default: a name of its own in this directory)")
     trace.add_argument("--no-trace", action="store_true", help="write no trace")
@@ -52,8 +53,11 @@ def verify(args) -> int:
     if not args.timeout >= 0:
         msg = f"--timeout must be 0 (never) or a number of seconds, found {args.timeout}"
         raise UsageError(msg)
-    several = "sp" in (args.topology or "")
-    with session(args.timeout, args.expect_ranks, bool(args.config), several) as (comm, watchdog):
+    if args.sketch and args.no_trace:
+        msg = "--sketch puts sketches into the trace, found --no-trace"
+        raise UsageError(msg)
+    kernels = (bool(args.config), "sp" in (args.topology or ""), args.sketch)
+    with session(args.timeout, args.expect_ranks, *kernels) as (comm, watchdog):
         status, finish = _verify(args, comm, watchdog)
     finish()
     return status
@@ -72,6 +76,7 @@ def _verify(args, comm, watchdog):
         memory=args.memory, rule=args.exo_rule, prompts=tuple(args.prompt),
         prompt_ids=tuple(args.prompt_ids), tokens=args.tokens, seed=args.seed, arith=args.arith,
         golden=args.golden, manifest=args.manifest, faults=tuple(args.inject), repeat=args.repeat,
+        sketch=args.sketch,
     )  # fmt: skip
     watchdog.at("reading the request")
     run_id = comm.bcast(new_run_id())

@@ -152,17 +152,8 @@ def _two_sum(a, b):
     return s, (a - (s - c)) + (b - c)
 
 
-@kernel(
-    types.int64(_DOUBLES, types.uint64, types.uint64, _SUMS),
-    types.int64(_SINGLES, types.uint64, types.uint64, _SUMS),
-)
-def sketch_run(x, key, first, sums):
-    """Add a run's eight projections, squares and maximum to sums float64[10, 2].
-
-    x [n]: elements ``first``... of the tensor. Rows 0 to 7 are the projections and 8 the
-    squares, each as a value and what its rounding left out; [9, 0] is the largest |x|. Returns how
-    many elements are not finite; they add nothing.
-    """
+@inlined
+def _sketched(x, key, first, sums):
     not_finite = 0
     for i in range(x.size):
         a = np.float64(x[i])
@@ -177,6 +168,35 @@ def sketch_run(x, key, first, sums):
         sums[8, 0], lost = _two_sum(sums[8, 0], a * a)
         sums[8, 1] += lost
         sums[9, 0] = max(sums[9, 0], abs(a))
+    return not_finite
+
+
+@kernel(
+    types.int64(_DOUBLES, types.uint64, types.uint64, _SUMS),
+    types.int64(_SINGLES, types.uint64, types.uint64, _SUMS),
+)
+def sketch_run(x, key, first, sums):
+    """Add a run's eight projections, squares and maximum to sums float64[10, 2].
+
+    x [n]: elements ``first``... of the tensor. Rows 0 to 7 are the projections and 8 the
+    squares, each as a value and what its rounding left out; [9, 0] is the largest |x|. Returns how
+    many elements are not finite; they add nothing.
+    """
+    return _sketched(x, key, first, sums)
+
+
+@kernel(
+    types.int64(
+        types.Array(types.float32, 2, "A", readonly=True),
+        types.uint64, types.int64, types.int64, types.int64, _SUMS,
+    )
+)  # fmt: skip
+def sketch_block(x, key, first_row, first_col, n_cols, sums):
+    """As sketch_run, of a block of rows and columns of a tensor that has n_cols columns."""
+    not_finite = 0
+    for row in range(x.shape[0]):
+        first = np.uint64((first_row + row) * n_cols + first_col)
+        not_finite += _sketched(x[row], key, first, sums)
     return not_finite
 
 

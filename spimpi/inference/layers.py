@@ -58,6 +58,7 @@ class Layers:
     ):
         self.ctx, self.config, self.part = ctx, config, part
         self.checked, self.faults, self.watch = checked, faults, watch or Unwatched()
+        self.sketcher = None  # sketching.Sketcher, in a run that takes sketches
         self.widths = Widths.of(config)
         self.many = ctx.tensor.size > 1
         shard, d = part.shard, config.head_dim
@@ -117,12 +118,12 @@ class Layers:
         self.watch.enter("matmuls and checks", "qkv", b.step, name)
         first_norm, second_norm = self._norms_before(layer)
         self._project("qkv", i, x, first_norm, layer.qkv, space.qkv, b)
-        self._fault("qkv", name, space.qkv, b)
+        self._made("qkv", name, space.qkv, b)
         if self.qk_norm is not None:
             self.qk_norm.apply(i, b)
             self._fault("qk_normed", name, space.qkv, b)
         self._attend(i, b)
-        self._fault("attn", name, space.attn, b)
+        self._made("attn", name, space.attn, b)
         self._reduce("attn_out", 0, i, space.attn, layer.o, b)
         self._fault("resid", name, space.delta, b, replica=True)
         delta = self._added(layer.attn_norm, b)
@@ -130,14 +131,14 @@ class Layers:
             x, delta, space.resid, b.keys, i, b.first_row, 0, self.checked,
             results.rest_found, results.rest_expected, results.hidden,
         )  # fmt: skip
-        self._fault("resid", name, space.resid, b)
+        self._made("resid", name, space.resid, b)
         self._project("gate_up", i, space.resid, second_norm, layer.gate_up, space.gate_up, b)
         first_col, n_cols = self.columns[FFN][1:]
         kernels.swiglu(
             space.gate_up, space.ffn, b.keys, i, b.first_row, first_col, n_cols, self.checked,
             results.rest_expected,
         )  # fmt: skip
-        self._fault("ffn", name, space.ffn, b)
+        self._made("ffn", name, space.ffn, b)
         self._reduce("ffn_out", 1, i, space.ffn, layer.down, b)
         self._fault("hidden", name, space.delta, b, replica=True)
         delta = self._added(layer.ffn_norm, b)
@@ -145,7 +146,7 @@ class Layers:
             space.resid, delta, out, b.keys, i, b.first_row, 1, self.checked,
             results.rest_found, results.rest_expected, results.hidden,
         )  # fmt: skip
-        self._fault("hidden", name, out, b)
+        self._made("hidden", name, out, b)
         results.times[i, 1] = perf_counter()
 
     def _keys_and_values(self, i, b):
@@ -179,6 +180,13 @@ class Layers:
         if self.faults is not None:
             apply = self.faults.replica if replica else self.faults.payload
             apply(tensor, layer, array, b.first_row)
+
+    def _made(self, tensor, layer, array, b):
+        """A tensor of golden tables is there: faults are planted, then it is sketched."""
+        if self.faults is not None:
+            self.faults.payload(tensor, layer, array, b.first_row)
+        if self.sketcher is not None:
+            self.sketcher.take(tensor, layer, array, b.first_row)
 
     def sum_over_ranks(self, tensor, i, sent, summed, b):
         """summed = the partial sums of all tensor ranks, by MPI_SUM. Collective over ctx.tensor."""

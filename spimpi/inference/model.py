@@ -40,12 +40,13 @@ class Stage:
     """A rank's part of a run over a fixed batch of prompts.
 
     lengths: tokens of every prompt (all data ranks'); n_steps: the prefill and every later step.
-    ``recorder`` takes the events; None runs without checks.
+    ``recorder`` takes the events; None runs without checks. ``sketches`` takes the sketches
+    (SKETCH_SHARE) of the first run's steps; None takes none.
     """
 
     def __init__(
         self, ctx, config, part, lengths, n_steps, exact_arithmetic, recorder, faults=None,
-        watch=None,
+        watch=None, sketches=None,
     ):  # fmt: skip
         place, grid = ctx.place, ctx.grid
         self.splits = [split_rows(lengths, grid, place.d, step) for step in (0, 1)]
@@ -89,6 +90,11 @@ class Stage:
         if ctx.is_last_stage:
             scratch = self.layers.scratch if exact_arithmetic else None
             self.head = Head(self.facts, exact_arithmetic, scratch)
+        self.sketcher = None
+        if sketches is not None:
+            from spimpi.inference.sketching import Sketcher
+
+            self.sketcher = self.layers.sketcher = Sketcher(self.facts, self.layers, sketches)
         if checked:
             plan = layer_plan(exact_arithmetic, grid.tp, np.flatnonzero(held), config.qk_norm)
             index = recorder.tensor_index
@@ -125,6 +131,8 @@ class Stage:
         self.ledger.restart()
         self.facts.golden[:] = 0
         self.facts.repeat = repeat
+        if repeat:  # would have the same sketches
+            self.sketcher = self.layers.sketcher = None
         tokens = self.own_tokens(prompts)
         made = []
         for step in range(self.facts.n_steps):
@@ -153,6 +161,8 @@ class Stage:
         keys = self.keys.of_step(step, rows.total)
         if facts.faults is not None:
             facts.faults.begin(step)
+        if self.sketcher:
+            self.sketcher.begin(step)
         links.begin_step(cuts)
         results = self.ledger.begin(step, [stop - start for start, stop in cuts])
         last = rows.start + last_rows(rows)
@@ -163,6 +173,8 @@ class Stage:
             if self.ctx.is_first_stage:
                 x = self.hidden[1][: stop - start]
                 embed(facts, tokens[at : at + stop - start], batch, x)
+                if self.sketcher:
+                    self.sketcher.take("embed", -1, x, batch.first_row)
             else:
                 x = links.receive(batch)
             self._layers(x, batch, last)
@@ -172,7 +184,12 @@ class Stage:
         if self.head:
             if self.sequence and step == 0:
                 self.sequence.gather_last(keys, self.head.rows)
-            chosen = links.hand_on_tokens(step, *self.head.sample(step))
+            sampled = self.head.sample(step)
+            if self.sketcher:
+                self.sketcher.take("logits", -1, self.head.logits, facts.first_prompt)
+            chosen = links.hand_on_tokens(step, *sampled)
+        if self.sketcher:
+            self.sketcher.end()
         if facts.checked and self.ledger.is_full(step):
             self._close_group(step)
         else:

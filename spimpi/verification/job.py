@@ -39,6 +39,7 @@ class Request:
     manifest: str | None = None
     faults: tuple[str, ...] = ()
     repeat: int = 1
+    sketch: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,7 @@ class Job:
     faults: tuple
     repeat: int
     known: object = None  # KnownWeights, where there is a manifest
+    sketch: bool = False  # whether its trace gets sketches
 
     @property
     def has_derived(self) -> bool:
@@ -134,7 +136,7 @@ def prepare(request: Request, world_size: int, rank: int = 0) -> Job:
     job = Job(
         config, checkpoint, directory, grid, tuple(prompts.ids), texts, request.tokens,
         request.seed, request.arith == "exact", None, request.golden is not None, faults,
-        request.repeat, known,
+        request.repeat, known, request.sketch,
     )  # fmt: skip
     return replace(job, golden=_golden_for(job, golden, rank))
 

@@ -210,9 +210,10 @@ class _Run:
 
     def stage(self, part) -> Stage:
         job = self.job
+        taken = self.tracer.journal.sketches if self.tracer else None
         return Stage(
             self.ctx, job.config, part, job.lengths, job.n_tokens, job.exact, self.recorder,
-            self.injector, self.watchdog,
+            self.injector, self.watchdog, taken and taken.append,
         )  # fmt: skip
 
     def _prepare_golden(self):

@@ -58,6 +58,8 @@ class Tracer:
             "new_tokens": job.n_tokens,
             "injected": [str(fault) for fault in job.faults],
         }
+        if job.sketch:
+            header["sketches"] = True
         folder = journal_folder(self.path, self.journals)
         agreed = partial(together, ctx.world, PATIENCE)
         own = own_journal(ctx.world, agreed, folder, self.journals is not None and self.overwrite)

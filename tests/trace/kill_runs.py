@@ -28,7 +28,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from trace_samples import TENSORS, header, same, some_events  # noqa: E402
+from trace_samples import TENSORS, header, same, some_events, some_sketches  # noqa: E402
 
 from spimpi.trace import appending, drivers, layout, node_file  # noqa: E402
 from spimpi.trace import open as open_trace  # noqa: E402
@@ -40,6 +40,7 @@ from spimpi.trace.journal_files import journal_folder, own_journal  # noqa: E402
 from spimpi.trace.recover import recover  # noqa: E402
 from spimpi.trace.seal import choose_driver, prepare, seal  # noqa: E402
 from spimpi.trace.signals import flushed_on_signals  # noqa: E402
+from spimpi.trace.sketches import combined  # noqa: E402
 
 RANKS, STEPS, ROWS = 3, 24, 400
 WAYS = ("one rank", "all ranks", "in a flush", "in sealing")
@@ -66,6 +67,12 @@ def rows_of(rank: int) -> np.ndarray:
     return some_events(STEPS * ROWS, rank)
 
 
+def sketches_of(rank: int) -> np.ndarray:
+    """Those of all steps, in their order."""
+    shares = some_sketches(rank, RANKS, STEPS)
+    return shares[np.argsort(shares["step"], kind="stable")]
+
+
 # On the ranks
 
 
@@ -79,6 +86,7 @@ def run(path: Path, driver: str, shared: bool, die_in_flush: int, phase: str) ->
     import h5py  # noqa: F401  so that sealing is not mostly this
 
     world, events = MPI.COMM_WORLD, rows_of(MPI.COMM_WORLD.rank)
+    sketches = sketches_of(world.rank)
     if world.rank == 0:
         prepare(path)
     world.Barrier()
@@ -86,7 +94,8 @@ def run(path: Path, driver: str, shared: bool, die_in_flush: int, phase: str) ->
     node_file.SEPARATE = 0 if shared else RANKS
     own = own_journal(world, nullcontext, journal_folder(path))
     world.Barrier()
-    journal = Journal(journal_folder(path), world.rank, header(RANKS), TENSORS, at=own)
+    facts = header(RANKS, sketches=True)
+    journal = Journal(journal_folder(path), world.rank, facts, TENSORS, at=own)
     with flushed_on_signals(journal.flush):
         for step in range(STEPS):
             for row in range(step * ROWS, (step + 1) * ROWS, 50):
@@ -94,6 +103,10 @@ def run(path: Path, driver: str, shared: bool, die_in_flush: int, phase: str) ->
                 time.sleep(0.0005)
             if step % 2 and world.rank == 1 and (step + 1) // 2 == die_in_flush:
                 appending.os = node_file.os = Dying()
+                if die_in_flush % 2:
+                    journal.flush()  # else it is the sketches that are torn
+            journal.sketches.append(sketches[sketches["step"] == step])
+            note(path, world.rank, f"sketched {step + 1}")
             if step % 2:
                 journal.flush()
                 note(path, world.rank, f"flushed {journal.count}")
@@ -254,12 +267,13 @@ def rows_there(path: Path, found) -> dict[int, int]:
             rows = trace.events(info.rank)
             assert same(rows, rows_of(info.rank)[: len(rows)]), f"wrong rows of rank {info.rank}"
             there[info.rank] = len(rows)
+        judge_sketches(path, trace.sketches())
     absent = [line for line in found.missing if line.startswith("no journal of")]
     nothing = "no journal whose header can be read" in found.missing
     for rank in range(RANKS):
         flushed = int((noted(path, rank, "flushed") or ["0"])[-1])
         assert there.get(rank, 0) >= flushed, f"rank {rank}: {flushed} flushed, {there} there"
-        own = [line for line in found.missing if line.startswith(f"rank-{rank:05d}.")]
+        own = [line for line in found.missing if line.startswith(f"rank-{rank:05d}.journal")]
         named = bool(own) or nothing or any(str(rank) in line.split(": ")[1].split(", ") for line in absent)
         assert named or there[rank] == STEPS * ROWS, f"rank {rank} lacks rows and is not named"
         assert not (named and noted(path, rank, "closed")), f"rank {rank} is named, and closed"
@@ -267,6 +281,15 @@ def rows_there(path: Path, found) -> dict[int, int]:
             counted = f"{there.get(rank, 0)} events" in line or f"record {there.get(rank)} " in line
             assert counted or "cut short" in line, line
     return there
+
+
+def judge_sketches(path: Path, found: np.ndarray) -> None:
+    """Every sketch is right, and those of the steps that all ranks have written are there."""
+    expected, _ = combined(np.concatenate([sketches_of(rank) for rank in range(RANKS)]))
+    steps = min(int((noted(path, rank, "sketched") or ["0"])[-1]) for rank in range(RANKS))
+    assert (found["step"] < steps).sum() == (expected["step"] < steps).sum(), "lost sketches"
+    right = {row.tobytes() for row in expected}
+    assert len({row.tobytes() for row in found} & right) == len(found), "wrong sketches"
 
 
 def kill_runs(n: int, seed: int = 0) -> Counter:
