@@ -8,25 +8,12 @@ from spimpi.cli.registry import subcommand
 from spimpi.cli.tables import printable
 from spimpi.cli.trace_diff import add_diff
 from spimpi.cli.trace_locate import add_locate
+from spimpi.cli.trace_show import add_show
 
 
 def add_arguments(parser):
     commands = parser.add_subparsers(dest="trace_command", required=True, metavar="COMMAND")
-    text = "the run, its checks a stage, its verdict and first failures"
-    show = commands.add_parser(
-        "show",
-        help=text,
-        description=f"Print {text}. Exit status: 0 verified and intact; 1 a check failed; "
-        "3 the run did not end, or rows are missing or altered; 2 not a trace, or still written.",
-    )
-    text = "the trace; of a killed run its journals are read"
-    show.add_argument("file", metavar="FILE", help=text)
-    show.add_argument(
-        "--failures", type=int, default=10, metavar="N", help="failures to print (default 10)"
-    )
-    text = "of a job that is running: what it has flushed so far"
-    show.add_argument("--live", action="store_true", help=text)
-    show.set_defaults(run_trace=_show, crashed=3)
+    show = add_show(commands)
     check = commands.add_parser(
         "check",
         help="whether a trace is as it was written",
@@ -56,12 +43,6 @@ def add_arguments(parser):
 def run(args) -> int:
     what = " or ".join(args.files) if "files" in args else args.file
     return apart(lambda: args.run_trace(args), what, args.crashed)
-
-
-def _show(args) -> int:
-    from spimpi.cli.trace_show import run_show
-
-    return run_show(args)
 
 
 def _check(args) -> int:

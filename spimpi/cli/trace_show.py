@@ -3,6 +3,7 @@
 import json
 import time
 from dataclasses import asdict
+from enum import Enum
 
 from spimpi.cli.tables import Output
 from spimpi.cli.units import in_bytes
@@ -19,6 +20,33 @@ HEADER = (
     ("injected", "injected"),
 )
 
+GROUPS = 40  # rows of a table
+BY = ("stage", "op", "layer", "tensor", "rank", "host")
+
+
+def add_show(commands):
+    """The parser of ``show`` among those of ``spimpi trace``."""
+    text = "the run, its checks in groups, its verdict and first failures"
+    show = commands.add_parser(
+        "show",
+        help=text,
+        description=f"Print {text}. Exit status: 0 verified and intact; 1 a check failed; "
+        "3 the run did not end, or rows are missing or altered; 2 not a trace, or still written.",
+    )
+    text = "the trace; of a killed run its journals are read"
+    show.add_argument("file", metavar="FILE", help=text)
+    show.add_argument(
+        "--by", choices=BY, default="stage",
+        help="what to group the checks by (default stage)",
+    )  # fmt: skip
+    show.add_argument(
+        "--failures", type=int, default=10, metavar="N", help="failures to print (default 10)"
+    )
+    text = "of a job that is running: what it has flushed so far"
+    show.add_argument("--live", action="store_true", help=text)
+    show.set_defaults(run_trace=run_show, crashed=3)
+    return show
+
 
 def run_show(args) -> int:
     if args.failures < 0:
@@ -31,22 +59,16 @@ def run_show(args) -> int:
     with open_trace(args.file) as trace:
         if not args.live:
             refuse_running(trace)
-        summary = summarise(trace, args.failures)
+        summary = summarise(trace, args.failures, args.by)
         if args.json:
-            print(json.dumps(as_json(trace, summary), indent=1))
+            print(json.dumps(as_json(trace, summary, args.by), indent=1))
         else:
-            _print(trace, summary)
+            _print(trace, summary, args.by)
     return summary.exit_status
 
 
-def as_json(trace, summary) -> dict:
+def as_json(trace, summary, by: str = "stage") -> dict:
     """All that ``show`` prints; fingerprints as 16 hex digits, times in seconds."""
-    from spimpi.trace.summary import name_of
-
-    stages = [
-        {"stage": name_of(stage), **asdict(totals), "established": _kinds(totals.established)}
-        for stage, totals in sorted(summary.stages.items())
-    ]
     return {
         "file": str(trace.path),
         "driver": trace.driver,
@@ -60,18 +82,32 @@ def as_json(trace, summary) -> dict:
         "hosts": sorted({rank.host for rank in trace.ranks}),
         "events": summary.n_events,
         "failed": summary.n_failed,
-        "stages": stages,
+        "stages": _groups("stage", summary.stages),
+        "by": by,
+        "groups": _groups(by, summary.groups),
         "failures": [asdict(failure) for failure in summary.failures],
     }
+
+
+def _groups(by: str, groups: dict) -> list[dict]:
+    return [
+        {by: _label(label), **asdict(total), "established": _kinds(total.established)}
+        for label, total in groups.items()
+    ]
+
+
+def _label(label):
+    """A rank or a layer is a number, everything else a name."""
+    from spimpi.trace.names import name_of
+
+    return name_of(label) if isinstance(label, Enum) else label
 
 
 def _kinds(established) -> list[str]:
     return [kind.name.lower() for kind in established]
 
 
-def _print(trace, summary) -> None:
-    from spimpi.trace.summary import name_of
-
+def _print(trace, summary, by: str) -> None:
     out = Output()
     if not trace.complete:
         state = "DAMAGED" if trace.damage else "INCOMPLETE"
@@ -81,10 +117,20 @@ def _print(trace, summary) -> None:
         out.line("")
     out.table(None, _header(trace))
     out.line("")
-    columns = ("stage", "checks", "failed", "unknown", "bytes", "seconds", "established")
+    _print_groups(out, summary.groups, by)
+    if summary.failures:
+        _print_failures(out, summary)
+    out.line("")
+    out.line(*verdict_line(summary))
+
+
+def _print_groups(out, groups: dict, by: str) -> None:
+    """Where a table would be too long, the groups with most failures, then most time, stay."""
+    columns = (by, "checks", "failed", "unknown", "bytes", "seconds", "established")
+    shown = set(sorted(groups, key=lambda g: (-groups[g].failed, -groups[g].seconds))[:GROUPS])
     rows = [
         (
-            name_of(stage),
+            "none" if (by, label) == ("layer", -1) else str(_label(label)),
             f"{s.events:,}",
             f"{s.failed:,}",
             f"{s.not_established:,}",
@@ -92,13 +138,15 @@ def _print(trace, summary) -> None:
             f"{s.seconds:.3f}",
             ", ".join(_kinds(s.established)) or "nothing",
         )
-        for stage, s in sorted(summary.stages.items())
+        for label, s in groups.items()
+        if label in shown
     ]
     out.table(columns, rows, right=range(1, 6))
-    if summary.failures:
-        _print_failures(out, summary)
-    out.line("")
-    out.line(*verdict_line(summary))
+    if len(groups) > len(shown):
+        out.line(
+            f"{len(shown)} of {len(groups):,}: those with most failures, then with most seconds "
+            "(--json has all)"
+        )
 
 
 def _header(trace) -> list[tuple[str, str]]:

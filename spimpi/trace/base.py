@@ -34,6 +34,14 @@ class Block:
         return Block(self.rank[chosen], columns)
 
 
+def joined(blocks: Sequence[Block]) -> Block:
+    """All rows of some blocks of all columns, in one."""
+    if not blocks:
+        return Block(np.zeros(0, np.int32), {name: np.zeros(0, EVENT[name]) for name in EVENT.names})
+    columns = {name: np.concatenate([block[name] for block in blocks]) for name in EVENT.names}
+    return Block(np.concatenate([block.rank for block in blocks]), columns)
+
+
 class Trace:
     """A trace that was opened.
 

@@ -7,6 +7,7 @@ import tokenize
 import numpy as np
 
 from spimpi.errors import MissingDependency, UsageError
+from spimpi.trace.names import host_places, places
 from spimpi.trace.schema import ENUMERATIONS, EVENT
 
 NAMED = ("host", "stage", "op", "verdict", "tensor")  # categorical
@@ -47,14 +48,11 @@ class _Names:
 
     def __init__(self, trace):
         named = {name: [m.name for m in ENUMERATIONS[name]] for name in ("stage", "op", "verdict")}
-        named["host"] = [info.host for info in trace.ranks]
         named["tensor"] = [tensor.name for tensor in trace.tensors]
-        self.categories = {name: list(dict.fromkeys(all_)) for name, all_ in named.items()}
-        self._codes = {}
-        for name, all_ in named.items():
-            place = {text: i for i, text in enumerate(self.categories[name])}
-            self._codes[name] = np.array([place[text] for text in all_], np.int32)
-        self._ranks = np.array([info.rank for info in trace.ranks], np.int64)
+        found = {name: places(names) for name, names in named.items()}
+        found["host"] = host_places(trace)
+        self.categories = {name: names for name, (names, _) in found.items()}
+        self._codes = {name: codes for name, (_, codes) in found.items()}
 
     def frame(self, block, columns):
         """Columns of a block side by side."""
@@ -65,7 +63,7 @@ class _Names:
         """A column of a block: as it is, or as a pandas Categorical."""
         if name not in NAMED:
             return block[name]
-        numbers = np.searchsorted(self._ranks, block["rank"]) if name == "host" else block[name]
+        numbers = block["rank" if name == "host" else name]
         codes = self._codes[name]
         for number in range(len(codes), int(numbers.max()) + 1 if len(numbers) else 0):
             codes = self._codes[name] = np.append(codes, len(self.categories[name]))

@@ -1,26 +1,17 @@
-"""What a trace says in short: checks a stage, the failures in program order, the verdict."""
+"""What a trace says in short: checks in groups, the failures in program order, the verdict."""
 
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from spimpi.trace.base import Block, joined
+from spimpi.trace.names import member, name_of, tensor_name
 from spimpi.trace.order import first_layered_tensor, program_order
-from spimpi.trace.schema import EVENT, Established, Op, RankInfo, Stage, Status, TensorInfo
+from spimpi.trace.schema import Op, RankInfo, Stage, Status, TensorInfo
+from spimpi.trace.totals import Total, Totals
 
 KEPT = 100_000  # failures held while looking for the first ones
 SPELT = ("stage", "op", "tensor", "expected", "fingerprint")  # columns that a Failure has in words
-
-
-@dataclass
-class StageSummary:
-    """One stage over all ranks. ``seconds``: of the rank that spent most in its checks."""
-
-    events: int = 0
-    failed: int = 0
-    not_established: int = 0
-    bytes: int = 0
-    seconds: float = 0.0
-    established: Established = Established(0)
 
 
 @dataclass(frozen=True)
@@ -45,7 +36,10 @@ class Failure:
 
 @dataclass
 class Summary:
-    stages: dict[Stage, StageSummary] = field(default_factory=dict)
+    """``groups``: the totals by what was asked for, which are those of ``stages`` by default."""
+
+    stages: dict[Stage | int, Total] = field(default_factory=dict)
+    groups: dict = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     n_failed: int = 0
     verdict: str = "verified"
@@ -55,58 +49,43 @@ class Summary:
     def n_events(self) -> int:
         return sum(stage.events for stage in self.stages.values())
 
-    @property
-    def n_checks(self) -> int:
-        """Events that say whether something held."""
-        return self.n_events - sum(stage.not_established for stage in self.stages.values())
 
-
-def summarise(trace, n_failures: int = 10) -> Summary:
-    """Read a whole trace once, rank by rank; check it, count it, order its failures.
+def summarise(trace, n_failures: int = 10, by: str = "stage") -> Summary:
+    """Read a whole trace once; check it, count it (``by``: see Totals), order its failures.
 
     Ranks whose rows are not intact are left out, and then named in ``trace.problems``.
     """
     summary = Summary()
-    failed, ranks, n_kept = [], [], 0
-    first_layered = len(trace.tensors)
-    for info, rows in trace.intact_events():
-        _add(summary, rows)
-        first_layered = min(first_layered, first_layered_tensor(rows))
-        bad = rows[rows["verdict"] == Status.FAILED][: max(KEPT - n_kept, n_failures)]
+    totals = {name: Totals(trace, name) for name in {"stage", by}}
+    failed, n_kept, first_layered = [], 0, len(trace.tensors)
+    for block in trace.blocks():
+        for each in totals.values():
+            each.add(block)
+        first_layered = min(first_layered, first_layered_tensor(block))
+        bad = _first_failures(block, KEPT - n_kept, n_failures)
         n_kept += len(bad)
         failed.append(bad)
-        ranks += [info] * len(bad)
+    summary.stages, summary.groups = totals["stage"].result(), totals[by].result()
     summary.n_failed = sum(stage.failed for stage in summary.stages.values())
-    events = np.concatenate(failed) if failed else np.zeros(0, EVENT)
-    numbers, names = np.array([r.rank for r in ranks], np.int64), [t.name for t in trace.tensors]
-    order = program_order(events, numbers, first_layered, names)
-    summary.failures = [in_words(events[i], ranks[i], trace.tensors) for i in order[:n_failures]]
+    bad = joined(failed)
+    names = [tensor.name for tensor in trace.tensors]
+    order = program_order(bad, bad.rank, first_layered, names)[:n_failures]
+    ranks = {info.rank: info for info in trace.ranks}
+    for i in order.tolist():
+        row = bad.where([i])
+        summary.failures.append(in_words(row, ranks[row.rank.item()], trace.tensors))
     summary.verdict, summary.exit_status = verdict_of(trace, summary.n_failed)
     return summary
 
 
-def _add(summary: Summary, rows: np.ndarray) -> None:
-    stages, verdicts = rows["stage"].copy(), rows["verdict"].copy()
-    for number in np.unique(stages):
-        chosen = stages == number
-        verdict = verdicts[chosen]
-        stage = summary.stages.setdefault(member(Stage, number), StageSummary())
-        stage.events += len(verdict)
-        stage.failed += int((verdict == Status.FAILED).sum())
-        stage.not_established += int((verdict == Status.NOT_ESTABLISHED).sum())
-        stage.bytes += int(rows["bytes"][chosen].sum())
-        seconds = _seconds(rows["t_start"][chosen], rows["t_end"][chosen])
-        stage.seconds = max(stage.seconds, seconds)
-        held = rows["established"][chosen][verdict == Status.VERIFIED]
-        stage.established |= Established(int(np.bitwise_or.reduce(held))) if len(held) else 0
-
-
-def _seconds(starts: np.ndarray, ends: np.ndarray) -> float:
-    """Time covered by the checks of one rank; checks made together share their time."""
-    order = np.argsort(starts, kind="stable")
-    starts, ends = starts[order], np.maximum.accumulate(ends[order])
-    starts[1:] = np.maximum(starts[1:], ends[:-1])
-    return float(np.maximum(ends - starts, 0).sum())
+def _first_failures(block: Block, room: int, n_failures: int) -> Block:
+    """The failures of a block; where there is no room for all, the first few of each rank."""
+    rows = np.flatnonzero(block["verdict"] == Status.FAILED)
+    if len(rows) > room:
+        rank = block["rank"][rows]
+        place = np.arange(len(rows)) - np.searchsorted(rank, rank)
+        rows = rows[place < n_failures]
+    return block.where(rows)
 
 
 def verdict_of(trace, n_failed: int) -> tuple[str, int]:
@@ -117,22 +96,6 @@ def verdict_of(trace, n_failed: int) -> tuple[str, int]:
     if not trace.complete or ended != "verified":
         return "incomplete", 3
     return "verified", 0
-
-
-def member(kind, number):
-    """The enumeration's member, or the plain number where a later spimpi has added one."""
-    try:
-        return kind(int(number))
-    except ValueError:
-        return int(number)
-
-
-def name_of(member) -> str:
-    return getattr(member, "name", str(member)).lower().replace("_", " ")
-
-
-def tensor_name(tensors: list[TensorInfo], row: int) -> str:
-    return tensors[row].name if row < len(tensors) else f"tensor {row}"
 
 
 def in_words(event, info: RankInfo, tensors: list[TensorInfo]) -> Failure:
