@@ -85,6 +85,33 @@ def summarise(trace, n_failures: int = 10) -> Summary:
     return summary
 
 
+class FirstFailure:
+    """Takes the blocks of a trace (all columns), counts failures and keeps some to order them."""
+
+    def __init__(self, trace):
+        self.trace, self.n_failed = trace, 0
+        self._kept, self._ranks = [np.zeros(0, EVENT)], [np.zeros(0, np.int32)]
+
+    def add(self, block) -> None:
+        block = block.where(block["verdict"] == Status.FAILED)
+        rows = np.zeros(min(len(block), max(KEPT - self.n_failed, 0)), EVENT)
+        self.n_failed += len(block)
+        for name in EVENT.names:
+            rows[name] = block[name][: len(rows)]
+        self._kept.append(rows)
+        self._ranks.append(block.rank[: len(rows)])
+
+    def first(self, first_layered: int) -> Failure | None:
+        """The first failure in program order, None where there is none."""
+        events, ranks = np.concatenate(self._kept), np.concatenate(self._ranks)
+        if not len(events):
+            return None
+        tensors = self.trace.tensors
+        i = program_order(events, ranks, first_layered, [t.name for t in tensors])[0]
+        (info,) = (info for info in self.trace.ranks if info.rank == ranks[i])
+        return in_words(events[i], info, tensors)
+
+
 def _add(summary: Summary, rows: np.ndarray) -> None:
     stages, verdicts = rows["stage"].copy(), rows["verdict"].copy()
     for number in np.unique(stages):
