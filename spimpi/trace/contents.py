@@ -4,11 +4,15 @@ Of ``spimpi verify``: those of its tensors (Stage.GOLDEN) and of its weights. Of
 of checks whose fingerprint is a whole tensor's (``PROGRAM_OPS``). docs/trace-diff.md.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from spimpi.trace.growing import OTHERS
 from spimpi.trace.order import first_layered_tensor, program_order
 from spimpi.trace.schema import Op, Stage, Status, blank_events
+from spimpi.trace.summary import Failure, FirstFailures
+from spimpi.trace.unfinished import Shares
 
 # A message's, a buffer's at rest and a matmul's fingerprint are of what one rank holds.
 PROGRAM_OPS = (
@@ -25,45 +29,66 @@ CONTENT = np.dtype(
         ("tensor", "<u2"),
         ("op", "u1"),
         ("occurrence", "<u4"),
+        ("changed", "?"),  # a check at rest found that it was no longer as it was made
         ("fingerprint", "<u8"),
     ]
 )
-COLUMNS = ("stage", "op", "verdict", "repeat", "step", "layer", "tensor", "fingerprint", "expected")
+PLACE = CONTENT.names[:-2]
 MOST_VALUES = 64  # of one tensor; distinct ones come of groups of ranks that hold different data
 SETTLE = 1 << 20  # rows that wait until they are put together
 
 
-def contents(trace) -> tuple[np.ndarray, int]:
-    """(global fingerprints in program order, dtype CONTENT; number of failed checks).
+@dataclass(frozen=True)
+class Contents:
+    """``found``: global fingerprints in program order, dtype CONTENT; failed checks: how many, and
+    the first in program order."""
 
-    Reads the trace once. A program's tensor of which ranks recorded several values (one a group)
-    has the XOR of the distinct ones, of the smallest MOST_VALUES.
+    found: np.ndarray
+    n_failed: int
+    failure: Failure | None
+
+
+def contents(trace) -> Contents:
+    """The global fingerprints in a trace, and its own failures.
+
+    Reads the trace once. A tensor of verify has the fingerprint that it was made with; where a
+    check at rest failed, what changed in it since is in its fingerprint too. A program's tensor
+    of which ranks recorded several values (one a group) has the XOR of the distinct ones, of the
+    smallest MOST_VALUES.
     """
-    kept, waiting, n_waiting, n_failed = _empty(), [], 0, 0
-    occurrences = _Occurrences()
+    made, changes, failed = _Distinct(), _Distinct(), FirstFailures(trace)
+    occurrences, shares = _Occurrences(), Shares(trace, _packed)
     first_layered = len(trace.tensors)
     known = np.array([tensor != OTHERS for tensor in trace.tensors] + [False])
-    for block in trace.blocks(COLUMNS):
-        n_failed += int((block["verdict"] == Status.FAILED).sum())
+    for block in trace.blocks():
+        first_layered = min(first_layered, first_layered_tensor(block))
+        failed.add(block)
+        changes.add(_changes(block))
+        shares.add(block)
         wanted = _wanted(block)
         wanted &= known[np.minimum(block["tensor"], len(known) - 1)]
         block = block.where(wanted)
-        if not len(block):
-            continue
-        first_layered = min(first_layered, first_layered_tensor(block))
-        words = _packed(block)
-        words["place"] |= occurrences.of(block, words)
-        waiting.append(words)
-        n_waiting += len(words)
-        if n_waiting > SETTLE:
-            kept, waiting, n_waiting = _distinct([kept, *waiting]), [], 0
-    return _unpacked(_distinct([kept, *waiting]), first_layered), n_failed
+        if len(block):
+            words = _packed(block)
+            words["place"] |= occurrences.of(block, words)
+            made.add(words)
+    found = _with(made.by_place(), shares.whole(_unpacked))
+    changed = changes.by_place()
+    at, of = paired(found, changed)
+    found["fingerprint"][at] ^= changed["fingerprint"][of]
+    found["changed"][at] = True
+    order = _order_of(found, first_layered)
+    first = failed.first(first_layered)
+    return Contents(found[order], failed.n_failed, first[0] if first else None)
 
 
 # Two words that are a tensor's place, and its fingerprint. From the highest bit, ``run``: stage
 # (8 bits), repeat (16), step (32); ``place``: layer + 1 (16), tensor (16), op (8), occurrence (24).
 _WORDS = np.dtype([("run", "<u8"), ("place", "<u8"), ("fingerprint", "<u8")])
 _MOST_OCCURRENCES = (1 << 24) - 1
+
+
+_ODD = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB], np.uint64)
 
 
 def _empty() -> np.ndarray:
@@ -90,6 +115,16 @@ def _packed(block) -> np.ndarray:
     words["run"] = column("stage", 8, 48) | column("repeat", 16, 32) | column("step", 32, 0)
     words["place"] = column("layer", 16, 48, plus=1) | column("tensor", 16, 32) | column("op", 8, 24)
     words["fingerprint"] = block["fingerprint"]
+    return words
+
+
+def _changes(block) -> np.ndarray:
+    """What changed in memory by checks at rest that failed, at the places of the whole tensors."""
+    failed = (block["verdict"] == Status.FAILED) & (block["op"] == Op.AT_REST)
+    block = block.where(failed & (block["stage"] == Stage.COMPUTE))
+    block["stage"][:], block["op"][:] = Stage.GOLDEN, Op.CONTENT
+    words = _packed(block)
+    words["fingerprint"] ^= block["expected"]
     return words
 
 
@@ -139,25 +174,65 @@ def _starts(words) -> np.ndarray:
     return np.flatnonzero(new)
 
 
-def _distinct(pieces) -> np.ndarray:
+class _Distinct:
+    """Rows, equal ones once; they are put together when many wait."""
+
+    def __init__(self):
+        self.rows, self.waiting, self.n_waiting = _empty(), [], 0
+
+    def add(self, words) -> None:
+        self.waiting.append(words)
+        self.n_waiting += len(words)
+        if self.n_waiting > SETTLE:
+            self._settle()
+
+    def _settle(self) -> None:
+        rows = _once(np.concatenate([self.rows, *self.waiting]))
+        self.rows, self.waiting, self.n_waiting = rows, [], 0
+        if len(rows) > SETTLE:
+            self.rows = _sorted(rows)
+
+    def by_place(self) -> np.ndarray:
+        """dtype CONTENT: one row a place, the XOR of its fingerprints."""
+        self._settle()
+        rows = _sorted(self.rows)
+        starts = _starts(rows)
+        if not starts.size:
+            return np.zeros(0, CONTENT)
+        words = np.bitwise_xor.reduceat(rows["fingerprint"], starts)
+        return _unpacked(rows[starts], words)
+
+
+def _once(words) -> np.ndarray:
+    """Equal rows once, in some order. One sort of hashes: most ranks have the same rows."""
+    hashes = words["run"] * _ODD[0] ^ words["place"] * _ODD[1] ^ words["fingerprint"] * _ODD[2]
+    words = words[np.argsort(hashes)]
+    return words[_differs_from_last(words)]
+
+
+def _differs_from_last(words) -> np.ndarray:
+    new = np.ones(len(words), bool)
+    for name in _WORDS.names:
+        new[1:] &= words[name][1:] == words[name][:-1]
+    new[1:] = ~new[1:]
+    return new
+
+
+def _sorted(words) -> np.ndarray:
     """The rows sorted, equal ones once, at most the MOST_VALUES smallest values of a place."""
-    words = np.concatenate(pieces)
     words = words[np.lexsort((words["fingerprint"], words["place"], words["run"]))]
     if not len(words):
         return words
-    words = words[np.r_[True, words[1:] != words[:-1]]]
+    words = words[_differs_from_last(words)]
     starts = _starts(words)
     position = np.arange(len(words)) - np.repeat(starts, np.diff(np.r_[starts, len(words)]))
     return words[position < MOST_VALUES]
 
 
-def _unpacked(words, first_layered: int) -> np.ndarray:
-    """One row a place, in program order."""
-    if not len(words):
-        return np.zeros(0, CONTENT)
-    starts = _starts(words)
-    found = np.zeros(len(starts), CONTENT)
-    run, place = words["run"][starts], words["place"][starts]
+def _unpacked(words, fingerprints) -> np.ndarray:
+    """dtype CONTENT, of the places of ``words`` and these fingerprints."""
+    found = np.zeros(len(words), CONTENT)
+    run, place = words["run"], words["place"]
     for name, word, bits, shift in (
         ("stage", run, 8, 48), ("repeat", run, 16, 32), ("tensor", place, 16, 32),
         ("op", place, 8, 24), ("occurrence", place, 24, 0),
@@ -165,8 +240,14 @@ def _unpacked(words, first_layered: int) -> np.ndarray:
         found[name] = word >> np.uint64(shift) & np.uint64((1 << bits) - 1)
     found["step"] = run.astype(np.uint32).view(np.int32)
     found["layer"] = (place >> np.uint64(48)).astype(np.int64) - 1
-    found["fingerprint"] = np.bitwise_xor.reduceat(words["fingerprint"], starts)
-    return found[_order_of(found, first_layered)]
+    found["fingerprint"] = fingerprints
+    return found
+
+
+def _with(found, others) -> np.ndarray:
+    """Both, the first where they have the same."""
+    _, there = paired(found, others)
+    return np.concatenate([found, np.delete(others, there)])
 
 
 def _order_of(found, first_layered: int) -> np.ndarray:
@@ -180,7 +261,7 @@ def _order_of(found, first_layered: int) -> np.ndarray:
 def paired(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Positions in ``a`` and in ``b`` of what both have; rows of any dtype with CONTENT's place
     columns (those that are there), each place once. In the order of ``a``."""
-    names = [n for n in CONTENT.names if n in a.dtype.names and n != "fingerprint"]
+    names = [n for n in PLACE if n in a.dtype.names]
     keys = [np.concatenate([a[n], b[n]]) for n in names]
     of_b = np.r_[np.zeros(len(a), bool), np.ones(len(b), bool)]
     order = np.lexsort((of_b, *keys))

@@ -10,20 +10,23 @@ import numpy as np
 
 from spimpi.distance import ERROR, distances, relative_distances
 from spimpi.errors import IncompleteError, UsageError
-from spimpi.trace.contents import CONTENT, contents, paired
+from spimpi.trace.contents import CONTENT, PLACE, contents, paired
 from spimpi.trace.growing import merged
 from spimpi.trace.rounding import Judgement, first_jump, judge
 from spimpi.trace.schema import Stage
-from spimpi.trace.summary import Failure, summarise
+from spimpi.trace.summary import Failure
+
+SKETCHED = ("repeat", "step", "layer", "tensor")  # the place of a sketch
 
 # A row of ``Difference.table``: one tensor of one step, in both runs. ``tensor``: an index into
 # ``Difference.names``; ``a``, ``b``: the global fingerprints; ``relative``: ‖a - b‖ / ‖a‖ by the
 # sketches, ``error`` its standard error, NaN where there are no sketches, infinite where NaN or
-# Inf are in one of them and not in the other.
-PLACE = ("repeat", "step", "layer", "tensor")  # of a tensor of spimpi verify
+# Inf are in one of them and not in the other. ``changed_a``: A's check at rest found it changed in
+# memory after it was made.
 COMPARED = np.dtype(
-    [(name, CONTENT[name]) for name in CONTENT.names if name != "fingerprint"]
-    + [("a", "<u8"), ("b", "<u8"), ("differs", "?"), ("relative", "<f8"), ("error", "<f8")]
+    [(name, CONTENT[name]) for name in PLACE]
+    + [("a", "<u8"), ("b", "<u8"), ("changed_a", "?"), ("changed_b", "?"), ("differs", "?")]
+    + [("relative", "<f8"), ("error", "<f8")]
 )
 
 
@@ -119,10 +122,10 @@ def diff(a, b) -> Difference:
     found_b["tensor"] = numbers[found_b["tensor"]]
     mine, theirs = paired(found_a, found_b)
     table = np.zeros(len(mine), COMPARED)
-    for name in COMPARED.names:
-        if name in CONTENT.names:
-            table[name] = found_a[name][mine]
-    table["a"], table["b"] = found_a["fingerprint"][mine], found_b["fingerprint"][theirs]
+    for name in PLACE:
+        table[name] = found_a[name][mine]
+    for side, found, rows in (("a", found_a, mine), ("b", found_b, theirs)):
+        table[side], table[f"changed_{side}"] = found["fingerprint"][rows], found["changed"][rows]
     table["differs"] = table["a"] != table["b"]
     table["relative"] = table["error"] = np.nan
     missing = [f"A: {line}" for line in a.problems] + [f"B: {line}" for line in b.problems]
@@ -140,9 +143,10 @@ def diff(a, b) -> Difference:
         tokens = np.flatnonzero(is_tokens & (table["stage"] == Stage.GOLDEN) & table["differs"])
         diverged = int(tokens[0]) if tokens.size else -1
         row, widths = table[first], {t.name: t.shape[-1] for t in a.tensors if t.shape}
+        changed = [which for which in "AB" if row[f"changed_{which.lower()}"]]
         judgement = judge(
             names[row["tensor"]], float(row["relative"]), float(row["error"]), a.attributes,
-            b.attributes, widths,
+            b.attributes, widths, changed,
         )  # fmt: skip
         jump = first_jump(table["relative"][: diverged + 1 if diverged >= 0 else None])
     return Difference(
@@ -187,19 +191,16 @@ def _told(what: str, attributes: dict, name: str) -> str:
 
 
 def _side(trace) -> tuple[np.ndarray, Side]:
-    found, n_failed = contents(trace)
-    failures = summarise(trace, 1).failures if n_failed else []
+    held = contents(trace)
     side = Side(
-        trace.path, trace.attributes, len(trace.ranks), tuple(trace.problems), n_failed,
-        failures[0] if failures else None,
+        trace.path, trace.attributes, len(trace.ranks), tuple(trace.problems), held.n_failed,
+        held.failure,
     )  # fmt: skip
-    return found, side
+    return held.found, side
 
 
 def _measure(table, a, b, numbers) -> list[str]:
     """Relative differences by the sketches of both, where there are; what was wrong with them."""
-    if not hasattr(a, "sketches"):
-        return []
     try:
         ours, theirs = a.sketches(), b.sketches().copy()
     except IncompleteError as error:
@@ -210,7 +211,7 @@ def _measure(table, a, b, numbers) -> list[str]:
     mine, others = paired(ours, theirs)
     ours, theirs = ours[mine], theirs[others]
     golden = np.flatnonzero(table["stage"] == Stage.GOLDEN)
-    rows, at = paired(table[golden][list(PLACE)], ours[list(PLACE)])
+    rows, at = paired(table[golden][list(SKETCHED)], ours[list(SKETCHED)])
     rows, ours, theirs = golden[rows], ours[at], theirs[at]
     found = relative_distances(
         distances(ours["projections"], theirs["projections"]), np.sqrt(ours["sumsq"])

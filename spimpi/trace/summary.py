@@ -49,6 +49,11 @@ class Summary:
     def n_events(self) -> int:
         return sum(stage.events for stage in self.stages.values())
 
+    @property
+    def n_checks(self) -> int:
+        """Events that say whether something held."""
+        return self.n_events - sum(stage.not_established for stage in self.stages.values())
+
 
 def summarise(trace, n_failures: int = 10, by: str = "stage") -> Summary:
     """Read a whole trace once; check it, count it (``by``: see Totals), order its failures.
@@ -57,35 +62,48 @@ def summarise(trace, n_failures: int = 10, by: str = "stage") -> Summary:
     """
     summary = Summary()
     totals = {name: Totals(trace, name) for name in {"stage", by}}
-    failed, n_kept, first_layered = [], 0, len(trace.tensors)
+    failures, first_layered = FirstFailures(trace, n_failures), len(trace.tensors)
     for block in trace.blocks():
         for each in totals.values():
             each.add(block)
         first_layered = min(first_layered, first_layered_tensor(block))
-        bad = _first_failures(block, KEPT - n_kept, n_failures)
-        n_kept += len(bad)
-        failed.append(bad)
+        failures.add(block)
     summary.stages, summary.groups = totals["stage"].result(), totals[by].result()
-    summary.n_failed = sum(stage.failed for stage in summary.stages.values())
-    bad = joined(failed)
-    names = [tensor.name for tensor in trace.tensors]
-    order = program_order(bad, bad.rank, first_layered, names)[:n_failures]
-    ranks = {info.rank: info for info in trace.ranks}
-    for i in order.tolist():
-        row = bad.where([i])
-        summary.failures.append(in_words(row, ranks[row.rank.item()], trace.tensors))
+    summary.n_failed = failures.n_failed
+    summary.failures = failures.first(first_layered, n_failures)
     summary.verdict, summary.exit_status = verdict_of(trace, summary.n_failed)
     return summary
 
 
-def _first_failures(block: Block, room: int, n_failures: int) -> Block:
-    """The failures of a block; where there is no room for all, the first few of each rank."""
-    rows = np.flatnonzero(block["verdict"] == Status.FAILED)
-    if len(rows) > room:
-        rank = block["rank"][rows]
-        place = np.arange(len(rows)) - np.searchsorted(rank, rank)
-        rows = rows[place < n_failures]
-    return block.where(rows)
+class FirstFailures:
+    """Takes the blocks of a trace (all columns), counts its failures, keeps some to order them.
+
+    Where there are too many to keep, the first ``each`` of every rank of a block are kept.
+    """
+
+    def __init__(self, trace, each: int = 1):
+        self.trace, self.each = trace, each
+        self.n_failed = self._n_kept = 0
+        self._kept: list[Block] = []
+
+    def add(self, block: Block) -> None:
+        rows = np.flatnonzero(block["verdict"] == Status.FAILED)
+        self.n_failed += len(rows)
+        if len(rows) > KEPT - self._n_kept:
+            rank = block["rank"][rows]
+            place = np.arange(len(rows)) - np.searchsorted(rank, rank)
+            rows = rows[place < self.each]
+        self._n_kept += len(rows)
+        self._kept.append(block.where(rows))
+
+    def first(self, first_layered: int, n: int = 1) -> list[Failure]:
+        """The first ``n`` failures in program order, fewer where there are fewer."""
+        bad, tensors = joined(self._kept), self.trace.tensors
+        names = [tensor.name for tensor in tensors]
+        order = program_order(bad, bad.rank, first_layered, names)[:n]
+        ranks = {info.rank: info for info in self.trace.ranks}
+        rows = (bad.where([i]) for i in order.tolist())
+        return [in_words(row, ranks[row.rank.item()], tensors) for row in rows]
 
 
 def verdict_of(trace, n_failed: int) -> tuple[str, int]:

@@ -7,7 +7,7 @@ import numpy as np
 from spimpi.trace.order import INFERENCE
 from spimpi.trace.reach import ENDS, Failures, Flow
 from spimpi.trace.schema import Op, Stage
-from spimpi.trace.summary import member, name_of, tensor_name
+from spimpi.trace.names import member, name_of, tensor_name
 
 LOOKED_UP = 1000  # pairs of replicas for which the golden run is asked
 

@@ -13,7 +13,8 @@ from spimpi.trace import open as open_trace
 from spimpi.trace.base import DamageError
 from spimpi.trace.check import check
 from spimpi.trace.checksum import SKETCH_RECORD
-from spimpi.trace.journal import Journal, journal_folder, read_journal
+from spimpi.trace.journal import Journal, read_journal
+from spimpi.trace.journal_files import journal_folder
 from spimpi.trace.recover import recover
 from spimpi.trace.schema import SKETCH, SKETCH_DESCRIPTIONS, SKETCH_SHARE
 from spimpi.trace.sketches import combined
