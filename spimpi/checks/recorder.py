@@ -125,7 +125,9 @@ class Recorder:
         del self._rows[: len(rows)], self._blocks[: len(blocks)]
         if not rows and not blocks:
             return
-        events = np.concatenate([np.array(rows, EVENT), *blocks])
+        # As bytes: numpy joins events field by field.
+        parts = [np.ascontiguousarray(part) for part in (np.array(rows, EVENT), *blocks)]
+        events = np.concatenate([part.view(np.uint8) for part in parts]).view(EVENT)
         events["t_start"] -= self.origin
         events["t_end"] -= self.origin
         if self.journal is not None:

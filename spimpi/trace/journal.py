@@ -258,7 +258,7 @@ def _read_records(file, contents: JournalContents) -> None:
         numbers = np.arange(count, count + len(records), dtype=np.uint32)
         good = (checksums(records) == records["checksum"]) & (records["number"] == numbers)
         n = len(records) if good.all() else int(np.argmin(good))
-        blocks.append(unpack(records[:n]))
+        blocks.append(unpack(records[:n]).view(np.uint8))  # numpy joins events field by field
         contents.fingerprint ^= int(np.bitwise_xor.reduce(records["checksum"][:n]))
         count += n
         if n < len(records):
@@ -270,7 +270,8 @@ def _read_records(file, contents: JournalContents) -> None:
                 f"{name}: record {count} is torn, {len(data) % size} of its {size} bytes are there"
             )
             break
-    contents.events = np.concatenate(blocks) if blocks else np.zeros(0, EVENT)
+    if blocks:
+        contents.events = np.concatenate(blocks).view(EVENT)
 
 
 def _read_end(record: np.ndarray, count: int, left: int, contents: JournalContents) -> None:

@@ -54,8 +54,9 @@ def column_range(events: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Least and greatest value of each of NARROWED, int64; zeros where there are no events."""
     if not len(events):
         return np.zeros(len(NARROWED), np.int64), np.zeros(len(NARROWED), np.int64)
-    low = np.array([int(events[name].min()) for name in NARROWED], np.int64)
-    return low, np.array([int(events[name].max()) for name in NARROWED], np.int64)
+    columns = [np.ascontiguousarray(events[name]) for name in NARROWED]
+    low = np.array([int(column.min()) for column in columns], np.int64)
+    return low, np.array([int(column.max()) for column in columns], np.int64)
 
 
 def write_tables(file, driver: str, attributes: dict, ranks, tensors, parts=None) -> None:

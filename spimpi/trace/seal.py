@@ -29,7 +29,7 @@ from spimpi.trace.journal_files import (
     NODES, RANKS_OWN, in_use, journal_folder, lock, remove_journal,
 )  # fmt: skip
 from spimpi.trace.node_file import Stream
-from spimpi.trace.schema import SKETCH_SHARE, RankInfo
+from spimpi.trace.schema import EVENT, SKETCH_SHARE, RankInfo
 from spimpi.trace.synced import sync
 
 DRIVERS = ("auto", "mpio", "parts", "gather")
@@ -237,10 +237,12 @@ def _read_back(plan: Plan) -> None:
 
     own, found = plan.own, 0
     with h5py.File(plan.temporary, "r", locking=False) as file:
-        total = len(file["events/step"])
+        # Opened once: a virtual dataset opens its sources anew each time.
+        columns = {f"events/{name}": file[f"events/{name}"] for name in EVENT.names}
+        total = len(columns["events/step"])
         for start in range(0, own.count, layout.ROWS_AT_ONCE):
             n = min(layout.ROWS_AT_ONCE, own.count - start)
-            found ^= rows_fingerprint(layout.read_rows(file, own.offset + start, n), start)
+            found ^= rows_fingerprint(layout.read_rows(columns, own.offset + start, n), start)
         if plan.sketches is not None and sketches.read_group(file).tobytes() != plan.sketches.tobytes():
             msg = f"read back, {plan.temporary.name} does not hold the sketches that were written"
             raise IncompleteError(msg)

@@ -176,3 +176,29 @@ def test_what_interrupted_sealing_left_is_cleared(tmp_path):
         (tmp_path / name / "rank-00000.h5").write_text("half")
     recover(path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run.h5"]
+
+
+def test_an_interrupted_removal_is_finished_and_replaces_nothing(tmp_path, capfd):
+    path = tmp_path / "run.h5"
+    killed(path)
+    kept = shutil.copytree(journal_folder(path), tmp_path / "kept")
+    recover(path)
+    before = path.read_bytes()
+    journal_folder(path).mkdir()
+    shutil.copy(kept / "rank-00002.journal", journal_folder(path))  # the last one to go
+    status, found = recovered(capfd, path)
+    assert (status, found["was_sealed"], found["events"]) == (0, True, 180)
+    assert path.read_bytes() == before and not journal_folder(path).exists()
+    journal_folder(path).mkdir()  # none was left but the folder
+    assert recovered(capfd, path)[0] == 0
+    assert path.read_bytes() == before and not journal_folder(path).exists()
+
+
+def test_a_sealed_trace_that_holds_less_than_the_journals_is_not_taken_for_theirs(tmp_path, capfd):
+    path = tmp_path / "run.h5"
+    killed(path, present=(0, 1))
+    recover(path)
+    killed(path)
+    assert main(["trace", "recover", str(path)]) == 2
+    assert "of the same run and incomplete" in capfd.readouterr().err
+    assert recovered(capfd, path, "--overwrite")[1]["ranks"] == 3
