@@ -136,7 +136,9 @@ def test_any_name_comes_back(format, names):
     assert READERS[format](exported(held, format)) == wanted
 
 
-@pytest.mark.parametrize("name", ['a,b"c', '"quoted" first', "two\nlines", "carriage\rreturn", "%s %", "\x00", "\\"])
+@pytest.mark.parametrize(
+    "name", ['a,b"c', '"quoted" first', "two\nlines", "carriage\rreturn", "%s %", "\x00", "\\"]
+)
 def test_names_that_are_syntax_come_back(name):
     held = Held({0: some_events(3)}, [TensorInfo(name, (), name)] * 3, hosts=[name])
     for format, read in READERS.items():
