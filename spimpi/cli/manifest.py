@@ -65,7 +65,8 @@ def run(args) -> int:
 def run_make(args) -> int:
     """Collective over the world where a launcher started this; else no MPI is imported."""
     from spimpi.fingerprint.tag import DEFAULT_SEED, Tag
-    from spimpi.manifest.format import check_can_write, write_manifest
+    from spimpi.manifest.format import write_manifest
+    from spimpi.whole_file import check_can_write
 
     seed = Tag(DEFAULT_SEED if args.seed is None else args.seed).seed
     world = _world(args)

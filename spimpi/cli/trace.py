@@ -7,6 +7,7 @@ from spimpi.cli.apart import apart
 from spimpi.cli.registry import subcommand
 from spimpi.cli.tables import printable
 from spimpi.cli.trace_diff import add_diff
+from spimpi.cli.trace_export import add_export
 from spimpi.cli.trace_locate import add_locate
 from spimpi.cli.trace_show import add_show
 
@@ -35,6 +36,7 @@ def add_arguments(parser):
     recover.set_defaults(run_trace=_recover, crashed=3)
     add_locate(commands)
     add_diff(commands)
+    add_export(commands)
     for command in (show, check, recover):
         command.add_argument("--json", action="store_true", help="print it as JSON")
 

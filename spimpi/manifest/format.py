@@ -2,9 +2,7 @@
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -13,6 +11,7 @@ from pathlib import Path
 from spimpi.errors import UsageError
 from spimpi.fingerprint.tag import CONTENT, DEFAULT_SEED, MASK, Tag
 from spimpi.manifest.dtypes import StoredType, stored_type
+from spimpi.whole_file import whole_file
 
 FORMAT_VERSION = 1
 FINGERPRINT_VERSION = 1
@@ -262,62 +261,10 @@ def _checksum(facts: dict) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def check_can_write(path, overwrite: bool = False) -> None:
-    """Raise UsageError where a manifest can't be written; asked before the checkpoint is read."""
-    path = Path(path)
-    if path.is_dir():
-        msg = f"cannot write {path}: it is a directory; name a file (-o)"
-        raise UsageError(msg)
-    if not overwrite and (path.exists() or path.is_symlink()):
-        _refuse_existing(path)
-    try:
-        # Only writing tells: to root every directory looks writable.
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        msg = (
-            f"cannot write {path}: no file can be made in {path.parent} ({error.strerror}); "
-            "name another file (-o)"
-        )
-        raise UsageError(msg) from None
-
-
 def write_manifest(path, manifest: Manifest, overwrite: bool = False) -> None:
     """Write a manifest so that the file is there as a whole or not at all.
 
     Raises UsageError where it cannot be written, or exists and is not to be replaced.
     """
-    path = Path(path)
-    check_can_write(path, overwrite)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        try:
-            with open(draft, "x", encoding="utf-8") as file:
-                file.write(manifest.dumps())
-                file.flush()
-                os.fsync(file.fileno())
-            _publish(draft, path, overwrite)
-        finally:
-            draft.unlink(missing_ok=True)
-    except OSError as error:
-        msg = f"cannot write {path}: {error.strerror}"
-        raise UsageError(msg) from None
-
-
-def _publish(draft: Path, path: Path, overwrite: bool) -> None:
-    if overwrite:
-        os.replace(draft, path)
-        return
-    try:
-        os.link(draft, path)  # a rename would replace what came there in the meantime
-    except FileExistsError:
-        _refuse_existing(path)
-    except OSError:  # file systems without links
-        if path.exists():
-            _refuse_existing(path)
-        os.replace(draft, path)
-
-
-def _refuse_existing(path: Path):
-    msg = f"{path} exists; name another file (-o) or use --overwrite"
-    raise UsageError(msg)
+    with whole_file(path, overwrite) as file:
+        file.write(manifest.dumps().encode())

@@ -155,10 +155,10 @@ def test_a_file_is_written_whole_and_never_replaced_unasked(tmp_path):
 
 
 def test_a_file_that_came_in_the_meantime_is_not_replaced(tmp_path, monkeypatch):
-    from spimpi.manifest import format
+    from spimpi import whole_file
 
     path = tmp_path / "model.spi.json"
-    monkeypatch.setattr(format, "check_can_write", lambda *_: path.write_text("another's"))
+    monkeypatch.setattr(whole_file, "check_can_write", lambda *_: path.write_text("another's"))
     with pytest.raises(UsageError, match="exists"):
         write_manifest(path, SAMPLE)
     assert path.read_text() == "another's"

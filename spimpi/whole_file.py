@@ -1,0 +1,75 @@
+"""A file that is written as a whole or not at all: under another name, then renamed."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from spimpi.errors import UsageError
+
+
+def check_can_write(path, overwrite: bool = False) -> None:
+    """Raise UsageError where a file can't be written; asked before the work for it is done."""
+    path = Path(path)
+    if path.is_dir():
+        msg = f"cannot write {path}: it is a directory; name a file (-o)"
+        raise UsageError(msg)
+    if path.exists() and not path.is_file():  # a device must not be replaced
+        msg = f"cannot write {path}: it is no ordinary file; name another (-o)"
+        raise UsageError(msg)
+    if not overwrite and (path.exists() or path.is_symlink()):
+        _refuse_existing(path)
+    try:
+        # Only writing tells: to root every directory looks writable.
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        msg = (
+            f"cannot write {path}: no file can be made in {path.parent} ({error.strerror}); "
+            "name another file (-o)"
+        )
+        raise UsageError(msg) from None
+
+
+@contextmanager
+def whole_file(path, overwrite: bool = False) -> Iterator:
+    """A binary file to write to, which becomes ``path`` where the block ends without an error.
+
+    Raises UsageError where it cannot be written, or exists and is not to be replaced; nothing of
+    it then remains.
+    """
+    path = Path(path)
+    check_can_write(path, overwrite)
+    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        try:
+            with open(draft, "xb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            _publish(draft, path, overwrite)
+        finally:
+            draft.unlink(missing_ok=True)
+    except OSError as error:
+        msg = f"cannot write {path}: {error.strerror or error}"
+        raise UsageError(msg) from None
+
+
+def _publish(draft: Path, path: Path, overwrite: bool) -> None:
+    if overwrite:
+        os.replace(draft, path)
+        return
+    try:
+        os.link(draft, path)  # a rename would replace what came there in the meantime
+    except FileExistsError:
+        _refuse_existing(path)
+    except OSError:  # file systems without links
+        if path.exists():
+            _refuse_existing(path)
+        os.replace(draft, path)
+
+
+def _refuse_existing(path: Path):
+    msg = f"{path} exists; name another file (-o) or replace it: --overwrite (overwrite=True)"
+    raise UsageError(msg)
