@@ -1,7 +1,8 @@
 """``spimpi trace diff``: two runs compared."""
 
 import json
-from math import isfinite, isnan
+from itertools import groupby
+from math import isfinite, isnan, nan
 
 from spimpi.cli.tables import Output
 
@@ -164,18 +165,35 @@ def _print_difference(out, found) -> None:
             "other inputs"
         )
     out.line("")
-    lines = found.by_layer()
+    lines = _shortened(found.by_layer())
     measured = any(not isnan(line["relative"]) for line in lines)
     columns = ("run", "step", "layer", "compared", "differ", *(["relative"] if measured else []))
     rows = [
         (str(line["repeat"]), str(line["step"]), _layer(line), f"{line['compared']:,}",
          f"{line['differ']:,}", *([_size(line["relative"])] if measured else []))
-        for line in lines if line["differ"]
+        for line in lines
     ]  # fmt: skip
     out.table(columns, rows[:MOST_LINES], right=range(6))
     if len(rows) > MOST_LINES:
-        out.line(f"… and {len(rows) - MOST_LINES:,} more layers of steps (--json has all)")
+        out.line(f"… and {len(rows) - MOST_LINES:,} more lines (--json has all)")
     out.line("")
+
+
+def _shortened(lines) -> list[dict]:
+    """The layers that differ of the first step that does, then one line a step."""
+    steps = [list(group) for _, group in groupby(lines, _step)]
+    first, *later = (step for step in steps if any(line["differ"] for line in step))
+    return [line for line in first if line["differ"]] + [_whole(step) for step in later]
+
+
+def _step(line) -> tuple:
+    return line["part"] == "weights", line["repeat"], line["step"]
+
+
+def _whole(step) -> dict:
+    known = [line["relative"] for line in step if not isnan(line["relative"])]
+    sums = {name: sum(line[name] for line in step) for name in ("compared", "differ")}
+    return {**step[0], **sums, "part": "all", "layer": -1, "relative": max(known, default=nan)}
 
 
 def _layer(line) -> str:

@@ -25,39 +25,45 @@ CONTENT = np.dtype(
         ("tensor", "<u2"),
         ("op", "u1"),
         ("occurrence", "<u4"),
+        ("changed", "?"),  # a check at rest found that it was no longer as it was made
         ("fingerprint", "<u8"),
     ]
 )
+PLACE = CONTENT.names[:-2]
 COLUMNS = ("stage", "op", "verdict", "repeat", "step", "layer", "tensor", "fingerprint", "expected")
 MOST_VALUES = 64  # of one tensor; distinct ones come of groups of ranks that hold different data
 SETTLE = 1 << 20  # rows that wait until they are put together
 
 
-def contents(trace) -> tuple[np.ndarray, int]:
+def global_fingerprints(trace) -> tuple[np.ndarray, int]:
     """(global fingerprints in program order, dtype CONTENT; number of failed checks).
 
-    Reads the trace once. A program's tensor of which ranks recorded several values (one a group)
-    has the XOR of the distinct ones, of the smallest MOST_VALUES.
+    Reads the trace once. A tensor of verify has the fingerprint that it was made with; where a
+    check at rest failed, what changed in it since is in its fingerprint too. A program's tensor
+    of which ranks recorded several values (one a group) has the XOR of the distinct ones, of the
+    smallest MOST_VALUES.
     """
-    kept, waiting, n_waiting, n_failed = _empty(), [], 0, 0
+    made, changes, n_failed = _Distinct(), _Distinct(), 0
     occurrences = _Occurrences()
     first_layered = len(trace.tensors)
     known = np.array([tensor != OTHERS for tensor in trace.tensors] + [False])
     for block in trace.blocks(COLUMNS):
         n_failed += int((block["verdict"] == Status.FAILED).sum())
+        changes.add(_changes(block))
         wanted = _wanted(block)
         wanted &= known[np.minimum(block["tensor"], len(known) - 1)]
         block = block.where(wanted)
-        if not len(block):
-            continue
-        first_layered = min(first_layered, first_layered_tensor(block))
-        words = _packed(block)
-        words["place"] |= occurrences.of(block, words)
-        waiting.append(words)
-        n_waiting += len(words)
-        if n_waiting > SETTLE:
-            kept, waiting, n_waiting = _distinct([kept, *waiting]), [], 0
-    return _unpacked(_distinct([kept, *waiting]), first_layered), n_failed
+        if len(block):
+            first_layered = min(first_layered, first_layered_tensor(block))
+            words = _packed(block)
+            words["place"] |= occurrences.of(block, words)
+            made.add(words)
+    found = made.by_place()
+    changed = changes.by_place()
+    at, of = paired(found, changed)
+    found["fingerprint"][at] ^= changed["fingerprint"][of]
+    found["changed"][at] = True
+    return found[_order_of(found, first_layered)], n_failed
 
 
 # Two words that are a tensor's place, and its fingerprint. From the highest bit, ``run``: stage
@@ -90,6 +96,16 @@ def _packed(block) -> np.ndarray:
     words["run"] = column("stage", 8, 48) | column("repeat", 16, 32) | column("step", 32, 0)
     words["place"] = column("layer", 16, 48, plus=1) | column("tensor", 16, 32) | column("op", 8, 24)
     words["fingerprint"] = block["fingerprint"]
+    return words
+
+
+def _changes(block) -> np.ndarray:
+    """What changed in memory by checks at rest that failed, at the places of the whole tensors."""
+    failed = (block["verdict"] == Status.FAILED) & (block["op"] == Op.AT_REST)
+    block = block.where(failed & (block["stage"] == Stage.COMPUTE))
+    block["stage"][:], block["op"][:] = Stage.GOLDEN, Op.CONTENT
+    words = _packed(block)
+    words["fingerprint"] ^= block["expected"]
     return words
 
 
@@ -139,6 +155,27 @@ def _starts(words) -> np.ndarray:
     return np.flatnonzero(new)
 
 
+class _Distinct:
+    """Rows, equal ones once; they are put together when many wait."""
+
+    def __init__(self):
+        self.rows, self.waiting, self.n_waiting = _empty(), [], 0
+
+    def add(self, words) -> None:
+        self.waiting.append(words)
+        self.n_waiting += len(words)
+        if self.n_waiting > SETTLE:
+            self._settle()
+
+    def _settle(self) -> None:
+        self.rows, self.waiting, self.n_waiting = _distinct([self.rows, *self.waiting]), [], 0
+
+    def by_place(self) -> np.ndarray:
+        """dtype CONTENT: one row a place, the XOR of its fingerprints."""
+        self._settle()
+        return _unpacked(self.rows)
+
+
 def _distinct(pieces) -> np.ndarray:
     """The rows sorted, equal ones once, at most the MOST_VALUES smallest values of a place."""
     words = np.concatenate(pieces)
@@ -151,8 +188,8 @@ def _distinct(pieces) -> np.ndarray:
     return words[position < MOST_VALUES]
 
 
-def _unpacked(words, first_layered: int) -> np.ndarray:
-    """One row a place, in program order."""
+def _unpacked(words) -> np.ndarray:
+    """One row a place, dtype CONTENT, from sorted rows."""
     if not len(words):
         return np.zeros(0, CONTENT)
     starts = _starts(words)
@@ -166,7 +203,7 @@ def _unpacked(words, first_layered: int) -> np.ndarray:
     found["step"] = run.astype(np.uint32).view(np.int32)
     found["layer"] = (place >> np.uint64(48)).astype(np.int64) - 1
     found["fingerprint"] = np.bitwise_xor.reduceat(words["fingerprint"], starts)
-    return found[_order_of(found, first_layered)]
+    return found
 
 
 def _order_of(found, first_layered: int) -> np.ndarray:
@@ -180,7 +217,7 @@ def _order_of(found, first_layered: int) -> np.ndarray:
 def paired(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Positions in ``a`` and in ``b`` of what both have; rows of any dtype with CONTENT's place
     columns (those that are there), each place once. In the order of ``a``."""
-    names = [n for n in CONTENT.names if n in a.dtype.names and n != "fingerprint"]
+    names = [n for n in PLACE if n in a.dtype.names]
     keys = [np.concatenate([a[n], b[n]]) for n in names]
     of_b = np.r_[np.zeros(len(a), bool), np.ones(len(b), bool)]
     order = np.lexsort((of_b, *keys))

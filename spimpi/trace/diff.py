@@ -10,20 +10,23 @@ import numpy as np
 
 from spimpi.distance import ERROR, distances, relative_distances
 from spimpi.errors import IncompleteError, UsageError
-from spimpi.trace.contents import CONTENT, contents, paired
+from spimpi.trace.contents import CONTENT, PLACE, global_fingerprints, paired
 from spimpi.trace.growing import merged
 from spimpi.trace.rounding import Judgement, first_jump, judge
 from spimpi.trace.schema import Stage
 from spimpi.trace.summary import Failure, summarise
 
+SKETCHED = ("repeat", "step", "layer", "tensor")  # the place of a sketch
+
 # A row of ``Difference.table``: one tensor of one step, in both runs. ``tensor``: an index into
 # ``Difference.names``; ``a``, ``b``: the global fingerprints; ``relative``: ‖a - b‖ / ‖a‖ by the
 # sketches, ``error`` its standard error, NaN where there are no sketches, infinite where NaN or
-# Inf are in one of them and not in the other.
-PLACE = ("repeat", "step", "layer", "tensor")  # of a tensor of spimpi verify
+# Inf are in one of them and not in the other. ``changed_a``: A's check at rest found it changed in
+# memory; its sketch is of what it was when made, and says nothing then.
 COMPARED = np.dtype(
-    [(name, CONTENT[name]) for name in CONTENT.names if name != "fingerprint"]
-    + [("a", "<u8"), ("b", "<u8"), ("differs", "?"), ("relative", "<f8"), ("error", "<f8")]
+    [(name, CONTENT[name]) for name in PLACE]
+    + [("a", "<u8"), ("b", "<u8"), ("changed_a", "?"), ("changed_b", "?"), ("differs", "?")]
+    + [("relative", "<f8"), ("error", "<f8")]
 )
 
 
@@ -119,10 +122,10 @@ def diff(a, b) -> Difference:
     found_b["tensor"] = numbers[found_b["tensor"]]
     mine, theirs = paired(found_a, found_b)
     table = np.zeros(len(mine), COMPARED)
-    for name in COMPARED.names:
-        if name in CONTENT.names:
-            table[name] = found_a[name][mine]
-    table["a"], table["b"] = found_a["fingerprint"][mine], found_b["fingerprint"][theirs]
+    for name in PLACE:
+        table[name] = found_a[name][mine]
+    for side, found, rows in (("a", found_a, mine), ("b", found_b, theirs)):
+        table[side], table[f"changed_{side}"] = found["fingerprint"][rows], found["changed"][rows]
     table["differs"] = table["a"] != table["b"]
     table["relative"] = table["error"] = np.nan
     missing = [f"A: {line}" for line in a.problems] + [f"B: {line}" for line in b.problems]
@@ -140,10 +143,14 @@ def diff(a, b) -> Difference:
         tokens = np.flatnonzero(is_tokens & (table["stage"] == Stage.GOLDEN) & table["differs"])
         diverged = int(tokens[0]) if tokens.size else -1
         row, widths = table[first], {t.name: t.shape[-1] for t in a.tensors if t.shape}
-        judgement = judge(
-            names[row["tensor"]], float(row["relative"]), float(row["error"]), a.attributes,
-            b.attributes, widths,
-        )  # fmt: skip
+        if row["changed_a"] != row["changed_b"]:
+            which = "B" if row["changed_b"] else "A"
+            judgement = Judgement("different", None, None, 0.0, f"it changed in {which}'s memory")
+        else:
+            judgement = judge(
+                names[row["tensor"]], float(row["relative"]), float(row["error"]), a.attributes,
+                b.attributes, widths,
+            )  # fmt: skip
         jump = first_jump(table["relative"][: diverged + 1 if diverged >= 0 else None])
     return Difference(
         side_a, side_b, names, table, first, judgement, jump, diverged, tuple(notes), tuple(missing)
@@ -187,7 +194,7 @@ def _told(what: str, attributes: dict, name: str) -> str:
 
 
 def _side(trace) -> tuple[np.ndarray, Side]:
-    found, n_failed = contents(trace)
+    found, n_failed = global_fingerprints(trace)
     failures = summarise(trace, 1).failures if n_failed else []
     side = Side(
         trace.path, trace.attributes, len(trace.ranks), tuple(trace.problems), n_failed,
@@ -210,13 +217,14 @@ def _measure(table, a, b, numbers) -> list[str]:
     mine, others = paired(ours, theirs)
     ours, theirs = ours[mine], theirs[others]
     golden = np.flatnonzero(table["stage"] == Stage.GOLDEN)
-    rows, at = paired(table[golden][list(PLACE)], ours[list(PLACE)])
+    rows, at = paired(table[golden][list(SKETCHED)], ours[list(SKETCHED)])
     rows, ours, theirs = golden[rows], ours[at], theirs[at]
     found = relative_distances(
         distances(ours["projections"], theirs["projections"]), np.sqrt(ours["sumsq"])
     )
     found[ours["nonfinite"] != theirs["nonfinite"]] = np.inf
     found[~table["differs"][rows]] = 0.0
+    found[table["changed_a"][rows] | table["changed_b"][rows]] = np.nan
     table["relative"][rows], table["error"][rows] = found, found * ERROR
     return []
 
