@@ -9,6 +9,7 @@ import numpy as np
 from spimpi.trace.growing import OTHERS
 from spimpi.trace.order import first_layered_tensor, program_order
 from spimpi.trace.schema import Op, Stage, Status, blank_events
+from spimpi.trace.unfinished import Shares
 
 # A message's, a buffer's at rest and a matmul's fingerprint are of what one rank holds.
 PROGRAM_OPS = (
@@ -30,7 +31,10 @@ CONTENT = np.dtype(
     ]
 )
 PLACE = CONTENT.names[:-2]
-COLUMNS = ("stage", "op", "verdict", "repeat", "step", "layer", "tensor", "fingerprint", "expected")
+COLUMNS = (
+    "stage", "op", "verdict", "repeat", "step", "layer", "tensor", "fingerprint", "expected",
+    "bytes",
+)  # fmt: skip
 MOST_VALUES = 64  # of one tensor; distinct ones come of groups of ranks that hold different data
 SETTLE = 1 << 20  # rows that wait until they are put together
 
@@ -44,12 +48,13 @@ def global_fingerprints(trace) -> tuple[np.ndarray, int]:
     smallest MOST_VALUES.
     """
     made, changes, n_failed = _Distinct(), _Distinct(), 0
-    occurrences = _Occurrences()
+    occurrences, shares = _Occurrences(), Shares(trace, _packed)
     first_layered = len(trace.tensors)
     known = np.array([tensor != OTHERS for tensor in trace.tensors] + [False])
     for block in trace.blocks(COLUMNS):
         n_failed += int((block["verdict"] == Status.FAILED).sum())
         changes.add(_changes(block))
+        shares.add(block)
         wanted = _wanted(block)
         wanted &= known[np.minimum(block["tensor"], len(known) - 1)]
         block = block.where(wanted)
@@ -58,7 +63,7 @@ def global_fingerprints(trace) -> tuple[np.ndarray, int]:
             words = _packed(block)
             words["place"] |= occurrences.of(block, words)
             made.add(words)
-    found = made.by_place()
+    found = _with(made.by_place(), shares.whole(_unpacked))
     changed = changes.by_place()
     at, of = paired(found, changed)
     found["fingerprint"][at] ^= changed["fingerprint"][of]
@@ -173,7 +178,11 @@ class _Distinct:
     def by_place(self) -> np.ndarray:
         """dtype CONTENT: one row a place, the XOR of its fingerprints."""
         self._settle()
-        return _unpacked(self.rows)
+        starts = _starts(self.rows)
+        if not starts.size:
+            return np.zeros(0, CONTENT)
+        words = np.bitwise_xor.reduceat(self.rows["fingerprint"], starts)
+        return _unpacked(self.rows[starts], words)
 
 
 def _distinct(pieces) -> np.ndarray:
@@ -188,13 +197,10 @@ def _distinct(pieces) -> np.ndarray:
     return words[position < MOST_VALUES]
 
 
-def _unpacked(words) -> np.ndarray:
-    """One row a place, dtype CONTENT, from sorted rows."""
-    if not len(words):
-        return np.zeros(0, CONTENT)
-    starts = _starts(words)
-    found = np.zeros(len(starts), CONTENT)
-    run, place = words["run"][starts], words["place"][starts]
+def _unpacked(words, fingerprints) -> np.ndarray:
+    """dtype CONTENT, of the places of ``words`` and these fingerprints."""
+    found = np.zeros(len(words), CONTENT)
+    run, place = words["run"], words["place"]
     for name, word, bits, shift in (
         ("stage", run, 8, 48), ("repeat", run, 16, 32), ("tensor", place, 16, 32),
         ("op", place, 8, 24), ("occurrence", place, 24, 0),
@@ -202,8 +208,14 @@ def _unpacked(words) -> np.ndarray:
         found[name] = word >> np.uint64(shift) & np.uint64((1 << bits) - 1)
     found["step"] = run.astype(np.uint32).view(np.int32)
     found["layer"] = (place >> np.uint64(48)).astype(np.int64) - 1
-    found["fingerprint"] = np.bitwise_xor.reduceat(words["fingerprint"], starts)
+    found["fingerprint"] = fingerprints
     return found
+
+
+def _with(found, others) -> np.ndarray:
+    """Both, the first where they have the same."""
+    _, there = paired(found, others)
+    return np.concatenate([found, np.delete(others, there)])
 
 
 def _order_of(found, first_layered: int) -> np.ndarray:

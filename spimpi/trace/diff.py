@@ -22,7 +22,7 @@ SKETCHED = ("repeat", "step", "layer", "tensor")  # the place of a sketch
 # ``Difference.names``; ``a``, ``b``: the global fingerprints; ``relative``: ‖a - b‖ / ‖a‖ by the
 # sketches, ``error`` its standard error, NaN where there are no sketches, infinite where NaN or
 # Inf are in one of them and not in the other. ``changed_a``: A's check at rest found it changed in
-# memory; its sketch is of what it was when made, and says nothing then.
+# memory after it was made.
 COMPARED = np.dtype(
     [(name, CONTENT[name]) for name in PLACE]
     + [("a", "<u8"), ("b", "<u8"), ("changed_a", "?"), ("changed_b", "?"), ("differs", "?")]
@@ -143,14 +143,11 @@ def diff(a, b) -> Difference:
         tokens = np.flatnonzero(is_tokens & (table["stage"] == Stage.GOLDEN) & table["differs"])
         diverged = int(tokens[0]) if tokens.size else -1
         row, widths = table[first], {t.name: t.shape[-1] for t in a.tensors if t.shape}
-        if row["changed_a"] != row["changed_b"]:
-            which = "B" if row["changed_b"] else "A"
-            judgement = Judgement("different", None, None, 0.0, f"it changed in {which}'s memory")
-        else:
-            judgement = judge(
-                names[row["tensor"]], float(row["relative"]), float(row["error"]), a.attributes,
-                b.attributes, widths,
-            )  # fmt: skip
+        changed = [which for which in "AB" if row[f"changed_{which.lower()}"]]
+        judgement = judge(
+            names[row["tensor"]], float(row["relative"]), float(row["error"]), a.attributes,
+            b.attributes, widths, changed,
+        )  # fmt: skip
         jump = first_jump(table["relative"][: diverged + 1 if diverged >= 0 else None])
     return Difference(
         side_a, side_b, names, table, first, judgement, jump, diverged, tuple(notes), tuple(missing)
@@ -205,8 +202,6 @@ def _side(trace) -> tuple[np.ndarray, Side]:
 
 def _measure(table, a, b, numbers) -> list[str]:
     """Relative differences by the sketches of both, where there are; what was wrong with them."""
-    if not hasattr(a, "sketches"):
-        return []
     try:
         ours, theirs = a.sketches(), b.sketches().copy()
     except IncompleteError as error:
@@ -224,7 +219,6 @@ def _measure(table, a, b, numbers) -> list[str]:
     )
     found[ours["nonfinite"] != theirs["nonfinite"]] = np.inf
     found[~table["differs"][rows]] = 0.0
-    found[table["changed_a"][rows] | table["changed_b"][rows]] = np.nan
     table["relative"][rows], table["error"][rows] = found, found * ERROR
     return []
 

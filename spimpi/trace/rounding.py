@@ -41,14 +41,20 @@ class Judgement:
         return f"{self.verdict} ({size})" if self.verdict else f"{size}, no limit is known"
 
 
-def judge(name: str, relative: float, error: float, a: dict, b: dict, widths: dict) -> Judgement:
+def judge(
+    name: str, relative: float, error: float, a: dict, b: dict, widths: dict, changed=()
+) -> Judgement:
     """What a difference in ``name`` is, where everything before it has equal bits.
 
     ``relative`` and its ``error``, NaN where there are no sketches; ``a``, ``b``: the runs'
-    attributes; ``widths``: the last axis of each tensor.
+    attributes; ``widths``: the last axis of each tensor; ``changed``: the runs ("A", "B") whose
+    check at rest found it changed.
     """
     known = None if isnan(relative) else relative
     bar = None if isnan(error) else error
+    if changed:
+        reason = f"it changed in {' and '.join(changed)}'s memory after it was made"
+        return Judgement("different", known, bar, 0.0, reason)
     ways = a.get("arithmetic"), b.get("arithmetic")
     if None in ways:
         return Judgement("", known, bar, None, "a program's arithmetic is not known")

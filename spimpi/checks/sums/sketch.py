@@ -5,20 +5,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import fsum, isfinite, sqrt
+from math import sqrt
 
 import numpy as np
 
 from spimpi.checks.sums import float_bound, words as sum_words
 from spimpi.checks.sums.exact import global_runs
+from spimpi.distance import CERTAIN, ERROR, N_PROJECTIONS, distances, relative_distances
 from spimpi.errors import UsageError
 from spimpi.fingerprint import arrays, as_array, fingerprint, projections
 from spimpi.fingerprint.tag import SKETCH, Tag
 from spimpi.partition import Slab
-
-N_PROJECTIONS = 8
-SPREAD = sqrt(2 / N_PROJECTIONS)  # standard error of the squared distance, relative
-CERTAIN = sqrt(10.0)  # the estimate is above this many distances with odds of 2.3e-12
 
 
 @dataclass(frozen=True)
@@ -143,11 +140,8 @@ def compare_sketches(
             "size must be the same)"
         )
         raise UsageError(msg)
-    differences = [s - t for s, t in zip(a.projections, b.projections)]
-    squares = [d * d for d in differences]  # d ** 2 raises where d * d is inf
-    distance = sqrt(fsum(squares) / N_PROJECTIONS) if all(map(isfinite, squares)) else np.inf
-    norm = a.norm
-    relative = distance / norm if norm else (np.inf if distance else 0.0)
+    distance, norm = float(distances(a.projections, b.projections)), a.norm
+    relative = float(relative_distances(distance, norm))
     limit = None if addends is None else _limit(a, addends)
     if a.fingerprint == b.fingerprint and a.dtype == b.dtype:
         return SketchComparison("same bits", 0.0, 0.0, 0.0, limit)
@@ -157,8 +151,7 @@ def compare_sketches(
         verdict = ""
     else:
         verdict = "different" if distance > limit * norm else "reordered rounding"
-    # A square root halves a small relative error.
-    return SketchComparison(verdict, distance, relative, relative * SPREAD / 2, limit)
+    return SketchComparison(verdict, distance, relative, relative * ERROR, limit)
 
 
 def _limit(a: Sketch, addends) -> float:
