@@ -17,3 +17,20 @@ def one():
     from mpi4py import MPI
 
     return MPI.COMM_SELF
+
+
+@pytest.fixture(scope="session")
+def traced(tmp_path_factory, run_ranks):
+    """``traced(name, n, *arguments)``: the trace of `spimpi verify` on n ranks, made once."""
+    folder, made = tmp_path_factory.mktemp("traced"), {}
+
+    def trace(name, n, *arguments):
+        path = folder / f"{name}.h5"
+        if name not in made:
+            made[name] = n, arguments
+            done = run_ranks(n, "spimpi", "verify", "--tokens", 4, *arguments, "--trace", path)
+            assert path.exists(), done.stdout + done.stderr
+        assert made[name] == (n, arguments)
+        return path
+
+    return trace

@@ -1,0 +1,222 @@
+"""``spimpi trace diff`` on real runs: what it finds, says, and refuses."""
+
+import json
+
+import numpy as np
+import pytest
+
+import spimpi.trace
+from spimpi.cli import main
+from spimpi.trace.diff import diff
+from spimpi.trace.journal import Journal, journal_folder
+from spimpi.trace.schema import Op, Stage, Status
+
+SIX = ["--topology", "tp=3,pp=2"]
+FLIP = ["--inject", "bitflip:rank=2,step=2,layer=1,tensor=attn,bit=29"]
+FLIP_ALONE = ["--inject", "bitflip:rank=0,step=2,layer=1,tensor=attn,bit=29"]
+BLAS = ["--arith", "blas"]
+
+
+def compare(capfd, a, b) -> tuple[int, str]:
+    capfd.readouterr()
+    status = main(["trace", "diff", str(a), str(b)])
+    said = capfd.readouterr()
+    return status, said.out + said.err
+
+
+@pytest.fixture
+def one_rank(traced):
+    return traced("one", 1, "--sketch")
+
+
+@pytest.fixture
+def blas(traced):
+    return traced("blas", 1, "--sketch", *BLAS)
+
+
+def test_one_rank_and_six_have_the_same_bits(traced, one_rank, capfd):
+    status, text = compare(capfd, one_rank, traced("six", 6, "--sketch", *SIX))
+    assert status == 0
+    # The weights, and embed, five tensors of eight layers, logits, tokens of four steps.
+    assert f"SAME: {75 + 4 * (1 + 5 * 8 + 2)} tensors have the same bits" in text
+
+
+def test_a_planted_flip_is_found_by_step_layer_and_tensor(traced, one_rank, capfd):
+    flipped = traced("six flipped", 6, "--sketch", *SIX, *FLIP)
+    for pair in ((one_rank, flipped), (flipped, one_rank)):
+        status, text = compare(capfd, *pair)
+        name = "B" if pair[1] == flipped else "A"
+        assert status == 1
+        assert "first difference: step 2, layer 1, attn: A " in text
+        assert f"it changed in {name}'s memory" in text
+        assert f"{name}'s own checks failed there: at rest on rank 2" in text
+        # The weights, two whole steps, embed, layer 0 and layer 1's qkv.
+        assert f"before it {75 + 2 * 43 + 1 + 5 + 1} tensors are equal" in text
+
+
+def test_exact_against_blas_is_reordered_rounding_with_its_size(one_rank, blas, capfd):
+    status, text = compare(capfd, one_rank, blas)
+    assert status == 1
+    assert "first difference: step 0, layer 0, qkv" in text
+    assert "reordered rounding (relative " in text and "jump" not in text
+    with spimpi.trace.open(one_rank) as a, spimpi.trace.open(blas) as b:
+        found = diff(a, b)
+    assert 1e-8 < found.judgement.relative < 1e-5 < found.judgement.limit < 1e-3
+    sizes = found.table["relative"][found.table["differs"]]
+    assert len(sizes) == found.n_differ and (sizes < 1e-3).all()
+
+
+def test_blas_on_one_rank_against_three_is_reordered_rounding(traced, blas, capfd):
+    status, text = compare(capfd, blas, traced("blas of three", 3, "--sketch", *BLAS))
+    assert status == 1
+    assert "reordered rounding (relative " in text and "jump" not in text
+
+
+def test_a_flip_between_two_blas_runs_is_found(traced, blas, capfd):
+    flipped = traced("blas flipped", 1, "--sketch", *BLAS, *FLIP_ALONE)
+    status, text = compare(capfd, blas, flipped)
+    assert status == 1
+    assert "first difference: step 2, layer 1, attn" in text and "\n  different (relative " in text
+    assert "B's own checks failed there: at rest on rank 0" in text
+
+
+def test_a_flip_in_a_blas_run_shows_as_a_jump_against_an_exact_run(traced, one_rank, capfd):
+    flipped = traced("blas flipped", 1, "--sketch", *BLAS, *FLIP_ALONE)
+    status, text = compare(capfd, one_rank, flipped)
+    assert status == 1
+    assert "first difference: step 0, layer 0, qkv" in text and "reordered rounding" in text
+    assert "jump: step 2, layer 1, attn: relative " in text
+
+
+def test_weights_that_differ_come_first(traced, one_rank, capfd):
+    fault = "bitflip:rank=0,layer=2,tensor=v_proj,bit=3"
+    status, text = compare(capfd, one_rank, traced("weights", 1, "--inject", fault))
+    assert status == 1
+    assert "first difference: the weights, model.layers.2.self_attn.v_proj.weight: A " in text
+
+
+def test_a_difference_that_comes_from_no_failed_check_is_found(traced, one_rank, capfd, tmp_path):
+    """The row of one tensor altered in a copy: no check of the copy's run says anything."""
+    path = tmp_path / "altered.h5"
+    with spimpi.trace.open(one_rank) as trace:
+        events = trace.events()
+        hidden = [t.name for t in trace.tensors].index("hidden")
+        row = np.flatnonzero(
+            (events["stage"] == Stage.GOLDEN) & (events["step"] == 1) & (events["layer"] == 6)
+            & (events["tensor"] == hidden)
+        )  # fmt: skip
+        events["fingerprint"][row] ^= np.uint64(1)
+        unfinished(path, trace, [events], end_state="verified")
+    status, text = compare(capfd, one_rank, path)
+    assert status == 1 and "first difference: step 1, layer 6, hidden" in text
+    assert "exact-1, whose bits no order of the sums changes" in text
+    assert "after it 0 of" in text and "own checks" not in text
+
+
+def unfinished(path, trace, rows, end_state=None) -> None:
+    """Journals as a killed run leaves them: these rows of its ranks."""
+    header = {k: v for k, v in trace.attributes.items() if k != "end_state"}
+    for rank, events in enumerate(rows):
+        journal = Journal(journal_folder(path), rank, header, trace.tensors)
+        journal.append(events)
+        if end_state:
+            journal.close(end_state)
+        else:
+            journal.flush()
+
+
+@pytest.mark.parametrize("topology", ["one", "six"])
+def test_of_a_killed_run_the_steps_that_it_flushed_are_compared(
+    traced, one_rank, capfd, tmp_path, topology
+):
+    """Its fingerprints of whole tensors, never written, come from its checks at rest."""
+    source = one_rank if topology == "one" else traced("six", 6, "--sketch", *SIX)
+    path, broken = tmp_path / "killed.h5", tmp_path / "broken.h5"
+    with spimpi.trace.open(source) as trace:
+        ranks = [trace.events(rank.rank) for rank in trace.ranks]
+        kept = [e[(e["stage"] != Stage.GOLDEN) & (e["step"] < 3)] for e in ranks]
+        # The last rank's last step did not get to its journal.
+        kept[-1] = kept[-1][kept[-1]["step"] < 2]
+        unfinished(path, trace, kept)
+        attn = [t.name for t in trace.tensors].index("attn")
+        at_rest = (kept[0]["op"] == Op.AT_REST) & (kept[0]["tensor"] == attn)
+        row = np.flatnonzero(at_rest & (kept[0]["layer"] == 1) & (kept[0]["step"] == 1))[0]
+        for name in ("fingerprint", "expected"):
+            kept[0][name][row] ^= np.uint64(4)
+        unfinished(broken, trace, kept)
+    status, text = compare(capfd, one_rank, path)
+    assert status == 3 and "INCOMPLETE" in text and "was never sealed" in text
+    if topology == "one":
+        assert f"the {75 + 2 * 43} tensors that could be compared" in text
+    status, text = compare(capfd, one_rank, broken)
+    assert status == 1 and "first difference: step 1, layer 1, attn" in text
+
+
+def test_runs_of_different_length_are_compared_where_both_have_steps(
+    traced, one_rank, capfd
+):
+    shorter = traced("shorter", 2, "--tokens", 2, "--repeat", 2)
+    status, text = compare(capfd, one_rank, shorter)
+    assert status == 0
+    assert "A has 4 steps, B 4: the 2 that both have are compared" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [(["--seed", "3"], "seed 1069"), (["--prompt", "Another "], "prompts")],
+)
+def test_other_runs_are_refused(traced, one_rank, capfd, arguments, words):
+    other = traced(words, 1, *arguments)
+    status, text = compare(capfd, one_rank, other)
+    assert status == 2 and words in text and len(text.splitlines()) == 1
+
+
+def test_another_model_a_program_and_what_is_no_trace_are_refused(one_rank, capfd, tmp_path):
+    with spimpi.trace.open(one_rank) as trace:
+        model, program = tmp_path / "model.h5", tmp_path / "program.h5"
+        trace.attributes["identity"] = "0123456789abcdef"
+        unfinished(model, trace, [trace.events()])
+        del trace.attributes["model"]
+        unfinished(program, trace, [trace.events()])
+    (tmp_path / "text").write_text("no trace")
+    for other, words in (
+        (model, "model tiny (0123456789abcdef)"), (program, "a program"), (tmp_path / "text", "text"),
+        (tmp_path / "absent.h5", "absent.h5"),
+    ):  # fmt: skip
+        status, text = compare(capfd, one_rank, other)
+        assert status == 2 and words in text and len(text.splitlines()) == 1, text
+
+
+def test_a_run_that_goes_on_is_refused(one_rank, capfd, tmp_path):
+    with spimpi.trace.open(one_rank) as trace:
+        journal = Journal(journal_folder(tmp_path / "on.h5"), 0, trace.attributes, trace.tensors)
+    status, text = compare(capfd, one_rank, tmp_path / "on.h5")
+    journal.close("verified")
+    assert status == 2 and "still being written" in text and len(text.splitlines()) == 1
+
+
+def test_json_has_all_that_differs(traced, one_rank, capfd):
+    flipped = traced("six flipped", 6, "--sketch", *SIX, *FLIP)
+    capfd.readouterr()
+    assert main(["trace", "diff", "--json", str(one_rank), str(flipped)]) == 1
+    found = json.loads(capfd.readouterr().out)
+    first = found["first"]
+    assert (first["step"], first["layer"], first["tensor"]) == (2, 1, "attn")
+    assert first["a"] != first["b"] and first == found["differing"][0]
+    assert len(found["differing"]) == found["differ"] == sum(l["differ"] for l in found["layers"])
+    assert sum(line["compared"] for line in found["layers"]) == found["compared"]
+    assert found["b"]["failure"]["tensor"] == "attn" and found["a"]["failure"] is None
+    assert found["judgement"]["verdict"] == "different" and found["exit_status"] == 1
+
+
+def test_a_traced_run_records_its_tensors_where_nothing_is_expected(traced, blas, capfd):
+    """They are no checks: what the run counts and concludes is as without them."""
+    with spimpi.trace.open(blas) as trace:
+        events = trace.events()
+        table = events[events["stage"] == Stage.GOLDEN]
+        assert trace.attributes["end_state"] == "verified"
+    assert len(table) == 4 * 43 and (table["verdict"] == Status.NOT_ESTABLISHED).all()
+    assert not table["established"].any() and not table["expected"].any()
+    assert table["fingerprint"].all() and (events["op"][events["stage"] == 6] == Op.CONTENT).all()
+    assert main(["trace", "show", str(blas)]) == 0
+    assert f"VERIFIED: {len(events) - len(table)} checks held" in capfd.readouterr().out
