@@ -1,6 +1,7 @@
 """``spimpi trace diff`` on real runs: what it finds, says, and refuses."""
 
 import json
+import os
 
 import numpy as np
 import pytest
@@ -115,7 +116,7 @@ def test_a_difference_that_comes_from_no_failed_check_is_found(traced, one_rank,
 
 def unfinished(path, trace, rows, end_state=None) -> None:
     """Journals as a killed run leaves them: these rows of its ranks."""
-    header = {k: v for k, v in trace.attributes.items() if k != "end_state"}
+    header = {k: v for k, v in trace.attributes.items() if k not in ("end_state", "sketches")}
     for rank, events in enumerate(rows):
         journal = Journal(journal_folder(path), rank, header, trace.tensors)
         journal.append(events)
@@ -123,6 +124,7 @@ def unfinished(path, trace, rows, end_state=None) -> None:
             journal.close(end_state)
         else:
             journal.flush()
+            os.close(journal._fd)  # as the kernel does, and its lock is gone
 
 
 @pytest.mark.parametrize("topology", ["one", "six"])
@@ -152,9 +154,7 @@ def test_of_a_killed_run_the_steps_that_it_flushed_are_compared(
     assert status == 1 and "first difference: step 1, layer 1, attn" in text
 
 
-def test_runs_of_different_length_are_compared_where_both_have_steps(
-    traced, one_rank, capfd
-):
+def test_runs_of_different_length_are_compared_where_both_have_steps(traced, one_rank, capfd):
     shorter = traced("shorter", 2, "--tokens", 2, "--repeat", 2)
     status, text = compare(capfd, one_rank, shorter)
     assert status == 0
@@ -180,7 +180,7 @@ def test_another_model_a_program_and_what_is_no_trace_are_refused(one_rank, capf
         unfinished(program, trace, [trace.events()])
     (tmp_path / "text").write_text("no trace")
     for other, words in (
-        (model, "model tiny (0123456789abcdef)"), (program, "a program"), (tmp_path / "text", "text"),
+        (model, "of tiny (0123456789abcdef)"), (program, "a program"), (tmp_path / "text", "text"),
         (tmp_path / "absent.h5", "absent.h5"),
     ):  # fmt: skip
         status, text = compare(capfd, one_rank, other)
@@ -189,7 +189,8 @@ def test_another_model_a_program_and_what_is_no_trace_are_refused(one_rank, capf
 
 def test_a_run_that_goes_on_is_refused(one_rank, capfd, tmp_path):
     with spimpi.trace.open(one_rank) as trace:
-        journal = Journal(journal_folder(tmp_path / "on.h5"), 0, trace.attributes, trace.tensors)
+        header = {"run_id": "on"} | {"model": trace.attributes["model"]}
+        journal = Journal(journal_folder(tmp_path / "on.h5"), 0, header, trace.tensors)
     status, text = compare(capfd, one_rank, tmp_path / "on.h5")
     journal.close("verified")
     assert status == 2 and "still being written" in text and len(text.splitlines()) == 1
@@ -220,3 +221,37 @@ def test_a_traced_run_records_its_tensors_where_nothing_is_expected(traced, blas
     assert table["fingerprint"].all() and (events["op"][events["stage"] == 6] == Op.CONTENT).all()
     assert main(["trace", "show", str(blas)]) == 0
     assert f"VERIFIED: {len(events) - len(table)} checks held" in capfd.readouterr().out
+
+
+PROGRAM = """
+import sys
+import numpy as np
+from mpi4py import MPI
+import spimpi
+comm, planted = MPI.COMM_WORLD, int(sys.argv[2])
+part = spimpi.TensorPartition(0, comm.size, comm.rank, 6)
+with spimpi.DistributedContext(comm, trace=sys.argv[1]) as ctx:
+    for step in range(3):
+        x = np.arange(60, dtype=np.float32).reshape(6, 10) + step
+        x[4, 7] -= step == planted
+        tag = spimpi.Tag(name="hidden", layer=3, step=step)
+        mine = np.array_split(x, comm.size)[comm.rank]
+        for _ in range(2):
+            spimpi.verify_allgather(comm, mine, x, part, tag, ctx=ctx)
+        spimpi.verify_allreduce(comm, x, comm.size * x, spimpi.Tag(name="sum"), ctx=ctx)
+"""
+
+
+def test_programs_are_compared_by_the_checks_of_whole_tensors(tmp_path, run_ranks, capfd):
+    """A float sum has no fingerprint, and is not compared."""
+    program, paths = tmp_path / "program.py", []
+    program.write_text(PROGRAM)
+    for n, planted in ((1, -1), (3, -1), (2, 1)):
+        paths.append(tmp_path / f"{n}.h5")
+        done = run_ranks(n, program, paths[-1], planted)
+        assert done.returncode == 0, done.stderr
+    status, text = compare(capfd, paths[0], paths[1])
+    assert status == 0 and "SAME: 6 tensors have the same bits" in text
+    status, text = compare(capfd, paths[1], paths[2])
+    assert status == 1 and "first difference: step 1, layer 3, hidden (allgather): A " in text
+    assert "2 of 6 tensors differ" in text
