@@ -1,7 +1,7 @@
 """``spimpi trace diff`` on real runs: what it finds, says, and refuses."""
 
 import json
-import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,9 +9,11 @@ import pytest
 import spimpi.trace
 from spimpi.cli import main
 from spimpi.trace.diff import diff
-from spimpi.trace.journal import Journal, journal_folder
+from spimpi.trace.journal import Journal
+from spimpi.trace.journal_files import journal_folder
 from spimpi.trace.schema import Op, Stage, Status
 
+PAGE = (Path(__file__).parents[2] / "docs" / "trace-diff.md").read_text()
 SIX = ["--topology", "tp=3,pp=2"]
 FLIP = ["--inject", "bitflip:rank=2,step=2,layer=1,tensor=attn,bit=29"]
 FLIP_ALONE = ["--inject", "bitflip:rank=0,step=2,layer=1,tensor=attn,bit=29"]
@@ -39,7 +41,8 @@ def test_one_rank_and_six_have_the_same_bits(traced, one_rank, capfd):
     status, text = compare(capfd, one_rank, traced("six", 6, "--sketch", *SIX))
     assert status == 0
     # The weights, and embed, five tensors of eight layers, logits, tokens of four steps.
-    assert f"SAME: {75 + 4 * (1 + 5 * 8 + 2)} tensors have the same bits" in text
+    verdict = f"SAME: {75 + 4 * (1 + 5 * 8 + 2)} tensors have the same bits"
+    assert verdict in text and verdict in PAGE
 
 
 def test_a_planted_flip_is_found_by_step_layer_and_tensor(traced, one_rank, capfd):
@@ -124,7 +127,7 @@ def unfinished(path, trace, rows, end_state=None) -> None:
             journal.close(end_state)
         else:
             journal.flush()
-            os.close(journal._fd)  # as the kernel does, and its lock is gone
+            journal._file.close()  # as the kernel does: its lock is gone
 
 
 @pytest.mark.parametrize("topology", ["one", "six"])
