@@ -4,11 +4,14 @@ Of ``spimpi verify``: those of its tensors (Stage.GOLDEN) and of its weights. Of
 of checks whose fingerprint is a whole tensor's (``PROGRAM_OPS``). docs/trace-diff.md.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from spimpi.trace.growing import OTHERS
 from spimpi.trace.order import first_layered_tensor, program_order
 from spimpi.trace.schema import Op, Stage, Status, blank_events
+from spimpi.trace.summary import Failure, Failures
 from spimpi.trace.unfinished import Shares
 
 # A message's, a buffer's at rest and a matmul's fingerprint are of what one rank holds.
@@ -31,35 +34,41 @@ CONTENT = np.dtype(
     ]
 )
 PLACE = CONTENT.names[:-2]
-COLUMNS = (
-    "stage", "op", "verdict", "repeat", "step", "layer", "tensor", "fingerprint", "expected",
-    "bytes",
-)  # fmt: skip
 MOST_VALUES = 64  # of one tensor; distinct ones come of groups of ranks that hold different data
 SETTLE = 1 << 20  # rows that wait until they are put together
 
 
-def global_fingerprints(trace) -> tuple[np.ndarray, int]:
-    """(global fingerprints in program order, dtype CONTENT; number of failed checks).
+@dataclass(frozen=True)
+class Contents:
+    """``found``: global fingerprints in program order, dtype CONTENT; failed checks: how many, and
+    the first in program order."""
+
+    found: np.ndarray
+    n_failed: int
+    failure: Failure | None
+
+
+def contents(trace) -> Contents:
+    """The global fingerprints in a trace, and its own failures.
 
     Reads the trace once. A tensor of verify has the fingerprint that it was made with; where a
     check at rest failed, what changed in it since is in its fingerprint too. A program's tensor
     of which ranks recorded several values (one a group) has the XOR of the distinct ones, of the
     smallest MOST_VALUES.
     """
-    made, changes, n_failed = _Distinct(), _Distinct(), 0
+    made, changes, failed = _Distinct(), _Distinct(), Failures(trace, 1)
     occurrences, shares = _Occurrences(), Shares(trace, _packed)
     first_layered = len(trace.tensors)
     known = np.array([tensor != OTHERS for tensor in trace.tensors] + [False])
-    for block in trace.blocks(COLUMNS):
-        n_failed += int((block["verdict"] == Status.FAILED).sum())
+    for block in trace.blocks():
+        first_layered = min(first_layered, first_layered_tensor(block))
+        failed.add(block)
         changes.add(_changes(block))
         shares.add(block)
         wanted = _wanted(block)
         wanted &= known[np.minimum(block["tensor"], len(known) - 1)]
         block = block.where(wanted)
         if len(block):
-            first_layered = min(first_layered, first_layered_tensor(block))
             words = _packed(block)
             words["place"] |= occurrences.of(block, words)
             made.add(words)
@@ -68,13 +77,17 @@ def global_fingerprints(trace) -> tuple[np.ndarray, int]:
     at, of = paired(found, changed)
     found["fingerprint"][at] ^= changed["fingerprint"][of]
     found["changed"][at] = True
-    return found[_order_of(found, first_layered)], n_failed
+    order = _order_of(found, first_layered)
+    return Contents(found[order], failed.n_failed, next(iter(failed.first()), None))
 
 
 # Two words that are a tensor's place, and its fingerprint. From the highest bit, ``run``: stage
 # (8 bits), repeat (16), step (32); ``place``: layer + 1 (16), tensor (16), op (8), occurrence (24).
 _WORDS = np.dtype([("run", "<u8"), ("place", "<u8"), ("fingerprint", "<u8")])
 _MOST_OCCURRENCES = (1 << 24) - 1
+
+
+_ODD = np.array([0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB], np.uint64)
 
 
 def _empty() -> np.ndarray:
@@ -173,25 +186,43 @@ class _Distinct:
             self._settle()
 
     def _settle(self) -> None:
-        self.rows, self.waiting, self.n_waiting = _distinct([self.rows, *self.waiting]), [], 0
+        rows = _once(np.concatenate([self.rows, *self.waiting]))
+        self.rows, self.waiting, self.n_waiting = rows, [], 0
+        if len(rows) > SETTLE:
+            self.rows = _sorted(rows)
 
     def by_place(self) -> np.ndarray:
         """dtype CONTENT: one row a place, the XOR of its fingerprints."""
         self._settle()
-        starts = _starts(self.rows)
+        rows = _sorted(self.rows)
+        starts = _starts(rows)
         if not starts.size:
             return np.zeros(0, CONTENT)
-        words = np.bitwise_xor.reduceat(self.rows["fingerprint"], starts)
-        return _unpacked(self.rows[starts], words)
+        words = np.bitwise_xor.reduceat(rows["fingerprint"], starts)
+        return _unpacked(rows[starts], words)
 
 
-def _distinct(pieces) -> np.ndarray:
+def _once(words) -> np.ndarray:
+    """Equal rows once, in some order. One sort of hashes: most ranks have the same rows."""
+    hashes = words["run"] * _ODD[0] ^ words["place"] * _ODD[1] ^ words["fingerprint"] * _ODD[2]
+    words = words[np.argsort(hashes)]
+    return words[_differs_from_last(words)]
+
+
+def _differs_from_last(words) -> np.ndarray:
+    new = np.ones(len(words), bool)
+    for name in _WORDS.names:
+        new[1:] &= words[name][1:] == words[name][:-1]
+    new[1:] = ~new[1:]
+    return new
+
+
+def _sorted(words) -> np.ndarray:
     """The rows sorted, equal ones once, at most the MOST_VALUES smallest values of a place."""
-    words = np.concatenate(pieces)
     words = words[np.lexsort((words["fingerprint"], words["place"], words["run"]))]
     if not len(words):
         return words
-    words = words[np.r_[True, words[1:] != words[:-1]]]
+    words = words[_differs_from_last(words)]
     starts = _starts(words)
     position = np.arange(len(words)) - np.repeat(starts, np.diff(np.r_[starts, len(words)]))
     return words[position < MOST_VALUES]

@@ -10,11 +10,11 @@ import numpy as np
 
 from spimpi.distance import ERROR, distances, relative_distances
 from spimpi.errors import IncompleteError, UsageError
-from spimpi.trace.contents import CONTENT, PLACE, global_fingerprints, paired
+from spimpi.trace.contents import CONTENT, PLACE, contents, paired
 from spimpi.trace.growing import merged
 from spimpi.trace.rounding import Judgement, first_jump, judge
 from spimpi.trace.schema import Stage
-from spimpi.trace.summary import Failure, summarise
+from spimpi.trace.summary import Failure
 
 SKETCHED = ("repeat", "step", "layer", "tensor")  # the place of a sketch
 
@@ -191,13 +191,12 @@ def _told(what: str, attributes: dict, name: str) -> str:
 
 
 def _side(trace) -> tuple[np.ndarray, Side]:
-    found, n_failed = global_fingerprints(trace)
-    failures = summarise(trace, 1).failures if n_failed else []
+    held = contents(trace)
     side = Side(
-        trace.path, trace.attributes, len(trace.ranks), tuple(trace.problems), n_failed,
-        failures[0] if failures else None,
+        trace.path, trace.attributes, len(trace.ranks), tuple(trace.problems), held.n_failed,
+        held.failure,
     )  # fmt: skip
-    return found, side
+    return held.found, side
 
 
 def _measure(table, a, b, numbers) -> list[str]:

@@ -49,6 +49,11 @@ class Summary:
     def n_events(self) -> int:
         return sum(stage.events for stage in self.stages.values())
 
+    @property
+    def n_checks(self) -> int:
+        """Events that say whether something held."""
+        return self.n_events - sum(stage.not_established for stage in self.stages.values())
+
 
 def summarise(trace, n_failures: int = 10, by: str = "stage") -> Summary:
     """Read a whole trace once; check it, count it (``by``: see Totals), order its failures.
@@ -57,25 +62,39 @@ def summarise(trace, n_failures: int = 10, by: str = "stage") -> Summary:
     """
     summary = Summary()
     totals = {name: Totals(trace, name) for name in {"stage", by}}
-    failed, n_kept, first_layered = [], 0, len(trace.tensors)
+    failures = Failures(trace, n_failures)
     for block in trace.blocks():
         for each in totals.values():
             each.add(block)
-        first_layered = min(first_layered, first_layered_tensor(block))
-        bad = _first_failures(block, KEPT - n_kept, n_failures)
-        n_kept += len(bad)
-        failed.append(bad)
+        failures.add(block)
     summary.stages, summary.groups = totals["stage"].result(), totals[by].result()
-    summary.n_failed = sum(stage.failed for stage in summary.stages.values())
-    bad = joined(failed)
-    names = [tensor.name for tensor in trace.tensors]
-    order = program_order(bad, bad.rank, first_layered, names)[:n_failures]
-    ranks = {info.rank: info for info in trace.ranks}
-    for i in order.tolist():
-        row = bad.where([i])
-        summary.failures.append(in_words(row, ranks[row.rank.item()], trace.tensors))
+    summary.n_failed, summary.failures = failures.n_failed, failures.first()
     summary.verdict, summary.exit_status = verdict_of(trace, summary.n_failed)
     return summary
+
+
+class Failures:
+    """Takes the blocks of a trace (all columns), counts its failures and keeps the first ``n``."""
+
+    def __init__(self, trace, n: int):
+        self.trace, self.n, self.n_failed = trace, n, 0
+        self._kept, self._n_kept, self._first_layered = [], 0, len(trace.tensors)
+
+    def add(self, block: Block) -> None:
+        self._first_layered = min(self._first_layered, first_layered_tensor(block))
+        self.n_failed += int((block["verdict"] == Status.FAILED).sum())
+        bad = _first_failures(block, KEPT - self._n_kept, self.n)
+        self._n_kept += len(bad)
+        self._kept.append(bad)
+
+    def first(self) -> list[Failure]:
+        """The first ones in program order."""
+        bad, tensors = joined(self._kept), self.trace.tensors
+        names = [tensor.name for tensor in tensors]
+        order = program_order(bad, bad.rank, self._first_layered, names)[: self.n]
+        ranks = {info.rank: info for info in self.trace.ranks}
+        rows = [bad.where([i]) for i in order.tolist()]
+        return [in_words(row, ranks[row.rank.item()], tensors) for row in rows]
 
 
 def _first_failures(block: Block, room: int, n_failures: int) -> Block:

@@ -7,11 +7,11 @@ import pytest
 
 from spimpi.arithmetic import EXACT, FLOAT32_BLAS, exact_bits
 from spimpi.distance import distances, relative_distances
-from spimpi.trace import contents
+from spimpi.trace import contents as module
 from spimpi.trace.base import Block
-from spimpi.trace.contents import global_fingerprints, paired
+from spimpi.trace.contents import CONTENT, contents, paired
 from spimpi.trace.rounding import JUMP, first_jump, judge
-from spimpi.trace.schema import EVENT, Op, Stage, Status, TensorInfo, blank_events
+from spimpi.trace.schema import EVENT, Op, RankInfo, Stage, Status, TensorInfo, blank_events
 
 
 class Made:
@@ -22,9 +22,9 @@ class Made:
     def __init__(self, events, ranks, size=10**9, names=("a", "b", "c")):
         self.whole = Block(np.asarray(ranks, np.int32), {n: events[n] for n in EVENT.names})
         self.tensors = [TensorInfo(name, (4,), "float32") for name in names]
-        self.size = size
+        self.size, self.ranks = size, [RankInfo(r, "h", 1, "", 0.0, 0, 0, 0) for r in range(5)]
 
-    def blocks(self, columns):
+    def blocks(self):
         for start in range(0, len(self.whole), self.size):
             yield self.whole.where(slice(start, start + self.size))
 
@@ -55,13 +55,13 @@ def by_hand(events, ranks):
 
 @pytest.mark.parametrize("size", [10**9, 1, 7])
 def test_a_programs_tensors_are_told_apart_by_place_and_number(size, monkeypatch):
-    monkeypatch.setattr(contents, "SETTLE", 50)
+    monkeypatch.setattr(module, "SETTLE", 50)
     events, ranks = program(400)
-    found, n_failed = global_fingerprints(Made(events, ranks, size))
+    held = contents(Made(events, ranks, size))
     names = ("step", "layer", "tensor", "op", "occurrence")
-    assert n_failed == 0
+    assert held.n_failed == 0 and held.failure is None
     assert by_hand(events, ranks) == {
-        tuple(int(row[n]) for n in names): int(row["fingerprint"]) for row in found
+        tuple(int(row[n]) for n in names): int(row["fingerprint"]) for row in held.found
     }
 
 
@@ -69,13 +69,13 @@ def test_what_one_rank_holds_is_left_out_and_a_tensor_of_many_values_is_bounded(
     events, ranks = program(40)
     for op in (Op.HANDOFF, Op.MESSAGE, Op.AT_REST, Op.MATMUL):
         events["op"] = op
-        assert not len(global_fingerprints(Made(events, ranks))[0])
+        assert not len(contents(Made(events, ranks)).found)
     many = blank_events(5000)
     many["stage"], many["op"] = Stage.PROGRAM, Op.ALLGATHER
     many["fingerprint"] = np.random.default_rng(0).permutation(5000) + 1
-    found, _ = global_fingerprints(Made(many, np.arange(5000)))
+    found = contents(Made(many, np.arange(5000))).found
     assert len(found) == 1
-    expected = np.bitwise_xor.reduce(np.arange(1, contents.MOST_VALUES + 1))
+    expected = np.bitwise_xor.reduce(np.arange(1, module.MOST_VALUES + 1))
     assert found["fingerprint"][0] == expected
 
 
@@ -84,14 +84,15 @@ def test_what_changed_at_rest_is_in_the_fingerprint():
     events["stage"], events["op"] = [Stage.GOLDEN, Stage.GOLDEN, Stage.COMPUTE], Op.CONTENT
     events["tensor"], events["fingerprint"] = [0, 1, 1], [10, 12, 6]
     events["op"][2], events["verdict"][2], events["expected"][2] = Op.AT_REST, Status.FAILED, 5
-    found, n_failed = global_fingerprints(Made(events, [0, 0, 3]))
-    assert n_failed == 1
+    held = contents(Made(events, [0, 0, 3]))
+    assert held.n_failed == 1 and held.failure.tensor == "b" and held.failure.rank == 3
+    found = held.found
     assert found["fingerprint"].tolist() == [10, 12 ^ 6 ^ 5]
     assert found["changed"].tolist() == [False, True]
 
 
 def test_rows_of_equal_places_are_paired():
-    a, b = np.zeros(4, contents.CONTENT), np.zeros(3, contents.CONTENT)
+    a, b = np.zeros(4, CONTENT), np.zeros(3, CONTENT)
     a["step"], b["step"] = [3, 1, 2, 9], [2, 5, 3]
     b["fingerprint"], b["changed"] = 7, True  # no part of a place
     mine, theirs = paired(a, b)
