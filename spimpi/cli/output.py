@@ -100,7 +100,7 @@ class Reporter:
         self._table(outcome)
         self._texts(job, outcome)
         if tracer:
-            self._print(f"trace      {tracer.path} ({outcome.n_events} events)")
+            self._print(f"trace      {tracer.path} ({outcome.n_events} checks)")
         self._verdict(job, outcome)
 
     def _print(self, text, style=None):

@@ -1,12 +1,16 @@
 """Golden files: round trip, refusals, and the one that ships with the embedded model."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from spimpi.checks.recorder import Recorder
 from spimpi.errors import UsageError
 from spimpi.inference import golden
+from spimpi.inference.tensors import PROGRAM
+from spimpi.trace.schema import Stage, Status
 from spimpi.verification.job import Request, prepare
 from spimpi.verification.run import make_golden
 
@@ -69,6 +73,22 @@ def test_every_changed_word_of_a_table_is_found():
         events = Events()
         assert golden.compare(table, made, events) == 1 == events.failed
     assert golden.compare(made.table, made, Events()) == 0
+
+
+def test_a_table_is_recorded_at_its_places_and_is_no_check():
+    table = np.arange(1, 1 + 3 * 13, dtype=np.uint64).reshape(3, 13)  # two layers
+    recorder = Recorder({name: 10 + i for i, name in enumerate(PROGRAM)})
+    kept = []
+    recorder.journal = SimpleNamespace(append=kept.append, flush=lambda: None)
+    golden.record(table, 2, recorder, repeat=4)
+    recorder.write_down()
+    (events,) = kept
+    found = {(e["step"], e["layer"], PROGRAM[e["tensor"] - 10]): e["fingerprint"] for e in events}
+    assert len(found) == 39 and set(events["repeat"]) == {4}
+    assert found[0, -1, "embed"] == 1 and found[1, 1, "qkv"] == 13 + 7
+    assert found[2, 1, "hidden"] == 2 * 13 + 11 and found[2, -1, "tokens"] == 39
+    assert (events["verdict"] == Status.NOT_ESTABLISHED).all() and not events["expected"].any()
+    assert recorder.n_events == recorder.totals[Stage.GOLDEN].checks == 0
 
 
 def test_what_is_no_golden_file_is_refused(tmp_path):
