@@ -43,7 +43,7 @@ def add_arguments(parser):
 
 @subcommand("trace", "look at the trace of a run, check it", add_arguments)
 def run(args) -> int:
-    what = " or ".join(args.files) if "files" in args else args.file
+    what = f"{args.file} or {args.other}" if "other" in args else args.file
     return apart(lambda: args.run_trace(args), what, args.crashed)
 
 

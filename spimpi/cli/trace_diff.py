@@ -19,8 +19,9 @@ def add_diff(commands) -> None:
         "the same; 1 a tensor differs; 3 nothing differs, but not all could be compared; 2 not "
         "traces, still written, or of different models, seeds or prompts.",
     )
-    text = "two traces; of a killed run its journals are read"
-    parser.add_argument("files", nargs=2, metavar=("A", "B"), help=text)
+    text = "a trace; of a killed run its journals are read"
+    parser.add_argument("file", metavar="A", help=text)
+    parser.add_argument("other", metavar="B", help="the trace to compare with it")
     parser.set_defaults(run_trace=run_diff, crashed=3)
     parser.add_argument("--json", action="store_true", help="print it as JSON")
 
@@ -30,7 +31,7 @@ def run_diff(args) -> int:
     from spimpi.trace.diff import diff
     from spimpi.trace.reader import open as open_trace
 
-    with open_trace(args.files[0]) as a, open_trace(args.files[1]) as b:
+    with open_trace(args.file) as a, open_trace(args.other) as b:
         for trace in (a, b):
             refuse_running(trace)
         found = diff(a, b)

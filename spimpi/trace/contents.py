@@ -11,7 +11,7 @@ import numpy as np
 from spimpi.trace.growing import OTHERS
 from spimpi.trace.order import first_layered_tensor, program_order
 from spimpi.trace.schema import Op, Stage, Status, blank_events
-from spimpi.trace.summary import Failure, FirstFailures
+from spimpi.trace.summary import Failure, Failures
 from spimpi.trace.unfinished import Shares
 
 # A message's, a buffer's at rest and a matmul's fingerprint are of what one rank holds.
@@ -56,7 +56,7 @@ def contents(trace) -> Contents:
     of which ranks recorded several values (one a group) has the XOR of the distinct ones, of the
     smallest MOST_VALUES.
     """
-    made, changes, failed = _Distinct(), _Distinct(), FirstFailures(trace)
+    made, changes, failed = _Distinct(), _Distinct(), Failures(trace, 1)
     occurrences, shares = _Occurrences(), Shares(trace, _packed)
     first_layered = len(trace.tensors)
     known = np.array([tensor != OTHERS for tensor in trace.tensors] + [False])
@@ -78,8 +78,7 @@ def contents(trace) -> Contents:
     found["fingerprint"][at] ^= changed["fingerprint"][of]
     found["changed"][at] = True
     order = _order_of(found, first_layered)
-    first = failed.first(first_layered)
-    return Contents(found[order], failed.n_failed, first[0] if first else None)
+    return Contents(found[order], failed.n_failed, next(iter(failed.first()), None))
 
 
 # Two words that are a tensor's place, and its fingerprint. From the highest bit, ``run``: stage

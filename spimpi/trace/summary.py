@@ -62,48 +62,49 @@ def summarise(trace, n_failures: int = 10, by: str = "stage") -> Summary:
     """
     summary = Summary()
     totals = {name: Totals(trace, name) for name in {"stage", by}}
-    failures, first_layered = FirstFailures(trace, n_failures), len(trace.tensors)
+    failures = Failures(trace, n_failures)
     for block in trace.blocks():
         for each in totals.values():
             each.add(block)
-        first_layered = min(first_layered, first_layered_tensor(block))
         failures.add(block)
     summary.stages, summary.groups = totals["stage"].result(), totals[by].result()
-    summary.n_failed = failures.n_failed
-    summary.failures = failures.first(first_layered, n_failures)
+    summary.n_failed, summary.failures = failures.n_failed, failures.first()
     summary.verdict, summary.exit_status = verdict_of(trace, summary.n_failed)
     return summary
 
 
-class FirstFailures:
-    """Takes the blocks of a trace (all columns), counts its failures, keeps some to order them.
+class Failures:
+    """Takes the blocks of a trace (all columns), counts its failures and keeps the first ``n``."""
 
-    Where there are too many to keep, the first ``each`` of every rank of a block are kept.
-    """
-
-    def __init__(self, trace, each: int = 1):
-        self.trace, self.each = trace, each
-        self.n_failed = self._n_kept = 0
-        self._kept: list[Block] = []
+    def __init__(self, trace, n: int):
+        self.trace, self.n, self.n_failed = trace, n, 0
+        self._kept, self._n_kept, self._first_layered = [], 0, len(trace.tensors)
 
     def add(self, block: Block) -> None:
-        rows = np.flatnonzero(block["verdict"] == Status.FAILED)
-        self.n_failed += len(rows)
-        if len(rows) > KEPT - self._n_kept:
-            rank = block["rank"][rows]
-            place = np.arange(len(rows)) - np.searchsorted(rank, rank)
-            rows = rows[place < self.each]
-        self._n_kept += len(rows)
-        self._kept.append(block.where(rows))
+        self._first_layered = min(self._first_layered, first_layered_tensor(block))
+        self.n_failed += int((block["verdict"] == Status.FAILED).sum())
+        bad = _first_failures(block, KEPT - self._n_kept, self.n)
+        self._n_kept += len(bad)
+        self._kept.append(bad)
 
-    def first(self, first_layered: int, n: int = 1) -> list[Failure]:
-        """The first ``n`` failures in program order, fewer where there are fewer."""
+    def first(self) -> list[Failure]:
+        """The first ones in program order."""
         bad, tensors = joined(self._kept), self.trace.tensors
         names = [tensor.name for tensor in tensors]
-        order = program_order(bad, bad.rank, first_layered, names)[:n]
+        order = program_order(bad, bad.rank, self._first_layered, names)[: self.n]
         ranks = {info.rank: info for info in self.trace.ranks}
-        rows = (bad.where([i]) for i in order.tolist())
+        rows = [bad.where([i]) for i in order.tolist()]
         return [in_words(row, ranks[row.rank.item()], tensors) for row in rows]
+
+
+def _first_failures(block: Block, room: int, n_failures: int) -> Block:
+    """The failures of a block; where there is no room for all, the first few of each rank."""
+    rows = np.flatnonzero(block["verdict"] == Status.FAILED)
+    if len(rows) > room:
+        rank = block["rank"][rows]
+        place = np.arange(len(rows)) - np.searchsorted(rank, rank)
+        rows = rows[place < n_failures]
+    return block.where(rows)
 
 
 def verdict_of(trace, n_failed: int) -> tuple[str, int]:
