@@ -49,6 +49,11 @@ class Summary:
     def n_events(self) -> int:
         return sum(stage.events for stage in self.stages.values())
 
+    @property
+    def n_checks(self) -> int:
+        """Events that say whether something held."""
+        return self.n_events - sum(stage.not_established for stage in self.stages.values())
+
 
 def summarise(trace, n_failures: int = 10, by: str = "stage") -> Summary:
     """Read a whole trace once; check it, count it (``by``: see Totals), order its failures.
