@@ -29,6 +29,7 @@ KERNEL_FILES = (
     "inference/qk_norm.py",
     "inference/checkpoint_seeded.py",
     "inference/tensors.py",
+    "trace/checksum_kernel.py",
 )
 
 

@@ -5,8 +5,8 @@ import json
 from spimpi.cli.registry import subcommand
 from spimpi.errors import UsageError
 
-NAMES = ("fingerprint", "inference", "checks", "trace", "confusion", "startup")
-ALONE = ("confusion", "startup")  # of one process, that starts others itself where it needs them
+NAMES = ("fingerprint", "inference", "checks", "trace", "reading", "confusion", "startup")
+ALONE = ("reading", "confusion", "startup")  # of one process, that starts others itself where it needs them
 
 
 def add_arguments(parser) -> None:
@@ -15,7 +15,7 @@ def add_arguments(parser) -> None:
     parser.add_argument("--output", metavar="FILE", help="confusion: write the whole matrix there (CSV)")
 
 
-@subcommand("bench", "measure: fingerprint, inference and checks (mpirun -n 2), trace (-n 4), confusion, startup", add_arguments)
+@subcommand("bench", "measure: fingerprint, inference and checks (mpirun -n 2), trace (-n 4), reading, confusion, startup", add_arguments)
 def bench(args) -> int:
     from importlib import import_module
 

@@ -8,10 +8,11 @@ import numpy as np
 from spimpi.errors import IncompleteError, UsageError
 from spimpi.trace import layout, sketches
 from spimpi.trace.base import Block, DamageError, Trace
-from spimpi.trace.checksum import rank_fingerprints, rows_fingerprint
+from spimpi.trace.checksum import checksums, compiled_checksums, rank_fingerprints, rows_fingerprint
 from spimpi.trace.pieces import Span, groups, pieces
 from spimpi.trace.schema import ENUMERATIONS, EVENT, SCHEMA_VERSION, SKETCH_SHARE, RankInfo
 
+LARGE = 4_000_000  # rows, from which on it pays to load numba
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
@@ -109,8 +110,10 @@ class SealedTrace(Trace):
             return _intact(part, info, 0)
 
     def _blocks(self, columns, ranks):
+        large = sum(info.count for info in ranks) >= LARGE
+        judge = (compiled_checksums() if large else None) or checksums
         for group in groups(ranks):
-            held = self._intact_group(group)
+            held = self._intact_group(group, judge)
             if held is None:  # one rank at a time, to name those that are not intact
                 yield from super()._blocks(columns, group)
                 continue
@@ -123,7 +126,7 @@ class SealedTrace(Trace):
                 wanted = {name: rows[name].astype(EVENT[name], copy=False) for name in columns}
                 yield Block(rank, wanted)
 
-    def _intact_group(self, group: list[RankInfo]) -> dict[str, np.ndarray] | None:
+    def _intact_group(self, group: list[RankInfo], judge) -> dict[str, np.ndarray] | None:
         """Check the rows of some ranks: all columns where they are one piece, else nothing kept.
 
         None where something is not as it was written, or cannot be read.
@@ -134,7 +137,7 @@ class SealedTrace(Trace):
             for piece in cut:
                 rows = self._piece(piece, EVENT.names)
                 counts = [span.count for span in piece]
-                each = rank_fingerprints(rows, counts, piece[0].first)
+                each = rank_fingerprints(rows, counts, piece[0].first, judge)
                 found ^= np.array(each, np.uint64)
         except Exception:  # noqa: BLE001  damaged data make h5py raise anything
             return None

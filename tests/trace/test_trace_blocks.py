@@ -31,7 +31,7 @@ def many(request, tmp_path):
     return tmp_path / "run.h5", ranks
 
 
-@pytest.mark.parametrize("rows", [1, 30, 60, 1000])
+@pytest.mark.parametrize("rows", [9, 30, 60, 1000])
 def test_blocks_hold_all_rows_in_their_order_whatever_their_size(many, rows, monkeypatch):
     monkeypatch.setattr(pieces, "ROWS", rows)
     path, ranks = many

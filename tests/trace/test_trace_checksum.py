@@ -5,7 +5,9 @@ import pytest
 from trace_samples import same, some_events
 
 from spimpi.fingerprint.tag import GOLDEN, MASK, VERSION, mix
-from spimpi.trace.checksum import BLOCK, RECORD, checksums, pack, rows_fingerprint, unpack
+from spimpi.trace.checksum import (
+    BLOCK, RECORD, checksums, compiled_checksums, pack, rank_fingerprints, rows_fingerprint, unpack,
+)  # fmt: skip
 from spimpi.trace.schema import EVENT
 
 
@@ -70,3 +72,16 @@ def test_every_single_flipped_bit_of_a_record_is_seen():
         damaged = record.copy()
         damaged.view(np.uint8)[bit // 8] ^= np.uint8(1 << bit % 8)
         assert checksums(damaged)[0] != record["checksum"][0]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fingerprints_of_ranks_side_by_side_are_those_of_each_alone(compiled):
+    judge = compiled_checksums() if compiled else checksums
+    ranks = [some_events(n, n) for n in (3, 0, BLOCK + 5, 1, 2 * BLOCK)]
+    columns = np.concatenate(ranks)
+    narrow = {name: columns[name] for name in EVENT.names}
+    narrow["layer"], narrow["bytes"] = columns["layer"].astype("i1"), columns["bytes"].astype("u4")
+    found = rank_fingerprints(narrow, list(map(len, ranks)), 0, judge)
+    assert found == [rows_fingerprint(events) for events in ranks]
+    later = {name: column[7:40] for name, column in narrow.items()}
+    assert rank_fingerprints(later, [33], 9, judge) == [rows_fingerprint(columns[7:40], first=9)]
