@@ -13,7 +13,8 @@ from spimpi.trace import open as open_trace
 from spimpi.trace.base import DamageError
 from spimpi.trace.check import check
 from spimpi.trace.checksum import SKETCH_RECORD
-from spimpi.trace.journal import Journal, journal_folder, read_journal
+from spimpi.trace.journal import Journal, read_journal
+from spimpi.trace.journal_files import journal_folder
 from spimpi.trace.recover import recover
 from spimpi.trace.schema import SKETCH, SKETCH_DESCRIPTIONS, SKETCH_SHARE
 from spimpi.trace.sketches import combined
@@ -96,8 +97,8 @@ def killed(path, world=2, shares=some_sketches):
         journal.append(some_events(20, rank))
         journal.flush()
         journal.sketches.append(shares(rank, world)[: 12 - 4 * rank])  # not all of rank 1's
-        os.close(journal._fd)
-        os.close(journal.sketches._fd)
+        os.close(journal._file.fd)
+        os.close(journal.sketches._file.fd)
 
 
 def test_sketches_survive_a_kill_and_incomplete_ones_are_left_out(tmp_path):
