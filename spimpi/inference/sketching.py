@@ -67,7 +67,8 @@ class Sketcher:
         """The step has ended: hand on its rows. What ``append`` raises."""
         rows = np.zeros(len(self.sums), SKETCH_SHARE)
         index = self.facts.recorder.tensor_index
-        rows["rank"], rows["step"], rows["repeat"] = self.facts.ctx.rank, self.step, self.facts.repeat
+        rows["rank"], rows["step"] = self.facts.ctx.rank, self.step
+        rows["repeat"] = self.facts.repeat
         for row, ((name, layer), sums) in zip(rows, self.sums.items()):
             total = sums.sum(axis=1)
             row["layer"], row["tensor"] = layer, index[name]

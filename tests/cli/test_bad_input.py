@@ -187,6 +187,7 @@ CASES = {
         PROMPTED.replace("--no-trace", "--trace /proc/t.h5"), "cannot write /proc/t.h5"
     ),
     "a directory for a trace": (PROMPTED.replace("--no-trace", "--trace good"), "a directory"),
+    "sketches without a trace": (f"{PROMPTED} --sketch", "--sketch trace --no-trace"),
     "a trace and none": ("verify --trace t.h5 --no-trace", "--no-trace not allowed with --trace"),
     # prompts and numbers
     "more tokens than positions": ("verify --tokens 2000", "2013 at most 1024"),
