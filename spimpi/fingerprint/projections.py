@@ -26,6 +26,7 @@ _SINGLES = types.Array(types.float32, 1, "C", readonly=True)
 _WORDS = types.Array(types.uint64, 1, "C", readonly=True)
 _CUTS = types.Array(types.int64, 1, "C", readonly=True)
 _SUMS = types.Array(types.float64, 2, "C")
+_TABLE = types.Array(types.float64, 2, "C", readonly=True)
 _HASHES = types.Array(types.uint64, 2, "C")
 _OUT = types.Array(types.float64, 1, "C")
 
@@ -119,6 +120,29 @@ def close_hashes(hashes, key):
         own = key + (np.uint64(b) + ONE) * GOLDEN
         total ^= mix(mix(hashes[0, b] ^ own) ^ hashes[1, b])
     return total
+
+
+@kernel(types.float64(_TABLE, types.int64, types.int64, _CUTS, types.float64, types.float64))
+def largest_limit(everyone, first, stride, sizes, relative, flushed):
+    """The largest limit of a bin, if all projections lie within theirs, and these are finite; else -1.
+
+    everyone float64[P, W]: each rank's projection, norm and result's projection of bin b stand
+    ``first + b``, ``stride`` and twice ``stride`` further. The result is rank 0's; sizes int64[B];
+    relative and flushed are float_bound.factors.
+    """
+    largest = 0.0
+    for b in range(sizes.size):
+        at = first + b
+        total, norm = 0.0, 0.0
+        for rank in range(everyone.shape[0]):
+            total += everyone[rank, at]
+            norm += everyone[rank, at + stride]
+        limit = relative * norm + flushed * sizes[b]
+        off = abs(everyone[0, at + 2 * stride] - total)
+        if not (off <= limit and limit < np.inf):
+            return -1.0
+        largest = max(largest, limit)
+    return largest
 
 
 @kernel(

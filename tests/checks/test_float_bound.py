@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spimpi.checks.sums import float_bound, words as sum_words
-from spimpi.fingerprint import Tag
+from spimpi.fingerprint import Tag, projections
 
 DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name in
           ("float64", "float32", "float16", "bfloat16")}  # fmt: skip
@@ -298,3 +298,24 @@ def test_only_the_formats_of_the_bound_are_known():
             assert facts.tiny == float(info.smallest_normal)
     assert float_bound.format_of("int32") is None
     assert float_bound.format_of(ml_dtypes.float8_e5m2) is None
+
+
+@pytest.mark.parametrize("change", ["nothing", "one bin", "last bin", "NaN", "Inf", "norm Inf"])
+def test_the_kernel_that_judges_most_sums_decides_as_the_bound_does(change):
+    rng = np.random.default_rng(5)
+    xs = [rng.standard_normal((40, 7)) for _ in range(3)]
+    own, result, cuts, limit = words(xs, xs[0] + xs[1] + xs[2])
+    bins, spare = len(limit), 3
+    if change in ("one bin", "last bin"):
+        at = 4 if change == "one bin" else bins - 1
+        result[0, at] = own[:, 0, at].sum() + 2 * limit[at]
+    elif change != "nothing":
+        value = np.nan if change == "NaN" else np.inf
+        (own[1] if change == "norm Inf" else result)[-1, 6] = value
+    everyone = np.full((3, 2 + 3 * (bins + spare)), np.nan)  # what is not a bin's is not read
+    regions = everyone[:, 2:].reshape(3, 3, bins + spare)
+    regions[:, :2, :bins], regions[:, 2, :bins] = own, result
+    sizes = np.diff(cuts)
+    factors = float_bound.factors(int(sizes.max()), 3, np.dtype(np.float64))
+    found = projections.largest_limit(everyone, 2, bins + spare, sizes, *factors)
+    assert found == (limit.max() if change == "nothing" else -1)

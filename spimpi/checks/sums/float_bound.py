@@ -81,21 +81,28 @@ def _cuts(shape, most: int) -> np.ndarray:
     return np.append(np.concatenate(cuts), n).astype(np.int64)
 
 
-def limits(norms: np.ndarray, sizes: np.ndarray, n_ranks: int, dtype, pieces: int = 1):
-    """The largest |Σ t_k - t| of each bin that a correct sum can have: float64[B].
+@lru_cache(maxsize=1024)
+def factors(longest: int, n_ranks: int, dtype, pieces: int = 1) -> tuple[float, float]:
+    """What a bin's limit is of its norm, and of its number of elements: docs/sums.md.
 
-    ``norms`` [P, B]: computed Σ|x_k,i|; ``sizes`` [B]: elements a bin; ``pieces``: in how many
-    pieces an array was read at most. Proof: docs/sums.md.
+    ``longest``: elements of the largest bin; ``pieces``: in how many an array was read at most.
     """
     facts = format_of(dtype)
-    longest = int(sizes.max(initial=0))
     depth = rounds(longest) + pieces + n_ranks + 4
     own = phi(depth, DOUBLE)
     reduced = phi(n_ranks - 1, facts.unit * WIDER)
     # Upper bounds: of the contributions' norms (their sum over ranks rounds too), the result's.
-    norm = norms.sum(axis=0) * (1 + 2 * own)
-    flushed = (4 * n_ranks + 6) * sizes * facts.tiny
-    return ((reduced + own * (2 + reduced)) * norm + flushed) * _UP
+    relative = (reduced + own * (2 + reduced)) * (1 + 2 * own) * _UP
+    return relative, (4 * n_ranks + 6) * facts.tiny * _UP
+
+
+def limits(norms: np.ndarray, sizes: np.ndarray, n_ranks: int, dtype, pieces: int = 1):
+    """The largest |Σ t_k - t| of each bin that a correct sum can have: float64[B].
+
+    ``norms`` [P, B]: computed Σ|x_k,i|; ``sizes`` [B]: elements a bin.
+    """
+    relative, flushed = factors(int(sizes.max(initial=0)), n_ranks, dtype, pieces)
+    return relative * norms.sum(axis=0) + flushed * sizes
 
 
 def excess(own: np.ndarray, result: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from spimpi.checks.pending import require_comm, settle
 from spimpi.checks.sums import exact as sum_exact, judge_exact, words as sum_words
 from spimpi.checks.sums.call import (
     BAD, HEADER, HIGH, INTEGRAL, LARGEST, LINEAR, LOW, OWN, PIECES, RESULT, SumCall, n_words,
-    prepare, regions,
+    prepare,
 )  # fmt: skip
 from spimpi.checks.sums.judge_floats import floats
 from spimpi.checks.verdict import Verdict
@@ -115,7 +115,7 @@ def _fill(local: SumCall, words, threads: int, comm) -> None:
 
 def _fill_floats(local: SumCall, words, threads: int, comm) -> None:
     blocks = local.blocks
-    own, result = regions(words[None], comm.size)
+    floats = words[HEADER + comm.size :].view(np.float64).reshape(3, -1)  # as call.regions
     pieces = 0
     for q, x in enumerate(blocks.blocks):
         is_own = q == blocks.own
@@ -123,9 +123,9 @@ def _fill_floats(local: SumCall, words, threads: int, comm) -> None:
             x, blocks.result if is_own else None, blocks.layout.cuts[q], blocks.key, threads
         )
         pieces = max(pieces, projected.pieces)
-        own[0, :, blocks.bins_of(q)] = projected.sums[:2]
+        floats[:2, blocks.bins_of(q)] = projected.sums[:2]
         if is_own:
-            result[0, :, : projected.sums.shape[1]] = projected.sums[2:]
+            floats[2, : projected.sums.shape[1]] = projected.sums[2]
             if not local.scattered:
                 words[RESULT] = sum_words.agreement_word(blocks.result, local.tag, projected)
     words[PIECES] = pieces
