@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from spimpi.cli.registry import subcommand
-from spimpi.cli.units import in_bytes
 from spimpi.errors import UsageError
 from spimpi.launch import launch
+from spimpi.units import in_bytes
 
 VERDICTS = {0: "verified", 1: "corrupted", 3: "incomplete"}
 SHOWN = 20

@@ -4,8 +4,8 @@ import os
 import sys
 
 from spimpi.checks.verdict import Verdict
-from spimpi.cli.units import in_bytes
 from spimpi.trace.schema import Stage
+from spimpi.units import in_bytes
 
 ROWS = (
     ("fabric", "fabric", (Stage.FABRIC,)),

@@ -9,6 +9,7 @@ from spimpi.cli.tables import printable
 from spimpi.cli.trace_diff import add_diff
 from spimpi.cli.trace_export import add_export
 from spimpi.cli.trace_locate import add_locate
+from spimpi.cli.trace_report import add_report
 from spimpi.cli.trace_show import add_show
 
 
@@ -37,6 +38,7 @@ def add_arguments(parser):
     add_locate(commands)
     add_diff(commands)
     add_export(commands)
+    add_report(commands)
     for command in (show, check, recover):
         command.add_argument("--json", action="store_true", help="print it as JSON")
 

@@ -4,8 +4,8 @@ import json
 import sys
 
 from spimpi.cli.tables import printable
-from spimpi.cli.units import in_bytes
 from spimpi.errors import UsageError
+from spimpi.units import in_bytes
 
 
 def add_export(commands):

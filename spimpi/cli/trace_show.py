@@ -6,8 +6,8 @@ from dataclasses import asdict
 from enum import Enum
 
 from spimpi.cli.tables import Output
-from spimpi.cli.units import in_bytes
 from spimpi.errors import UsageError
+from spimpi.units import in_bytes
 
 # Attributes that the header shows, and the label of each.
 HEADER = (

@@ -48,6 +48,7 @@ class Tracer:
             "world": ctx.world.size,
             "topology": job.grid.text(),
             "layer_sizes": list(job.grid.layer_sizes),
+            "exo_rule": job.grid.rule,
             "model": job.config.name,
             "identity": job.checkpoint.identity() if ctx.rank == 0 else "",
             "seed": job.seed,

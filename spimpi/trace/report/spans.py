@@ -1,0 +1,109 @@
+"""When each rank was at which step, and how long it checked: what the timeline shows."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from spimpi.trace.order import INFERENCE, phase_of
+from spimpi.trace.schema import Stage
+
+COLUMNS = ("repeat", "stage", "step", "t_start", "t_end")
+GOLDEN = INFERENCE + 1  # written down when the inference has ended
+NAMES = ("fabric", "weights", "", "comparison with expected")
+
+
+@dataclass(frozen=True)
+class Span:
+    """A step of a row of ranks. Seconds since the first rank's start; ``checking`` a rank's mean."""
+
+    row: int
+    name: str
+    start: float
+    end: float
+    checking: float
+
+
+class Spans:
+    """Collects the steps' times for rows of ranks: ``row_of`` gives each world rank's."""
+
+    def __init__(self, ranks, row_of: np.ndarray):
+        self.row_of = row_of
+        started = np.nan_to_num([r.started for r in ranks])
+        self.origin = float(started.min()) if len(ranks) else 0.0
+        self._offset = np.zeros(len(row_of))
+        self._offset[[r.rank for r in ranks]] = started - self.origin
+        self._kept: dict[tuple[int, int], list] = {}
+        self._last = (-1, -1, 0.0)  # rank, segment, time that is covered: pieces of one rank
+
+    def add(self, block) -> None:
+        block = block.where(np.isfinite(block["t_start"]) & np.isfinite(block["t_end"]))
+        if not len(block):
+            return
+        phase = phase_of(block)
+        phase[block["stage"] == Stage.GOLDEN] = GOLDEN
+        step = np.where(phase == INFERENCE, block["step"].astype(np.int64), 0)
+        segment = (block["repeat"].astype(np.int64) << 36) | (phase << 33) | step
+        rank, start, end = block["rank"], block["t_start"], block["t_end"]
+        if not _sorted(rank, segment, start):
+            order = np.lexsort((start, segment, rank))
+            rank, segment, start, end = rank[order], segment[order], start[order], end[order]
+        new = np.r_[True, (rank[1:] != rank[:-1]) | (segment[1:] != segment[:-1])]
+        heads = np.flatnonzero(new)
+        first, last = start[heads], np.maximum.reduceat(end, heads)
+        checking, reached = self._covered(start, end, new, heads, rank, segment)
+        self._last = int(rank[-1]), int(segment[-1]), reached
+        self._merge(rank[heads], segment[heads], first, last, checking)
+
+    def _covered(self, start, end, new, heads, rank, segment):
+        """Seconds that the checks of each (rank, segment) cover; those made together count once."""
+        group = np.cumsum(new) - 1
+        base = start[heads][group]
+        # Groups are laid out side by side, so that one running maximum serves them all.
+        span = float((end - base).max()) + 1.0
+        begin, finish = start - base + group * span, end - base + group * span
+        finish = np.maximum.accumulate(finish)
+        before = np.r_[0.0, finish[:-1]]
+        before[heads] = begin[heads]
+        if (int(rank[0]), int(segment[0])) == self._last[:2]:
+            before[0] = max(before[0], self._last[2] - base[0])
+            first = heads[1] if len(heads) > 1 else len(start)
+            before[:first] = np.maximum(before[:first], before[0])
+        covered = np.maximum(finish - np.maximum(begin, before), 0)
+        reached = float(finish[-1] - group[-1] * span + base[-1])
+        if len(heads) == 1 and (int(rank[0]), int(segment[0])) == self._last[:2]:
+            reached = max(reached, self._last[2])
+        return np.add.reduceat(covered, heads), reached
+
+    def _merge(self, rank, segment, first, last, checking) -> None:
+        offset = self._offset[rank]
+        rows = self.row_of[rank]
+        order = np.lexsort((segment, rows))
+        rows, segment = rows[order], segment[order]
+        heads = np.flatnonzero(
+            np.r_[True, (rows[1:] != rows[:-1]) | (segment[1:] != segment[:-1])]
+        )
+        begin = np.minimum.reduceat((first + offset)[order], heads)
+        end = np.maximum.reduceat((last + offset)[order], heads)
+        total = np.add.reduceat(checking[order], heads)
+        for key, a, b, c in zip(
+            zip(rows[heads].tolist(), segment[heads].tolist()), begin, end, total
+        ):
+            kept = self._kept.setdefault(key, [a, b, 0.0])
+            kept[0], kept[1], kept[2] = min(kept[0], a), max(kept[1], b), kept[2] + c
+
+    def spans(self, ranks_of_row) -> list[Span]:
+        """All of them, row by row in time; ``ranks_of_row``: how many ranks each row has."""
+        found = []
+        for (row, segment), (start, end, checking) in sorted(self._kept.items()):
+            repeat, rest = divmod(segment, 1 << 36)
+            phase, step = divmod(rest, 1 << 33)
+            name = (NAMES[phase] or f"step {step}") + (f", repetition {repeat}" if repeat else "")
+            mean = float(checking) / max(ranks_of_row[row], 1)
+            found.append(Span(row, name, float(start), float(end), mean))
+        return found
+
+
+def _sorted(rank, segment, start) -> bool:
+    same = (rank[1:] == rank[:-1]) & (segment[1:] == segment[:-1])
+    ordered = (rank[1:] > rank[:-1]) | ((rank[1:] == rank[:-1]) & (segment[1:] > segment[:-1]))
+    return bool((ordered | (same & (start[1:] >= start[:-1]))).all())
