@@ -22,7 +22,7 @@ from spimpi.trace.schema import (
 
 LAYERS = 16
 RANKS_A_HOST = 8
-RANK_AT_FAULT = 1
+RANK_AT_FAULT, LAYER_AT_FAULT = 1, 3
 # One layer's checks: tensor, op, stage, what it establishes.
 LAYER = (
     ("q_proj", Op.MATMUL, Stage.COMPUTE, Established.COMPUTED),
@@ -44,7 +44,9 @@ def synthetic_trace(path, n_ranks: int, n_events: int, fails: bool = True) -> No
     ``fails``: whether a failure is planted, halfway through the run.
     """
     program = _program(n_events)
-    first = n_events // 2 if fails else n_events
+    at_fault = (program["op"] == Op.MATMUL) & (program["layer"] == LAYER_AT_FAULT)
+    at_fault[: n_events // 2] = False
+    first = int(at_fault.argmax()) if fails else n_events
     attributes = {
         "run_id": "synthetic", "command": "spimpi bench reading", "world": n_ranks,
         "model": "synthetic", "topology": {"tp": n_ranks}, "arithmetic": "exact-1",
@@ -134,7 +136,7 @@ def _rank_rows(program: np.ndarray, rank: int, first: int) -> np.ndarray:
     rows = np.arange(len(events))
     bad = (rows >= first) & (events["op"] == Op.AGREEMENT)
     if rank == RANK_AT_FAULT:
-        bad |= (rows >= first) & (events["op"] == Op.MATMUL) & (events["layer"] == 3)
+        bad |= (rows >= first) & (events["op"] == Op.MATMUL) & (events["layer"] == LAYER_AT_FAULT)
     events["verdict"][bad] = Status.FAILED
     events["established"][bad] = 0
     events["expected"][bad] ^= np.uint64(1)
