@@ -95,7 +95,10 @@ def _grid(run, found, layers, title_id) -> Picture:
                               layers[p].removeprefix("layers ").removeprefix("layer "),
                               hosts.get(rank, ""), said))  # fmt: skip
     rows = -(-len(whole) // columns)
-    size = 100 + min(len(whole), columns) * (across * cell + 110 + GAP), (24 if dp > 1 else 4) + rows * tall
+    size = (
+        100 + min(len(whole), columns) * (across * cell + 110 + GAP),
+        (24 if dp > 1 else 4) + rows * tall,
+    )
     picture = svg.drawing(*size, "".join(content), title_id)
     return _with_table(picture, lines, len(whole) < dp, dp, at_fault)
 
