@@ -351,6 +351,11 @@ def test_the_topology_is_a_grid_with_the_rank_at_fault_marked(tmp_path):
     assert [t for t in page.titles if t.startswith("rank 7: at fault; data rank 1, stage 0")]
 
 
+@pytest.mark.parametrize("said", ["tp=2,pp=1,dp=999999999", "", "tp=0", {"tp": "two"}, [1], None])
+def test_a_topology_that_cannot_be_is_not_drawn(tmp_path, said):
+    assert "Topology" not in page_of(tmp_path, replicas(2), topology=said).tables
+
+
 def test_an_exo_ring_is_drawn_as_a_ring_with_each_rank_s_layers(tmp_path):
     page = page_of(
         tmp_path, replicas(3), topology="tp=1,pp=3,dp=1", layer_sizes=[3, 1, 2], exo_rule="exo"
