@@ -45,7 +45,8 @@ def add_arguments(parser):
 
 @subcommand("trace", "look at the trace of a run, check it", add_arguments)
 def run(args) -> int:
-    what = f"{args.file} or {args.other}" if "other" in args else args.file
+    files = args.files if "files" in args else [args.file, getattr(args, "other", None)]
+    what = " or ".join(filter(None, files))
     return apart(lambda: args.run_trace(args), what, args.crashed)
 
 

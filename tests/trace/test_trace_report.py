@@ -76,7 +76,8 @@ def test_one_odd_square_is_the_faulty_rank(tmp_path):
     assert len(found) == 1
     assert found[0].startswith("first divergence: rank 3, layer 4, hidden: differs from 4 replicas")
     assert page.links[found[0]].removeprefix("#") in page.ids
-    assert "CORRUPTED" in page.text and "First divergence: step 1, layer 4, tensor hidden." in page.text
+    assert "CORRUPTED" in page.text
+    assert "First divergence: step 1, layer 4, tensor hidden." in page.text
     assert re.search(r"At fault\s*rank 3 ", page.text)
     own = replicas(5, odd_rank=3)
     held = [int(e["fingerprint"][(e["step"] == 1) & (e["layer"] == 4)][0]) for e in own]
@@ -152,8 +153,8 @@ def test_nan_that_came_from_before_blames_nobody(tmp_path):
     for rank, layer in ((1, 2), (2, 3)):
         events = ranks[rank]
         row = int(np.flatnonzero((events["op"] == Op.MATMUL) & (events["layer"] == layer))[0])
-        events["op"][row], events["verdict"][row], events["peer"][row] = Op.AT_REST, Status.FAILED, rank
-        events["nonfinite"][row] = 1
+        events["op"][row], events["verdict"][row] = Op.AT_REST, Status.FAILED
+        events["peer"][row], events["nonfinite"][row] = rank, 1
         events["expected"][row] ^= np.uint64(rank == 1)
     page = page_of(tmp_path, ranks, status=1)
     says = {(r["rank"], r["layer"]): r["says"] for r in page.records(VERDICTS)}
@@ -348,6 +349,11 @@ def test_the_topology_is_a_grid_with_the_rank_at_fault_marked(tmp_path):
         "host": places["7"]["host"], "is": "at fault",
     }  # fmt: skip
     assert [t for t in page.titles if t.startswith("rank 7: at fault; data rank 1, stage 0")]
+
+
+@pytest.mark.parametrize("said", ["tp=2,pp=1,dp=999999999", "", "tp=0", {"tp": "two"}, [1], None])
+def test_a_topology_that_cannot_be_is_not_drawn(tmp_path, said):
+    assert "Topology" not in page_of(tmp_path, replicas(2), topology=said).tables
 
 
 def test_an_exo_ring_is_drawn_as_a_ring_with_each_rank_s_layers(tmp_path):

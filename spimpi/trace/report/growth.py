@@ -6,6 +6,7 @@ import numpy as np
 
 from spimpi.trace.report import svg
 from spimpi.trace.report.svg import Picture
+from spimpi.trace.schema import Stage
 
 LEFT, TOP, WIDTH, HEIGHT = 92, 24, 860, 240
 MOST_POINTS = 3000
@@ -46,7 +47,7 @@ def draw(difference, title_id: str) -> Picture:
         content.append(svg.element("line", x1=x, x2=x, y1=TOP, y2=bottom, class_="first-line"))
         side = ("end", -6) if x > LEFT + WIDTH / 2 else ("start", 6)
         content.append(svg.text(x + side[1], TOP + 10, "first difference", "tick bad", side[0]))
-    picture = svg.drawing(LEFT + WIDTH + 16, bottom + 22, "".join(content), title_id)
+    picture = svg.drawing(LEFT + WIDTH + 16, bottom + 28, "".join(content), title_id)
     order = np.argsort(~table["differs"], kind="stable")[:MOST_LINES]
     lines = tuple(
         (
@@ -79,14 +80,16 @@ def _axes(table, least, most, scale, bottom, told: bool) -> list[str]:
             )
             drawn.append(svg.text(LEFT - 8, y + 4, f"1e{power}", "tick", "end"))
         drawn.append(svg.text(LEFT, 12, "relative difference", "axis"))
-    steps = np.flatnonzero(np.r_[True, table["step"][1:] != table["step"][:-1]]) if len(table) else []
+    weights = table["stage"] == Stage.WEIGHTS
+    part = np.where(weights, -1, table["step"].astype(np.int64))
     last = -100.0
-    for i in steps:
+    for i in np.flatnonzero(np.diff(part, prepend=-2)):
         x = LEFT + i * scale
         if x - last < 44:
             continue
         last = x
-        drawn.append(svg.text(x, bottom + 21, f"step {table['step'][i]}", "tick"))
+        name = "weights" if weights[i] else f"step {part[i]}"
+        drawn.append(svg.text(x, bottom + 21, name, "tick"))
     return drawn
 
 

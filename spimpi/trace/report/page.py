@@ -174,7 +174,7 @@ def _figures(id: str, run: Run, n_runs: int) -> list[Figure]:
         caption = (
             f"{sheet.tensor} in {where}. Within a column, equal colours and letters are equal bits."
             if sheet.replicas
-            else f"What was checked in {where}, on each rank."
+            else f"What was checked of {_what(sheet)} in {where}, on each rank."
         )
         figures.append(
             Figure(
@@ -202,6 +202,10 @@ def _figures(id: str, run: Run, n_runs: int) -> list[Figure]:
             caption = f"A ring by the rule {run.attributes['exo_rule']}; arrows are hand-offs."
         figures.append(Figure(own, "Topology", caption, picture, "topology"))
     return figures
+
+
+def _what(sheet) -> str:
+    return "all tensors" if sheet.tensor == "all checks" else sheet.tensor
 
 
 def _first_column(run: Run, sheet) -> str:
@@ -243,7 +247,7 @@ def _difference(found) -> str:
     row = found.table[found.first]
     where = growth.place(row, found.names)
     kind = str(found.judgement)
-    kind = "" if kind == "different" else f" ({kind})"
+    kind = "" if kind == "different" else f": {kind}"
     n, most = f"{found.n_differ:,}", f"{len(found.table):,}"
     return f"First difference: {where}{kind}. {n} of {most} tensors differ."
 

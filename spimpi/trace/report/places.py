@@ -7,6 +7,7 @@ from spimpi.trace.report import svg
 from spimpi.trace.report.svg import Picture
 
 MOST = 1024  # squares
+MOST_RANKS = 10**7  # more was never run: what says so is no topology
 CELL = 34.0
 GAP = 26.0
 
@@ -19,8 +20,8 @@ def axes(attributes) -> dict[str, int] | None:
     if not isinstance(said, dict):
         return None
     found = {k: said.get(k, 1) for k in ("tp", "sp", "pp", "dp")}
-    sound = all(type(n) is int and 0 < n < 10**9 for n in found.values())
-    return found if said and sound else None
+    sound = all(type(n) is int and n > 0 for n in found.values())
+    return found if said and sound and math.prod(found.values()) <= MOST_RANKS else None
 
 
 def draw(run, title_id: str) -> Picture | None:
@@ -95,7 +96,10 @@ def _grid(run, found, layers, title_id) -> Picture:
                               layers[p].removeprefix("layers ").removeprefix("layer "),
                               hosts.get(rank, ""), said))  # fmt: skip
     rows = -(-len(whole) // columns)
-    size = 100 + min(len(whole), columns) * (across * cell + 110 + GAP), (24 if dp > 1 else 4) + rows * tall
+    size = (
+        100 + min(len(whole), columns) * (across * cell + 110 + GAP),
+        (24 if dp > 1 else 4) + rows * tall,
+    )
     picture = svg.drawing(*size, "".join(content), title_id)
     return _with_table(picture, lines, len(whole) < dp, dp, at_fault)
 

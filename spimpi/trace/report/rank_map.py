@@ -181,7 +181,8 @@ def _axis(across, down, bad, width, height, layers: bool) -> str:
     drawn.append(svg.text(LEFT - 8, TOP - 6, "rank", "axis", "end"))
     for y in labelled(down, height, bad):
         at = TOP + y * height + height / 2 + 4
-        drawn.append(svg.text(LEFT - 8, at, down[y].label, "tick bad" if y in bad else "tick", "end"))
+        class_ = "tick bad" if y in bad else "tick"
+        drawn.append(svg.text(LEFT - 8, at, down[y].label, class_, "end"))
     return "".join(drawn)
 
 

@@ -11,7 +11,7 @@ MOST_ALONE = 32  # ranks at fault that have a row of their own among the ranges
 
 @dataclass(frozen=True)
 class Row:
-    """Neighbouring items ``start`` … ``stop`` - 1, by their position; ``label`` says their names."""
+    """Neighbouring items ``start`` … ``stop`` - 1, by position; ``label`` says their names."""
 
     start: int
     stop: int

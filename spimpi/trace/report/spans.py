@@ -14,7 +14,7 @@ NAMES = ("fabric", "weights", "", "comparison with expected")
 
 @dataclass(frozen=True)
 class Span:
-    """A step of a row of ranks. Seconds since the first rank's start; ``checking`` a rank's mean."""
+    """A step of a row of ranks, in seconds since the first rank's start; ``checking``: the mean."""
 
     row: int
     name: str

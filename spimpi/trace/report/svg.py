@@ -39,9 +39,10 @@ def square(x, y, width, height, class_: str, title: str, mark: str = "") -> str:
     drawn = element("rect", name, x=x, y=y, width=width, height=height, class_=class_)
     if mark:
         middle = y + height / 2 + min(height, 14) * 0.33
+        tall = round(min(height, width * 1.6 / len(mark), 15) * 0.8)
         drawn += element(
             "text", escape(mark), x=x + width / 2, y=middle, class_=f"mark on-{class_.split()[0]}",
-            text_anchor="middle", aria_hidden="true", font_size=round(min(height, width * 1.6 / len(mark), 15) * 0.8),
+            text_anchor="middle", aria_hidden="true", font_size=tall,
         )  # fmt: skip
     return drawn
 
