@@ -13,6 +13,7 @@ from spimpi.trace.pieces import Span, groups, pieces
 from spimpi.trace.schema import ENUMERATIONS, EVENT, SCHEMA_VERSION, SKETCH_SHARE, RankInfo
 
 LARGE = 4_000_000  # rows, from which on it pays to load numba
+MOST_RANKS = np.iinfo(np.int32).max  # MPI's ranks are int
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
 
 
@@ -50,6 +51,7 @@ class SealedTrace(Trace):
         self.attributes, self.ranks, self.tensors, self._parts, sound = tables
         if not sound or schema < 1:
             self.damage.append("the attributes or the tables of ranks and tensors were altered")
+            self._leave_out_impossible_ranks()
         lacks = self.attributes.get(layout.MISSING)
         if sound and lacks:
             self.missing += lacks
@@ -59,6 +61,23 @@ class SealedTrace(Trace):
                     self._check_part(info)
                 except IncompleteError as error:
                     self._note(error)
+
+    def _leave_out_impossible_ranks(self) -> None:
+        """Ranks that an altered table puts where no rank or no row can be."""
+        try:
+            total = len(self._file["events/step"])
+        except Exception:  # noqa: BLE001
+            total = 0
+        possible = [
+            info
+            for info in self.ranks
+            if 0 <= info.rank <= MOST_RANKS
+            and min(info.offset, info.count) >= 0
+            and info.offset + info.count <= total
+        ]
+        if n := len(self.ranks) - len(possible):
+            self.damage.append(f"the table of ranks: {n} of {len(self.ranks)} ranks cannot be")
+        self.ranks = possible
 
     def _part(self, info: RankInfo) -> str:
         """Name of a rank's part, relative to the trace's folder."""

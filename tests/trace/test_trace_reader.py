@@ -40,6 +40,22 @@ def test_reading_needs_neither_mpi_nor_numba(tmp_path, one):
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("column, value", [("rank", 2**40), ("rank", -5), ("count", 2**50), ("offset", -1)])
+def test_a_rank_that_cannot_be_is_damage_to_every_command(tmp_path, one, column, value, capfd):
+    import h5py
+
+    from spimpi.cli import main
+
+    write_trace(one, tmp_path / "run.h5", some_events(5), "gather")
+    with h5py.File(tmp_path / "run.h5", "r+") as file:
+        file[f"ranks/{column}"][0] = value
+    for command in ("show", "locate", "check"):
+        status = main(["trace", command, str(tmp_path / "run.h5")])
+        out = "".join(capfd.readouterr())
+        assert status == (1 if command == "check" else 3), out
+        assert "1 of 1 ranks cannot be" in out and "Traceback" not in out
+
+
 @pytest.mark.mpi(min_size=2)
 def test_a_missing_part_is_named_and_never_read_as_fill_values(mpi_tmp_path):
     from mpi4py import MPI
