@@ -38,8 +38,9 @@ def content(path) -> dict:
             "tensors": trace.tensors,
             "events": trace.events().tobytes(),
             "columns": {n: (trace.column(n).dtype, trace.column(n)[:].tobytes()) for n in EVENT.names},
-            "notes": {n: {k: np.array(v).tolist() for k, v in trace.column(n).attrs.items()}
-                      for n in EVENT.names},
+            "notes": {n: {k: np.array(v).tolist() for k, v in trace.column(n).attrs.items()
+                          if k != "DIMENSION_LIST"} for n in EVENT.names},
+            "scales": {n: trace.column(n).dims[0].keys() for n in EVENT.names},
         }  # fmt: skip
 
 
