@@ -13,6 +13,7 @@ from time import sleep
 from spimpi.errors import UsageError
 
 SHORTEST_NAP, LONGEST_NAP = 2e-5, 1e-3  # seconds
+HEAD_START = 1.0  # seconds that rank 0 has to say its error
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
@@ -70,6 +71,16 @@ def launcher_rank() -> int:
     """This process's rank as the launcher says, before MPI is initialised; 0 without a launcher."""
     found = launch()
     return found.rank if found else 0
+
+
+def let_rank_0_speak() -> None:
+    """Wait a moment on ranks other than 0, which leave with an error that rank 0 says. Local.
+
+    Where MPI has not started, no barrier holds them back, and the first process that leaves with
+    an error makes the mpirun of Open MPI 5 kill the others, rank 0 before its word.
+    """
+    if launcher_rank() != 0:
+        sleep(HEAD_START)
 
 
 def usable_cores() -> int:

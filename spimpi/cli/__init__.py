@@ -8,7 +8,7 @@ import traceback
 from spimpi import __version__
 from spimpi.cli.registry import COMMANDS
 from spimpi.errors import SpimpiError
-from spimpi.launch import launcher_rank, set_thread_limits, wait_asleep
+from spimpi.launch import launcher_rank, let_rank_0_speak, set_thread_limits, wait_asleep
 
 
 class _Parser(argparse.ArgumentParser):
@@ -73,11 +73,16 @@ def entry() -> None:
     After MPI_Finalize there is nothing left to do, and 64 interpreters that take themselves apart
     on two cores take as long over it as over the run.
     """
-    status = main()
+    try:
+        status = main()
+    except SystemExit as left:  # argparse's way to say a usage error
+        status = left.code
     sys.stdout.flush()
     sys.stderr.flush()
     MPI = sys.modules.get("mpi4py.MPI")
     if MPI is None or not MPI.Is_initialized() or MPI.Is_finalized():
+        if status:
+            let_rank_0_speak()
         sys.exit(status)
     if MPI.COMM_WORLD.size > 1:
         wait_asleep(MPI.COMM_WORLD.Ibarrier())

@@ -1,5 +1,9 @@
 """What the launchers' variables mean, as the launchers were seen to set them."""
 
+import subprocess
+import sys
+from os import environ
+
 import pytest
 
 from spimpi import launch as module
@@ -81,3 +85,33 @@ def test_fewer_ranks_than_expected_are_refused_even_without_a_launcher(monkeypat
     check_world(World(1))
     with pytest.raises(UsageError, match="expected 4 ranks.*found an MPI world of 1"):
         check_world(World(1), expect_ranks=4)
+
+
+LEAVES = """
+import sys
+from spimpi import cli, launch
+
+launch.sleep = lambda seconds: print("waits")
+sys.argv = ["spimpi", *sys.argv[1:]]
+cli.entry()
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [(["verify", "--no-such-option"], 2), (["trace", "show", "absent.h5"], 2), (["--help"], 0)],
+)
+@pytest.mark.parametrize("rank", [0, 2])
+def test_ranks_that_leave_with_an_error_before_mpi_starts_let_rank_0_say_it(
+    tmp_path, rank, arguments, status
+):
+    known = ("OMPI_COMM_WORLD_", "PMI", "SLURM_", "MPI_LOCAL")
+    env = {name: value for name, value in environ.items() if not name.startswith(known)}
+    command = [sys.executable, "-c", LEAVES, *arguments]
+    done = subprocess.run(
+        command, env=env | HYDRA | {"PMI_RANK": str(rank)}, cwd=tmp_path, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == status
+    assert (done.stdout == "waits\n") == (rank != 0 and status != 0)
+    assert bool(done.stderr) == (rank == 0 and status != 0)
