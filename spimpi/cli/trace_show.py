@@ -68,7 +68,7 @@ def run_show(args) -> int:
 
 
 def as_json(trace, summary, by: str = "stage") -> dict:
-    """All that ``show`` prints; fingerprints as 16 hex digits, times in seconds."""
+    """All that ``show`` prints; fingerprints as 16 hex digits ("": none), times in seconds."""
     return {
         "file": str(trace.path),
         "driver": trace.driver,
@@ -177,10 +177,8 @@ def _print_failures(out, summary) -> None:
 
 def in_words(f) -> str:
     """A failed check in one line."""
-    return (
-        f"{place_of(f)}: {f.op} on rank {f.rank} ({f.host}), expected {f.expected}, "
-        f"found {f.found}{_note(f)}"
-    )
+    fingerprints = f", expected {f.expected}, found {f.found}" if f.expected else ""
+    return f"{place_of(f)}: {f.op} on rank {f.rank} ({f.host}){fingerprints}{_note(f)}"
 
 
 def place_of(f) -> str:

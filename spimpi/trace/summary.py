@@ -16,7 +16,10 @@ SPELT = ("stage", "op", "tensor", "expected", "fingerprint")  # columns that a F
 
 @dataclass(frozen=True)
 class Failure:
-    """A check that failed, in words; ``rank`` is the one that recorded it."""
+    """A check that failed, in words; ``rank`` is the one that recorded it.
+
+    ``expected`` and ``found`` are empty where the check compares no fingerprints (sums of floats).
+    """
 
     repeat: int
     step: int
@@ -121,6 +124,7 @@ def in_words(event, info: RankInfo, tensors: list[TensorInfo]) -> Failure:
     """A failed check as people read it. ``event``: one row, columns by name."""
     plain = ("repeat", "step", "microbatch", "layer", "peer", "element", "nonfinite")
     row = {name: event[name].item() for name in (*plain, *SPELT)}
+    compared = row["expected"] or row["fingerprint"]  # both 0 stand for none
     return Failure(
         **{name: row[name] for name in plain},
         stage=name_of(member(Stage, row["stage"])),
@@ -128,6 +132,6 @@ def in_words(event, info: RankInfo, tensors: list[TensorInfo]) -> Failure:
         tensor=tensor_name(tensors, row["tensor"]),
         rank=info.rank,
         host=info.host,
-        expected=f"{row['expected']:016x}",
-        found=f"{row['fingerprint']:016x}",
+        expected=f"{row['expected']:016x}" if compared else "",
+        found=f"{row['fingerprint']:016x}" if compared else "",
     )

@@ -60,6 +60,18 @@ def test_a_failure_is_shown_with_its_place_and_gives_exit_1(tmp_path, one, capfd
     )
 
 
+def test_a_failed_sum_of_floats_has_no_fingerprints_to_show(tmp_path, one, capfd):
+    path = tmp_path / "run.h5"
+    events = failing(checks(10), 4, op=Op.ALLREDUCE_SUM, expected=0, fingerprint=0, element=17)
+    write_trace(one, path, events, end_state="failed")
+    _, text = show(capfd, path)
+    (line,) = [line for line in text.splitlines() if "allreduce" in line]
+    assert line.endswith("), element 17") and "expected" not in line and "0000" not in line
+    _, text = show(capfd, path, "--json")
+    (failure,) = json.loads(text)["failures"]
+    assert failure["expected"] == failure["found"] == ""
+
+
 def test_only_the_first_failures_are_shown(tmp_path, one, capfd):
     events = checks(30)
     events["verdict"] = Status.FAILED
