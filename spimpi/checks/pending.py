@@ -160,7 +160,7 @@ def error_of(verdict: Verdict) -> SpimpiError:
 class PendingVerdict:
     """The verdict of a check in a batch: that of ``Verdict`` once the batch has ended.
 
-    Asking it earlier raises UsageError.
+    Asking it earlier raises UsageError; only ``str`` and ``repr`` then say that it is pending.
     """
 
     def __init__(self, check: str):
@@ -184,7 +184,7 @@ class PendingVerdict:
         return bool(self._settled())
 
     def __str__(self):
-        return str(self._settled())
+        return repr(self) if self._verdict is None else str(self._verdict)
 
     def __repr__(self):
         return f"<pending {self._check}>" if self._verdict is None else repr(self._verdict)
