@@ -23,7 +23,8 @@ class DistributedContext:
 
     ``replica`` joins the ranks that together hold one copy of the model (all with the same data
     and sequence index). Without a grid all ranks are one tensor group. Collective over ``comm``:
-    every rank makes it with the same grid.
+    every rank makes it with the same grid and the same seed; UsageError on every rank where seeds
+    differ.
 
     ``trace``: the path of an HDF5 trace (docs/trace.md), on a file system that all ranks share.
     Every check that is given this context leaves an event in it. Journals are kept while the
@@ -41,7 +42,7 @@ class DistributedContext:
         self.seed, self.tracer = seed, None
         self._given = comm
         self.world = comm.Dup()
-        self._require_one_trace(trace)
+        self._require_same(seed, trace)
         if trace is not None:
             self.tracer = self._opened(trace, journal, sync)
         self.place = grid.coordinates(self.world.rank)
@@ -56,20 +57,22 @@ class DistributedContext:
         self.session = Session(self.world, self.records)
         self.open_batch = None
 
-    def _require_one_trace(self, trace) -> None:
-        """Raise UsageError on every rank where they name different traces, or some none."""
+    def _require_same(self, seed, trace) -> None:
+        """Raise UsageError on every rank where they give different seeds or traces, or some none."""
         name = "" if trace is None else f"trace {trace}"
-        digest = blake2b(name.encode(errors="surrogateescape"), digest_size=8).digest()
-        if agree(self.world, int.from_bytes(digest, "little")):
+        digests = [
+            blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest()
+            for text in (str(seed), name)
+        ]
+        same = agree(self.world, [int.from_bytes(digest, "little") for digest in digests])
+        if all(same):
             return
-        told = self.world.allgather(name)
+        told = self.world.allgather(name if same[0] else f"seed {seed}")
         self.world.Free()
         given = "; ".join(f"rank {r}: {one or 'none'}" for r, one in enumerate(told[:4]))
         more = "; …" if len(told) > 4 else ""
-        msg = (
-            "all ranks of a context must give it the same trace=, a path that they share, or all "
-            f"none; found {given}{more}"
-        )
+        what = "the same trace=, a path that they share, or all none" if same[0] else "the same seed="
+        msg = f"all ranks of a context must give it {what}; found {given}{more}"
         raise UsageError(msg)
 
     def _opened(self, trace, journal, sync):

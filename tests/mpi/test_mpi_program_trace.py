@@ -221,3 +221,9 @@ def test_ranks_that_name_different_traces_all_learn_it(comm, mpi_tmp_path, names
     with pytest.raises(UsageError, match="rank 1: "):
         DistributedContext(comm, trace=trace)
     assert not list(mpi_tmp_path.iterdir())
+
+
+@pytest.mark.mpi(min_size=2)
+def test_ranks_that_give_different_seeds_all_learn_it(comm):
+    with refused(comm, "the same seed=; found rank 0: seed 0; rank 1: seed 1"):
+        DistributedContext(comm, seed=comm.rank)
