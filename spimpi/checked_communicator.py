@@ -209,9 +209,9 @@ class CheckedComm(CheckedMessages):
         return self._queue.add(getattr(self.comm, name)(*args), made, self.check)
 
     def _moved(self, name, describe, args, tag) -> tuple:
+        tracer = self.ctx and self.ctx.tracer
         rule, established, n_loose, build = describe(self._session.comm, *args)
         tag = self._next_tag(name, tag)
-        tracer = self.ctx and self.ctx.tracer
         c = Check(name, tag, rule, established, self.threads, n_loose=n_loose, tracer=tracer)
         return c, build
 
@@ -233,9 +233,10 @@ class CheckedComm(CheckedMessages):
     def _summed(self, describe, args, op, tag) -> tuple:
         from spimpi.checks.sums.verify import sum_check  # with kernels of its own to load
 
+        tracer = self.ctx and self.ctx.tracer
         built_of = describe(self._session.comm, *args)()
         c, build = sum_check(self._given, *built_of, tag, op, self.threads)
-        c.tracer = self.ctx and self.ctx.tracer
+        c.tracer = tracer
         return c, build
 
     @property

@@ -17,6 +17,9 @@ from spimpi.fingerprint.tag import DEFAULT_SEED
 from spimpi.reduction import RecordReduction, agree
 from spimpi.topology.grid import Grid
 
+COMMUNICATORS = ("node", "replica", "data", "pipeline", "sequence", "tensor", "world")
+GONE = (*COMMUNICATORS, "session", "records", "tracer", "open_batch")  # after ``free``
+
 
 class DistributedContext:
     """World, tensor, sequence, pipeline, data and replica communicators of a grid, seed, tracer.
@@ -131,6 +134,17 @@ class DistributedContext:
         self.world.Allreduce(MPI.IN_PLACE, leaders, op=MPI.SUM)
         return int(leaders[0])
 
+    def __getattr__(self, name):
+        # Python asks here only for what an object has not.
+        if name in GONE:
+            msg = (
+                "this DistributedContext was given back (its `with` block has ended, or free() was "
+                "called): make the checks before that, or another context"
+            )
+            raise UsageError(msg)
+        msg = f"{type(self).__name__!r} object has no attribute {name!r}"
+        raise AttributeError(msg)
+
     def __enter__(self):
         return self
 
@@ -141,7 +155,10 @@ class DistributedContext:
             self.tracer.give_up(error)
 
     def free(self):
-        """Seal the trace, give back the communicators and the reduction. Collective."""
+        """Seal the trace, give back the communicators and the reduction. Collective.
+
+        After it every use of the context that needs one of these raises UsageError.
+        """
         unsealed = None
         if self.tracer is not None:
             try:
@@ -150,10 +167,9 @@ class DistributedContext:
                 unsealed = error
         self.session.free()
         self.records.free()
-        for comm in (
-            self.node, self.replica, self.data, self.pipeline, self.sequence, self.tensor,
-            self.world,
-        ):  # fmt: skip
-            comm.Free()
+        for name in COMMUNICATORS:
+            getattr(self, name).Free()
+        for name in GONE:
+            delattr(self, name)
         if unsealed is not None:
             raise unsealed

@@ -377,3 +377,23 @@ def test_localisation_is_asked_once_with_what_was_given_and_got(comm, monkeypatc
                 spimpi.verify_pipeline_handoff(part, own, 1, 0, _tag(3))
             (element,) = caught.value.verdict.where.elements
             assert (element.index, element.rank, element.bits) == ((5, 4), 0, (1,))
+
+
+def test_a_context_that_was_given_back_says_so(comm):
+    with spimpi.DistributedContext(comm) as ctx:
+        checked = spimpi.checked(comm, ctx)
+    x = np.ones(3)
+    for use in (
+        lambda: spimpi.verify_replicas(comm, x, Tag(name="x"), ctx=ctx),
+        lambda: spimpi.verify_allreduce(comm, x, comm.size * x, Tag(name="x"), ctx=ctx),
+        lambda: spimpi.exact_allreduce(comm, x, tag=Tag(name="x"), ctx=ctx),
+        lambda: spimpi.at_rest(x, Tag(name="x")).verify(ctx=ctx),
+        lambda: checked.Allreduce(x, x.copy()),
+        lambda: checked.Allgather(x, np.empty(3 * comm.size)),
+        ctx.batch,
+        ctx.free,
+        lambda: ctx.world.rank,
+    ):
+        with refused(comm, "this DistributedContext was given back"):
+            use()
+    assert not hasattr(ctx, "no_such_name")

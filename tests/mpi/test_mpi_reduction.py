@@ -213,8 +213,8 @@ def test_communicators_and_operations_are_given_back(comm):
     users = RecordReduction.users
     for _ in range(400):
         with DistributedContext(comm, choose(comm.size, 8, 8)) as ctx:
-            pass
-    for given_back in (ctx.world, ctx.tensor, ctx.pipeline, ctx.data, ctx.replica, ctx.node):
+            made = (ctx.world, ctx.tensor, ctx.pipeline, ctx.data, ctx.replica, ctx.node)
+    for given_back in made:
         assert given_back == MPI.COMM_NULL
     assert RecordReduction.users == users
     op, datatype = RecordReduction._shared
