@@ -10,6 +10,7 @@ from spimpi.trace.node_file import EXTENT, Stream, create, node_file, streams
 from spimpi.trace.sketch_file import sketch_path
 
 RANKS_OWN, NODES = "rank-*.journal", "node-*.journal"
+REPLACE = "with `spimpi verify` use --overwrite"  # a program's trace has no such option
 
 
 def journal_folder(path, local=None) -> Path:
@@ -130,4 +131,4 @@ def own_journal(comm, together, folder, renew: bool = False) -> Path | Stream:
 
 
 def already_there(file) -> str:
-    return f"a journal of an earlier run is there: {file}; remove it or use --overwrite"
+    return f"a journal of an earlier run is there: {file}; remove it ({REPLACE})"

@@ -20,6 +20,8 @@ from spimpi.trace.sealed import SealedTrace, sealed_run_id
 from spimpi.trace.synced import sync
 from spimpi.trace.unsealed import JournalTrace
 
+REPLACES = "--overwrite (overwrite=True) replaces it by what the journals hold"
+
 
 @dataclass(frozen=True)
 class Recovered:
@@ -84,17 +86,14 @@ def _already_sealed(trace: JournalTrace, folder: Path) -> Recovered:
     """
     path = trace.path
     if trace.ranks and sealed_run_id(path) != trace.attributes.get("run_id"):
-        msg = f"{path} is there, of another run; --overwrite replaces it by what the journals hold"
+        msg = f"{path} is there, of another run; {REPLACES}"
         raise UsageError(msg)
     found = check(path)
     with open_trace(path) as sealed:
         there = {info.rank: info.count for info, _ in sealed.intact_events()}
     lost = [i.rank for i in trace.ranks if there.get(i.rank, -1) < i.count]
     if found.damage or lost:
-        msg = (
-            f"{path} is there, of the same run and {found.state}; --overwrite replaces it by what "
-            "the journals hold"
-        )
+        msg = f"{path} is there, of the same run and {found.state}; {REPLACES}"
         raise UsageError(msg)
     for file in files_of(trace.journals):
         remove_file(file)

@@ -26,7 +26,7 @@ from spimpi.trace.drivers import (
 from spimpi.trace.growing import merged, renumbered
 from spimpi.trace.journal import OWN_HEADER, Journal, read_journal
 from spimpi.trace.journal_files import (
-    NODES, RANKS_OWN, in_use, journal_folder, lock, remove_journal,
+    NODES, RANKS_OWN, REPLACE, in_use, journal_folder, lock, remove_journal,
 )  # fmt: skip
 from spimpi.trace.node_file import Stream
 from spimpi.trace.schema import EVENT, SKETCH_SHARE, RankInfo
@@ -268,12 +268,12 @@ def _check_place(path: Path) -> None:
 
 def _check_free(path: Path, *folders: Path) -> None:
     if path.exists():
-        msg = f"the trace {path} exists; choose another name or use --overwrite"
+        msg = f"the trace {path} exists; choose another name or remove it ({REPLACE})"
         raise UsageError(msg)
     for folder in folders:
         if folder.exists() or folder.is_symlink():
             msg = (
                 f"{folder} exists: it belongs to a run that has not ended, that was killed, or "
-                "to a trace that was renamed; choose another name or use --overwrite"
+                f"to a trace that was renamed; choose another name or remove it ({REPLACE})"
             )
             raise UsageError(msg)

@@ -96,7 +96,7 @@ def test_an_existing_trace_is_refused_on_every_rank_and_kept(world, mpi_tmp_path
     path = mpi_tmp_path / "run.h5"
     write_trace(world, path, some_events(4, world.rank), driver)
     journal = write_journal(world, path, some_events(9))
-    with pytest.raises(UsageError, match="exists; choose another name or use --overwrite"):
+    with pytest.raises(UsageError, match="exists; choose another name or remove it .*--overwrite"):
         seal(world, journal, path, {}, driver)
     assert journal.path.exists()
     assert same(open_trace(path).events(world.rank), some_events(4, world.rank))
@@ -188,7 +188,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_run(tmp_path):
     with pytest.raises(UsageError, match="it is a directory"):
         check_can_write(tmp_path)
     (tmp_path / "run.h5").write_text("precious")
-    with pytest.raises(UsageError, match="exists; choose another name or use --overwrite"):
+    with pytest.raises(UsageError, match="exists; choose another name or remove it .*--overwrite"):
         check_can_write(tmp_path / "run.h5")
     check_can_write(tmp_path / "run.h5", overwrite=True)
     assert (tmp_path / "run.h5").read_text() == "precious"
