@@ -5,7 +5,8 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from spimpi.trace.export import COLUMNS, Names, names_of
+from spimpi.trace.export import COLUMNS
+from spimpi.trace.names import Names
 from spimpi.trace.schema import EVENT
 
 ROWS = 1 << 20  # of a row group, at least
@@ -14,7 +15,7 @@ METADATA = b"spimpi"  # key of the run's attributes, JSON
 
 def write_parquet(trace, file) -> int:
     """Names as strings, fingerprints uint64, the run's attributes in the schema's metadata."""
-    names, n_rows, held = names_of(trace), 0, []
+    names, n_rows, held = Names(trace), 0, []
     schema = _schema(names, trace.attributes)
     with pq.ParquetWriter(file, schema, compression="zstd") as writer:
         for block in trace.blocks(EVENT.names):
@@ -44,6 +45,6 @@ def _schema(names: Names, attributes: dict):
 def _array(block, name: str, names: Names):
     if name not in names.words:
         return pa.array(block[name])
-    words = names.words[name]
-    codes = pa.array(words.code[names.numbers(block, name)])
-    return pa.array(words.values, pa.string()).take(codes)
+    codes = names.codes(block, name)
+    values = names.words[name].values[: 1 + int(codes.max(initial=-1))]
+    return pa.array(values, pa.string()).take(pa.array(codes))

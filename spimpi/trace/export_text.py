@@ -8,7 +8,8 @@ import json
 import numpy as np
 
 from spimpi.trace.base import Block
-from spimpi.trace.export import COLUMNS, Names, names_of, sorted_ranks
+from spimpi.trace.export import COLUMNS
+from spimpi.trace.names import Names
 from spimpi.trace.schema import EVENT, Status
 
 LINES = 1 << 15  # made at a time
@@ -47,11 +48,12 @@ def write_chrome(trace, file) -> int:
     (M), reserved colour names (cname).
     """
     began = min((rank.started for rank in trace.ranks), default=0.0)
-    behind = [round((rank.started - began) * 1e9) for rank in sorted_ranks(trace)]
-    behind = np.array(behind, np.int64)  # nanoseconds, of each row of names.ranks
+    behind = np.zeros(1 + max((rank.rank for rank in trace.ranks), default=-1), np.int64)
+    for rank in trace.ranks:
+        behind[rank.rank] = round((rank.started - began) * 1e9)  # nanoseconds
     lines = [line for rank in trace.ranks for line in _process(rank)]
     file.write(b'{"displayTimeUnit":"ms","traceEvents":[\n' + ",\n".join(lines).encode())
-    names, n_rows, stages = names_of(trace), 0, set()
+    names, n_rows, stages = Names(trace), 0, set()
     written = {name: words.written(json.dumps) for name, words in names.words.items()}
     for block in _pieces(trace):
         stages.update(np.unique(block["rank"].astype(np.int64) << 8 | block["stage"]).tolist())
@@ -69,7 +71,7 @@ def write_chrome(trace, file) -> int:
 
 
 def _write_lines(trace, file, template: str, columns, escape) -> int:
-    names, n_rows = names_of(trace), 0
+    names, n_rows = Names(trace), 0
     written = {name: words.written(escape) for name, words in names.words.items()}
     for block in _pieces(trace):
         file.write(_lines(template, [_values(block, c, names, written) for c in columns]).encode())
@@ -111,7 +113,7 @@ def _object(columns) -> str:
 def _chrome_lines(block: Block, names: Names, written: dict, behind: np.ndarray) -> str:
     """The events of a block, each with a comma before it; a failed one has an instant too."""
     rank = block["rank"]
-    late = behind[names.row(block)]
+    late = behind[rank]
     # Whole nanoseconds, so that what nests in seconds nests in microseconds too.
     start = np.rint(block["t_start"] * 1e9).astype(np.int64) + late
     end = np.rint(block["t_end"] * 1e9).astype(np.int64) + late

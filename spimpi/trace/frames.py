@@ -7,8 +7,8 @@ import tokenize
 import numpy as np
 
 from spimpi.errors import MissingDependency, UsageError
-from spimpi.trace.names import host_places, places
-from spimpi.trace.schema import ENUMERATIONS, EVENT
+from spimpi.trace.names import Names
+from spimpi.trace.schema import EVENT
 
 NAMED = ("host", "stage", "op", "verdict", "tensor")  # categorical
 COLUMNS = ("rank", "host", *EVENT.names)
@@ -17,9 +17,9 @@ COLUMNS = ("rank", "host", *EVENT.names)
 def to_pandas(trace, columns=None, where: str | None = None, ranks=None):
     """What ``Trace.to_pandas`` gives: only rows that ``where`` chooses are ever held."""
     pandas = _pandas()
-    names = _Names(trace)
+    frames = _Frames(trace)
     columns = list(COLUMNS if columns is None else columns)
-    tested = _read_by(where, names) if where else []
+    tested = _read_by(where, frames) if where else []
     needed = list(dict.fromkeys(columns + tested))
     for name in needed:
         if name not in COLUMNS:
@@ -28,31 +28,28 @@ def to_pandas(trace, columns=None, where: str | None = None, ranks=None):
     pieces = []
     for block in trace.blocks([name for name in needed if name in EVENT.names], ranks):
         if where:
-            block = block.where(_chosen(names.frame(block, tested), where))
-        pieces.append(names.frame(block, columns))
+            block = block.where(_chosen(frames.frame(block, tested), where))
+        pieces.append(frames.frame(block, columns))
     if not pieces:
         nothing = np.zeros(0, [("rank", "i4"), ("host", "i4"), *EVENT.descr])
-        return names.frame(nothing, columns)
+        return frames.frame(nothing, columns)
     for name in set(columns) & set(NAMED):
         for piece in pieces:
-            if len(piece[name].cat.categories) != len(names.categories[name]):
-                piece[name] = piece[name].cat.set_categories(names.categories[name])
+            if len(piece[name].cat.categories) != len(frames.categories[name]):
+                piece[name] = piece[name].cat.set_categories(frames.categories[name])
     return pandas.concat(pieces, ignore_index=True)
 
 
-class _Names:
-    """The names of the numbers in the named columns, as pandas categories.
+class _Frames:
+    """Frames of blocks; the names in the named columns as pandas categories.
 
     Numbers without a name, which a later spimpi may have added, are called "op 37".
     """
 
     def __init__(self, trace):
-        named = {name: [m.name for m in ENUMERATIONS[name]] for name in ("stage", "op", "verdict")}
-        named["tensor"] = [tensor.name for tensor in trace.tensors]
-        found = {name: places(names) for name, names in named.items()}
-        found["host"] = host_places(trace)
-        self.categories = {name: names for name, (names, _) in found.items()}
-        self._codes = {name: codes for name, (_, codes) in found.items()}
+        self._names = Names(trace)
+        words = {name: self._names.words[name] for name in NAMED}
+        self.categories = {name: word.values[: word.n_known] for name, word in words.items()}
 
     def frame(self, block, columns):
         """Columns of a block side by side."""
@@ -63,15 +60,14 @@ class _Names:
         """A column of a block: as it is, or as a pandas Categorical."""
         if name not in NAMED:
             return block[name]
-        numbers = block["rank" if name == "host" else name]
-        codes = self._codes[name]
-        for number in range(len(codes), int(numbers.max()) + 1 if len(numbers) else 0):
-            codes = self._codes[name] = np.append(codes, len(self.categories[name]))
-            self.categories[name].append(f"{name} {number}")
-        return _pandas().Categorical.from_codes(codes[numbers], self.categories[name])
+        codes = self._names.codes(block, name)
+        seen = 1 + int(codes.max(initial=-1))
+        if seen > len(self.categories[name]):
+            self.categories[name] = self._names.words[name].values[:seen]
+        return _pandas().Categorical.from_codes(codes, self.categories[name])
 
 
-def _read_by(where: str, names: _Names) -> list[str]:
+def _read_by(where: str, frames: _Frames) -> list[str]:
     """The columns that a condition reads; UsageError where it names what cannot be.
 
     A name that no row can have (``verdict == 'failed'``, ``op == 9``) would choose nothing, and
@@ -87,7 +83,7 @@ def _read_by(where: str, names: _Names) -> list[str]:
             sides = [node.left, *node.comparators]
             for name in {side.id for side in sides if isinstance(side, ast.Name)} & set(NAMED):
                 for side in sides:
-                    _check_values(side, name, names.categories[name])
+                    _check_values(side, name, frames.categories[name])
     return [node.id for node in ast.walk(tree) if isinstance(node, ast.Name)]
 
 
