@@ -12,6 +12,7 @@ from spimpi.units import in_bytes
 
 VERDICTS = {0: "verified", 1: "corrupted", 3: "incomplete"}
 SHOWN = 20
+NAMED = 3  # tensors that are missing for one reason
 
 
 def add_arguments(parser) -> None:
@@ -151,7 +152,7 @@ def report(found) -> list[str]:
     lines = _listed("CORRUPTED", found.corrupted)
     lines += _listed("BROKEN", found.broken.values())
     lines += _listed("MISSING", found.absent.values())
-    lines += _listed("MISSING", [f"{name}: {why}" for name, why in found.missing.items()])
+    lines += _listed("MISSING", _by_reason(found.missing))
     lines += _listed("EXTRA", [f"{name}: not in the manifest" for name in found.extra])
     counted = f"{found.checked:,} tensors, {in_bytes(found.n_bytes)}"
     verdicts = {
@@ -172,6 +173,19 @@ def _say_left_out(model) -> None:
     names = left_out(model)
     if names:
         print(f"note       not part of this checkpoint, left out: {', '.join(names)}")
+
+
+def _by_reason(missing: dict[str, str]) -> list[str]:
+    """A line for each reason: a file that is cut short takes all of its tensors along."""
+    names: dict[str, list[str]] = {}
+    for name, why in missing.items():
+        names.setdefault(why, []).append(name)
+    return [
+        f"{', '.join(some)}: {why}"
+        if len(some) <= NAMED
+        else f"{len(some):,} tensors: {why}: {', '.join(some[:NAMED])}, … (--json has all)"
+        for why, some in names.items()
+    ]
 
 
 def _listed(word: str, problems) -> list[str]:

@@ -87,7 +87,7 @@ def test_incomplete_models_end_with_3_and_corruption_goes_first(made, spimpi):
     os.unlink("model/model-00001-of-00003.safetensors")
     status, out, _ = spimpi("check", made, "model")
     assert status == 3 and "INCOMPLETE: 6 tensors" in out and "3 tensors and 1 files" in out
-    assert out.count("MISSING") == 4
+    assert out.count("MISSING") == 2  # the file, and its tensors
     found = json.loads(spimpi("check", made, "model", "--json")[1])
     assert len(found["missing"]) == 3 and list(found["missing_files"]) == [
         "model-00001-of-00003.safetensors"
@@ -115,6 +115,19 @@ def test_a_broken_file_is_corruption(made, spimpi):
         file.truncate(100)
     status, out, _ = spimpi("check", made, "model")
     assert status == 1 and "BROKEN" in out and "cut short" in out and "1 files are broken" in out
+
+
+def test_tensors_of_a_broken_file_are_one_line(folder, spimpi):
+    many = tensors({f"layer.{i}": ("F32", (2,)) for i in range(30)})
+    write_file("all.safetensors", many)
+    assert spimpi("make", "all.safetensors", "-o", "all.json")[0] == 0
+    with open("all.safetensors", "r+b") as file:
+        file.truncate(100)
+    status, out, _ = spimpi("check", "all.json", "all.safetensors")
+    (line,) = [line for line in out.splitlines() if line.startswith("MISSING")]
+    assert status == 1 and "30 tensors: perhaps in a broken file: layer.0, layer.1" in line
+    assert line.endswith(", … (--json has all)") and line.count("layer.") == 3
+    assert len(json.loads(spimpi("check", "all.json", "all.safetensors", "--json")[1])["missing"]) == 30
 
 
 def test_weights_of_a_sister_model_are_suspected(made, spimpi):
