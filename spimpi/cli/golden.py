@@ -8,6 +8,7 @@ from spimpi.errors import UsageError
 def add_arguments(parser) -> None:
     add_model_arguments(parser)
     parser.add_argument("-o", "--output", required=True, metavar="FILE", help="golden file to write")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing golden file")
 
 
 @subcommand("golden", "run on one rank and write the expected fingerprints", add_arguments)
@@ -28,17 +29,16 @@ def golden(args) -> int:
 
 
 def _golden(args):
-    from pathlib import Path
-
     from spimpi.inference import golden as golden_runs
     from spimpi.verification.job import Request, prepare
     from spimpi.verification.run import make_golden
+    from spimpi.whole_file import check_can_write
 
-    golden_runs.require_free(Path(args.output))
+    check_can_write(args.output, args.overwrite)
     request = Request(
         model=args.model, config=args.config, layers=args.layers, prompts=tuple(args.prompt),
         prompt_ids=tuple(args.prompt_ids), tokens=args.tokens, seed=args.seed,
     )  # fmt: skip
     made = make_golden(prepare(request, 1))
-    golden_runs.write(args.output, made)
+    golden_runs.write(args.output, made, args.overwrite)
     return made

@@ -4,8 +4,8 @@ A table is uint64 [steps, columns]; tensors.golden_columns names the columns. It
 every topology, so one written on one rank is what any other run must reproduce.
 """
 
+import io
 import json
-import tempfile
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -18,6 +18,7 @@ from spimpi.inference.exact import ARITHMETIC
 from spimpi.inference.tensors import golden_columns
 from spimpi.reduction import reduce_fingerprints
 from spimpi.trace.schema import Established, Op, Stage, Status, blank_events
+from spimpi.whole_file import whole_file
 
 SCHEMA = "spimpi-golden-1"
 EMBEDDED_GOLDEN = Path(__file__).parent.parent / "models" / "tiny" / "golden.h5"
@@ -56,45 +57,26 @@ class Golden:
     origin: dict = field(default_factory=dict)
 
 
-def require_free(path: Path) -> None:
-    """Raise UsageError where a golden file can't be written; asked before the run."""
-    if path.exists():
-        msg = f"{path} exists; remove it or name another file (-o)"
-        raise UsageError(msg)
-    try:
-        # Only writing tells: to root every directory looks writable.
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        msg = (
-            f"cannot write {path}: no file can be made in {path.parent} ({error.strerror}); "
-            "name another file (-o)"
-        )
-        raise UsageError(msg) from None
-
-
-def write(path, golden: Golden) -> None:
-    """Write a golden file; an existing one is refused (UsageError)."""
+def write(path, golden: Golden, overwrite: bool = False) -> None:
+    """Write a golden file, as a whole or not at all; UsageError where it exists (unless
+    ``overwrite``) or cannot be written."""
     import h5py
 
-    path = Path(path)
-    w = golden.workload
-    try:
-        with h5py.File(path, "x") as file:
-            file.attrs["schema"] = SCHEMA
-            file.attrs["model"], file.attrs["identity"] = w.model, w.identity
-            file.attrs["seed"], file.attrs["arithmetic"] = np.uint64(w.seed), w.arithmetic
-            file.attrs["n_layers"] = golden.n_layers
-            file.attrs["origin"] = json.dumps(golden.origin)
-            file.attrs["prompts"] = json.dumps(w.prompts)
-            columns = [f"{name}:{layer}" for name, layer in golden_columns(golden.n_layers)]
-            file.attrs["columns"] = json.dumps(columns)
-            # HDF5's own checksum: a damaged file must not read as a corrupted run.
-            file.create_dataset("fingerprints", data=golden.table, fletcher32=True)
-            file["tokens"] = golden.tokens
-    except OSError as error:
-        msg = f"cannot write {path}: {error}"
-        raise UsageError(msg) from None
+    w, made = golden.workload, io.BytesIO()
+    with h5py.File(made, "w") as file:
+        file.attrs["schema"] = SCHEMA
+        file.attrs["model"], file.attrs["identity"] = w.model, w.identity
+        file.attrs["seed"], file.attrs["arithmetic"] = np.uint64(w.seed), w.arithmetic
+        file.attrs["n_layers"] = golden.n_layers
+        file.attrs["origin"] = json.dumps(golden.origin)
+        file.attrs["prompts"] = json.dumps(w.prompts)
+        columns = [f"{name}:{layer}" for name, layer in golden_columns(golden.n_layers)]
+        file.attrs["columns"] = json.dumps(columns)
+        # HDF5's own checksum: a damaged file must not read as a corrupted run.
+        file.create_dataset("fingerprints", data=golden.table, fletcher32=True)
+        file["tokens"] = golden.tokens
+    with whole_file(path, overwrite) as file:
+        file.write(made.getbuffer())
 
 
 def read(path) -> Golden:

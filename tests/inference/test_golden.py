@@ -37,9 +37,12 @@ def test_a_golden_file_reads_back_as_it_was_written(tmp_path):
     assert back.workload == made.workload
     golden.require_same(back, job.workload)
     before = (tmp_path / "g.h5").read_bytes()
-    with pytest.raises(UsageError, match="exists"):
+    with pytest.raises(UsageError, match="exists.*--overwrite"):
         golden.write(tmp_path / "g.h5", made)
     assert (tmp_path / "g.h5").read_bytes() == before
+    golden.write(tmp_path / "g.h5", replace(made, tokens=made.tokens + 1), overwrite=True)
+    assert (golden.read(tmp_path / "g.h5").tokens == made.tokens + 1).all()
+    assert [p.name for p in tmp_path.iterdir()] == ["g.h5"]
 
 
 @pytest.mark.parametrize(
