@@ -79,6 +79,7 @@ class ProgramTracer:
             self.journal = Journal(folder, comm.rank, header, None, sync, own)
         self._recorder = Recorder({}, comm.rank, self.journal)
         self._worst, self._error = Status.VERIFIED, None
+        self._clipped: set[str] = set()  # columns that could not hold a number
         self._seen: dict[str, tuple] = {}  # by tensor: what its last check said of it, its row
         self._signals = SignalFlush(self._recorder.write_down)
 
@@ -104,11 +105,11 @@ class ProgramTracer:
         try:
             # In the order of EVENT's fields.
             self._recorder.row((
-                _fitting("step", tag.step), _fitting("microbatch", microbatch), 0,
-                _fitting("layer", tag.layer), Stage.PROGRAM, op_of(check.name, check.settings),
+                self._fitting("step", tag.step), self._fitting("microbatch", microbatch), 0,
+                self._fitting("layer", tag.layer), Stage.PROGRAM, op_of(check.name, check.settings),
                 status, verdict.established, self._row(check), 0,
                 -1 if peer is None else self._world_rank(comm, peer),
-                _fitting("sequence", sequence), _fitting("element", element),
+                self._fitting("sequence", sequence), self._fitting("element", element),
                 (verdict.actual or 0) & MASK, (verdict.expected or 0) & MASK, check.n_bytes,
                 check.started, now,
             ), now - check.started)  # fmt: skip
@@ -125,6 +126,14 @@ class ProgramTracer:
             self._seen[check.tag.name] = seen, row
         return row
 
+    def _fitting(self, name: str, value) -> int:
+        """The nearest number that an event's column can hold; that it is another is kept."""
+        least, most = LIMITS[name]
+        if least <= value <= most:
+            return value
+        self._clipped.add(name)
+        return least if value < least else most
+
     def seal(self) -> None:
         """Make the trace of all ranks' journals. Collective.
 
@@ -137,11 +146,14 @@ class ProgramTracer:
 
     def _seal(self) -> None:
         worst = WORST_LAST[self.comm.allreduce(WORST_LAST.index(self._worst), op=MPI.MAX)]
+        clipped = set().union(*self.comm.allgather(self._clipped))
         with together(self.comm):
             if self._error is not None:
                 raise self._error
             self._finish(STATES[worst])
         attributes = {"end_state": STATES[worst]}
+        if clipped:
+            attributes["clipped"] = sorted(clipped)
         seal(self.comm, self.journal, self.path, attributes, self.driver)
 
     def give_up(self, error) -> None:
@@ -190,9 +202,3 @@ def _linear(check, where) -> int:
     for place, length in zip(index, check.shape):
         linear = linear * length + place
     return linear
-
-
-def _fitting(name: str, value) -> int:
-    """The nearest number that an event's column can hold."""
-    least, most = LIMITS[name]
-    return value if least <= value <= most else least if value < least else most

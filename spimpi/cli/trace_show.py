@@ -18,6 +18,7 @@ HEADER = (
     ("arithmetic", "arithmetic"),
     ("seed", "seed"),
     ("injected", "injected"),
+    ("clipped", "clipped"),
 )
 
 GROUPS = 40  # rows of a table

@@ -52,6 +52,7 @@ def test_every_check_leaves_an_event_on_each_rank_that_makes_it(comm, shared_fol
             spimpi.exact_allreduce(part, np.ones(9), tag=_tag("exact", step=3), ctx=ctx)
         with spimpi.trace.open(path) as trace:
             assert trace.complete and not trace.problems and len(trace.ranks) == part.size
+            assert "clipped" not in trace.attributes
             names = [t.name for t in trace.tensors]
             assert names == ["hidden", "gradient", *["act"] * (part.size > 1), "cache", "exact"]
             assert trace.tensors[0].shape == (6, 10) and trace.tensors[0].dtype == "float32"
@@ -227,3 +228,20 @@ def test_ranks_that_name_different_traces_all_learn_it(comm, mpi_tmp_path, names
 def test_ranks_that_give_different_seeds_all_learn_it(comm):
     with refused(comm, "the same seed=; found rank 0: seed 0; rank 1: seed 1"):
         DistributedContext(comm, seed=comm.rank)
+
+
+def test_a_number_that_no_column_holds_is_clipped_and_the_trace_says_so(comm, shared_folder, capfd):
+    path = _path(shared_folder, comm, "clipped")
+    with spimpi.DistributedContext(comm, trace=path) as ctx:
+        if comm.rank == comm.size - 1:
+            watch = spimpi.at_rest(np.ones(3), _tag("cache", step=2**31, layer=40_000))
+            watch.verify(ctx=ctx)
+    with spimpi.trace.open(path) as trace:
+        (event,) = trace.events(comm.size - 1)
+        assert (event["step"], event["layer"]) == (2**31 - 1, 2**15 - 1)
+        assert list(trace.attributes["clipped"]) == ["layer", "step"]
+    if comm.rank == 0:
+        assert main(["trace", "show", str(path)]) == 0
+        words = capfd.readouterr().out.split()
+        assert words[words.index("clipped") + 1] == '["layer",'
+    comm.Barrier()
