@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 from spimpi.cli.tables import printable
 from spimpi.errors import UsageError
@@ -39,6 +40,7 @@ def run_export(args) -> int:
     format, zipped = format_of(args.output, args.format)
     if not to_stdout:
         check_can_write(args.output, args.overwrite)
+        _refuse_same(args.output, args.file)
     with open_trace(args.file) as trace:
         refuse_running(trace)
         if to_stdout:
@@ -61,6 +63,13 @@ def run_export(args) -> int:
     return status
 
 
+def _refuse_same(output: str, file: str) -> None:
+    """--overwrite is not meant for the trace that is exported."""
+    if Path(output).exists() and Path(file).exists() and Path(output).samefile(file):
+        msg = f"OUT is the trace {file} itself: name another file (-o)"
+        raise UsageError(msg)
+
+
 def _print(output: str, format: str, n_rows: int) -> None:
     print(printable(f"{output}: {n_rows:,} events, {format}, {in_bytes(_size(output))}"))
 
@@ -75,6 +84,4 @@ def _print_json(trace, output: str, format: str, n_rows: int, status: int) -> No
 
 
 def _size(output: str) -> int:
-    from pathlib import Path
-
     return Path(output).stat().st_size
