@@ -31,7 +31,7 @@ def run_export(args) -> int:
     from spimpi.trace.check import refuse_running
     from spimpi.trace.export import export, format_of
     from spimpi.trace.reader import open as open_trace
-    from spimpi.whole_file import check_can_write, whole_file
+    from spimpi.whole_file import check_can_write, refuse_input, whole_file
 
     to_stdout = args.output == "-"
     if to_stdout and args.json:
@@ -40,7 +40,7 @@ def run_export(args) -> int:
     format, zipped = format_of(args.output, args.format)
     if not to_stdout:
         check_can_write(args.output, args.overwrite)
-        _refuse_same(args.output, args.file)
+        refuse_input(args.output, [args.file])
     with open_trace(args.file) as trace:
         refuse_running(trace)
         if to_stdout:
@@ -61,13 +61,6 @@ def run_export(args) -> int:
         for problem in trace.problems:
             print(printable(f"spimpi: left out: {problem}"), file=sys.stderr)
     return status
-
-
-def _refuse_same(output: str, file: str) -> None:
-    """--overwrite is not meant for the trace that is exported."""
-    if Path(output).exists() and Path(file).exists() and Path(output).samefile(file):
-        msg = f"OUT is the trace {file} itself: name another file (-o)"
-        raise UsageError(msg)
 
 
 def _print(output: str, format: str, n_rows: int) -> None:
