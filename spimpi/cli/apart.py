@@ -16,13 +16,20 @@ def apart(command, what: str, crashed: int) -> int:
     """``command()`` in a forked child: its exit status, or ``crashed`` where the child crashed.
 
     ``what`` is then named. The child shares standard output and error, nothing else comes back.
+    Ctrl-C interrupts the child, which clears away what it was writing: status 130. For the main
+    thread.
     """
     sys.stdout.flush()
     sys.stderr.flush()
+    interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)
     pid = os.fork()
     if pid == 0:
+        signal.signal(signal.SIGINT, interrupted)
         _end_with(command)
-    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    try:
+        status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    finally:
+        signal.signal(signal.SIGINT, interrupted)
     if status >= 0:
         return status
     if -status == signal.SIGPIPE:  # whoever read the output has seen enough
@@ -48,6 +55,8 @@ def _end_with(command) -> None:
         status = status_of(command)
         sys.stdout.flush()
         sys.stderr.flush()
+    except KeyboardInterrupt:
+        status = 128 + signal.SIGINT
     finally:
         os._exit(status)
 

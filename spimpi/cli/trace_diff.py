@@ -223,7 +223,8 @@ def _verdict(found) -> tuple[str, str]:
     n = len(found.table)
     if found.first >= 0:
         what = f"{found.n_differ:,} of {n:,} tensors differ"
-        return f"DIFFERENT: {what}; the first: {found.judgement}", "bold red"
+        jump = f"; a jump at {place(found, found.jump)}" if found.jump >= 0 else ""
+        return f"DIFFERENT: {what}; the first: {found.judgement}{jump}", "bold red"
     if found.missing:
         return f"INCOMPLETE: the {n:,} tensors that could be compared are the same", "bold yellow"
     return f"SAME: {n:,} tensors have the same bits", "bold green"

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 from spimpi.cli.tables import printable
 from spimpi.errors import UsageError
@@ -30,7 +31,7 @@ def run_export(args) -> int:
     from spimpi.trace.check import refuse_running
     from spimpi.trace.export import export, format_of
     from spimpi.trace.reader import open as open_trace
-    from spimpi.whole_file import check_can_write, whole_file
+    from spimpi.whole_file import check_can_write, refuse_input, whole_file
 
     to_stdout = args.output == "-"
     if to_stdout and args.json:
@@ -39,6 +40,7 @@ def run_export(args) -> int:
     format, zipped = format_of(args.output, args.format)
     if not to_stdout:
         check_can_write(args.output, args.overwrite)
+        refuse_input(args.output, [args.file])
     with open_trace(args.file) as trace:
         refuse_running(trace)
         if to_stdout:
@@ -75,6 +77,4 @@ def _print_json(trace, output: str, format: str, n_rows: int, status: int) -> No
 
 
 def _size(output: str) -> int:
-    from pathlib import Path
-
     return Path(output).stat().st_size

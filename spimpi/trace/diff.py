@@ -146,7 +146,7 @@ def diff(a, b) -> Difference:
         changed = [which for which in "AB" if row[f"changed_{which.lower()}"]]
         judgement = judge(
             names[row["tensor"]], float(row["relative"]), float(row["error"]), a.attributes,
-            b.attributes, widths, changed,
+            b.attributes, widths, changed, row["stage"] == Stage.WEIGHTS,
         )  # fmt: skip
         jump = first_jump(table["relative"][: diverged + 1 if diverged >= 0 else None])
     return Difference(
@@ -160,7 +160,8 @@ def _is_program(trace) -> bool:
 
 def require_comparable(a, b) -> None:
     """UsageError unless the runs are of the same model, seed and prompts. Unknown is equal."""
-    if _is_program(a) != _is_program(b):
+    told = all(trace.attributes for trace in (a, b))  # journals without a header tell nothing
+    if told and _is_program(a) != _is_program(b):
         kinds = ["a program" if _is_program(t) else "spimpi verify" for t in (a, b)]
         msg = f"{a.path} is the trace of {kinds[0]}, {b.path} of {kinds[1]}: nothing is in both"
         raise UsageError(msg)

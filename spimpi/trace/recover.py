@@ -48,8 +48,8 @@ def recover(path, overwrite: bool = False) -> Recovered:
     """
     path, folder = places(path)
     if not folder.is_dir():
-        there = f"{path} is sealed" if path.is_file() else f"there is no trace {path}"
-        msg = f"nothing to recover: {there}, and there are no journals {folder}"
+        there = "" if path.is_file() else f"there is no trace {path}, and "
+        msg = f"nothing to recover: {there}there are no journals {folder}"
         raise UsageError(msg)
     trace = JournalTrace(path, folder)
     refuse_running(trace)

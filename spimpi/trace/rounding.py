@@ -42,18 +42,22 @@ class Judgement:
 
 
 def judge(
-    name: str, relative: float, error: float, a: dict, b: dict, widths: dict, changed=()
-) -> Judgement:
+    name: str, relative: float, error: float, a: dict, b: dict, widths: dict, changed=(),
+    weight: bool = False,
+) -> Judgement:  # fmt: skip
     """What a difference in ``name`` is, where everything before it has equal bits.
 
     ``relative`` and its ``error``, NaN where there are no sketches; ``a``, ``b``: the runs'
     attributes; ``widths``: the last axis of each tensor; ``changed``: the runs ("A", "B") whose
-    check at rest found it changed.
+    check at rest found it changed; ``weight``: it is one of the model's, as it was read.
     """
     known = None if isnan(relative) else relative
     bar = None if isnan(error) else error
     if changed:
         reason = f"it changed in {' and '.join(changed)}'s memory after it was made"
+        return Judgement("different", known, bar, 0.0, reason)
+    if weight:
+        reason = "weights are as they were read: nothing rounds"
         return Judgement("different", known, bar, 0.0, reason)
     ways = a.get("arithmetic"), b.get("arithmetic")
     if None in ways:

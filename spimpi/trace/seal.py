@@ -76,11 +76,12 @@ def prepare(path, overwrite: bool = False, local=None) -> Path:
     check_can_write(path, overwrite, local)
     link, folder = journal_folder(path), journal_folder(path, local)
     try:
+        for place in (link, folder):  # a link may lead to a running job's, in another folder
+            if any(map(in_use, (*place.glob(RANKS_OWN), *place.glob(NODES)))):
+                msg = f"the trace {path} is being written by a running job; choose another name"
+                raise UsageError(msg)
         if link.is_symlink():
             link.unlink()
-        if any(map(in_use, (*folder.glob(RANKS_OWN), *folder.glob(NODES)))):
-            msg = f"the trace {path} is being written by a running job; choose another name"
-            raise UsageError(msg)
         if folder.exists():
             shutil.rmtree(folder)
         folder.mkdir(parents=local is not None)

@@ -28,7 +28,9 @@ class Shares:
         sizes = dict(re.findall(r"(tp|pp)=(\d+)", str(facts.get("topology", ""))))
         self.tp, pp = int(sizes.get("tp", 1)), int(sizes.get("pp", 1))
         self.n_rows = facts.get("prompt_tokens"), facts.get("prompts")
-        self.wanted = "model" in facts and facts.get("end_state") not in ENDED
+        # A recovered trace has an end state too, but perhaps no whole tensors.
+        ended = facts.get("end_state") in ENDED and not facts.get("recovered")
+        self.wanted = "model" in facts and not ended
         self.wanted &= None not in self.n_rows
         # Twice there are a head's keys and values on ranks that share it, and what a stage hands on.
         twice = ["qkv"] * (self.tp > 1) + ["hidden"] * (pp > 1)

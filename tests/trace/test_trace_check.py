@@ -188,6 +188,31 @@ def test_a_reader_that_runs_for_ever_is_told_as_damage(capfd, monkeypatch):
     assert capfd.readouterr().err == "spimpi: run.h5 is damaged: HDF5 runs for ever reading it\n"
 
 
+def test_an_interrupted_command_clears_away_and_says_nothing(tmp_path):
+    """Ctrl-C goes to the parent and to the child."""
+    program = f"""
+import os, pathlib, signal, sys
+from spimpi.cli.apart import apart
+
+def command():
+    file = pathlib.Path({str(tmp_path / "part")!r})
+    file.touch()
+    try:
+        os.killpg(0, signal.SIGINT)
+        signal.pause()
+    finally:
+        file.unlink()
+
+status = apart(command, "run.h5", 3)
+assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+sys.exit(status)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, start_new_session=True
+    )
+    assert (done.returncode, done.stderr) == (130, "") and not (tmp_path / "part").exists()
+
+
 def test_a_reader_that_closes_the_pipe_gives_no_traceback(tmp_path, one):
     path = tmp_path / "run.h5"
     write_trace(one, path, some_events(50))

@@ -124,6 +124,8 @@ def test_the_verdict_on_a_first_difference(name, relative, ways, verdict):
     judged = judge(name, relative, relative / 4, *_runs(*ways), WIDTHS)
     assert judged.verdict == verdict and judged.reason and str(judged)
     assert judge(name, relative, 0.0, *_runs(*ways), WIDTHS, ["B"]).verdict == "different"
+    weight = judge(name, math.nan, math.nan, *_runs(*ways), WIDTHS, weight=True)
+    assert weight.verdict == "different" and "read" in weight.reason
 
 
 def quantised(x, bits):

@@ -11,6 +11,7 @@ from spimpi.cli import main
 from spimpi.trace.diff import diff
 from spimpi.trace.journal import Journal
 from spimpi.trace.journal_files import journal_folder
+from spimpi.trace.recover import recover
 from spimpi.trace.schema import Op, Stage, Status
 
 PAGE = (Path(__file__).parents[2] / "docs" / "trace-diff.md").read_text()
@@ -90,6 +91,7 @@ def test_a_flip_in_a_blas_run_shows_as_a_jump_against_an_exact_run(traced, one_r
     assert status == 1
     assert "first difference: step 0, layer 0, qkv" in text and "reordered rounding" in text
     assert "jump: step 2, layer 1, attn: relative " in text
+    assert text.splitlines()[-1].endswith("; a jump at step 2, layer 1, attn")
 
 
 def test_weights_that_differ_come_first(traced, one_rank, capfd):
@@ -97,6 +99,7 @@ def test_weights_that_differ_come_first(traced, one_rank, capfd):
     status, text = compare(capfd, one_rank, traced("weights", 1, "--inject", fault))
     assert status == 1
     assert "first difference: the weights, model.layers.2.self_attn.v_proj.weight: A " in text
+    assert "\n  different\n  weights are as they were read: nothing rounds\n" in text
 
 
 def test_a_difference_that_comes_from_no_failed_check_is_found(traced, one_rank, capfd, tmp_path):
@@ -155,6 +158,13 @@ def test_of_a_killed_run_the_steps_that_it_flushed_are_compared(
         assert f"the {75 + 2 * 43} tensors that could be compared" in text
     status, text = compare(capfd, one_rank, broken)
     assert status == 1 and "first difference: step 1, layer 1, attn" in text
+    for killed in (path, broken):
+        with spimpi.trace.open(one_rank) as a, spimpi.trace.open(killed) as b:
+            before = diff(a, b).table[["a", "b"]].tolist()
+        recover(killed)
+        with spimpi.trace.open(one_rank) as a, spimpi.trace.open(killed) as b:
+            assert b.driver == "gather"
+            assert diff(a, b).table[["a", "b"]].tolist() == before
 
 
 def test_runs_of_different_length_are_compared_where_both_have_steps(traced, one_rank, capfd):
@@ -186,6 +196,9 @@ def test_other_runs_are_refused(one_rank, capfd, tmp_path, name, value, words):
 
 def test_what_is_no_trace_is_refused(one_rank, capfd, tmp_path):
     (tmp_path / "text").write_text("no trace")
+    journal_folder(tmp_path / "empty.h5").mkdir()
+    status, text = compare(capfd, one_rank, tmp_path / "empty.h5")
+    assert status == 3 and "no journal whose header can be read" in text
     for other in ("text", "absent.h5"):
         for pair in ((one_rank, tmp_path / other), (tmp_path / other, one_rank)):
             status, text = compare(capfd, *pair)

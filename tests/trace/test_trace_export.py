@@ -315,6 +315,14 @@ def test_what_cannot_be_written_is_refused(path, arguments, words, capfd, monkey
     assert sorted(path.parent.rglob("*")) == before
 
 
+def test_the_trace_itself_is_not_overwritten(path, capfd):
+    before = path.read_bytes()
+    arguments = ["-o", f"{path.parent}/./{path.name}", "--overwrite"]
+    for command in (["export", "--format", "csv"], ["report"]):
+        assert main(["trace", *command, str(path), *arguments]) == 2
+        assert "the trace" in capfd.readouterr().err and path.read_bytes() == before
+
+
 def test_no_trace_gives_exit_2_and_no_file(tmp_path, capfd):
     (tmp_path / "no.h5").write_text("no trace")
     for name in ("no.h5", "absent.h5"):

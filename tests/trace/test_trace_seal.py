@@ -10,6 +10,7 @@ from spimpi.errors import IncompleteError, UsageError
 from spimpi.trace import open as open_trace
 from spimpi.trace.checksum import rows_fingerprint
 from spimpi.trace.schema import EVENT
+from spimpi.trace.journal import Journal
 from spimpi.trace.journal_files import journal_folder
 from spimpi.trace.seal import check_can_write, choose_driver, prepare, seal
 
@@ -201,3 +202,15 @@ def test_journals_of_an_unfinished_run_are_cleared_only_when_asked(tmp_path):
     with pytest.raises(UsageError, match="has not ended"):
         prepare(path)
     assert list(prepare(path, overwrite=True).iterdir()) == []
+
+
+def test_a_running_jobs_trace_is_not_taken_whatever_folder_its_journals_are_in(tmp_path):
+    path = tmp_path / "run.h5"
+    folder = prepare(path, local=tmp_path / "disk")
+    running = Journal(folder, 0, {"run_id": "on"}, [])
+    for local in (None, tmp_path / "disk", tmp_path / "other"):
+        with pytest.raises(UsageError, match="being written by a running job"):
+            prepare(path, overwrite=True, local=local)
+        assert journal_folder(path).resolve() == folder
+    running.close("verified")
+    prepare(path, overwrite=True)
