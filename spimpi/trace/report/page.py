@@ -130,10 +130,8 @@ def _values(run: Run) -> list[tuple[str, str]]:
             n = int(sheet.differs[odd[0], column])
             said += [(int(i), f"{n} replicas have") for i in np.flatnonzero(rest)[:1]]
             return [(words, f"{sheet.fingerprint[i, column]:016x}") for i, words in said]
-    return [
-        ("expected", failure.expected),
-        (f"found by rank {failure.rank}", failure.found),
-    ]
+    said = [("expected", failure.expected), (f"found by rank {failure.rank}", failure.found)]
+    return [(words, found) for words, found in said if found]  # sums of floats have none
 
 
 def _roots(run: Run) -> list[tuple[str, ...]]:
