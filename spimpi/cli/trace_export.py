@@ -27,7 +27,7 @@ def add_export(commands):
 
 
 def run_export(args) -> int:
-    from spimpi.trace.check import refuse_running
+    from spimpi.trace.check import refuse_running, refuse_to_replace
     from spimpi.trace.export import export, format_of
     from spimpi.trace.reader import open as open_trace
     from spimpi.whole_file import check_can_write, whole_file
@@ -49,6 +49,7 @@ def run_export(args) -> int:
                 msg = f"cannot write standard output: {error.strerror or error}"
                 raise UsageError(msg) from None
         else:
+            refuse_to_replace(trace, args.output)
             with whole_file(args.output, args.overwrite) as file:
                 n_rows = export(trace, file, format, zipped)
         status = 3 if trace.problems else 0

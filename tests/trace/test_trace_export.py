@@ -293,6 +293,26 @@ def test_an_existing_file_is_replaced_only_when_asked(tmp_path, path, capfd):
     assert len(read_csv(out.read_bytes())) == 50
 
 
+def test_the_trace_itself_is_never_replaced(tmp_path, one, capfd):
+    """Nor its parts, nor a killed run's journals, whatever name leads there."""
+    sealed, killed = tmp_path / "run.h5", tmp_path / "killed.h5"
+    write_trace(one, sealed, some_events(50), "parts")
+    write_journal(one, killed, some_events(30))
+    (tmp_path / "link.h5").symlink_to(sealed)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    (part,) = (tmp_path / "run.h5.parts").iterdir()
+    (journal,) = (tmp_path / "killed.h5.journal").glob("*.journal")
+    for path, out in (
+        (sealed, sealed), (tmp_path / "link.h5", sealed), (sealed, part), (killed, killed),
+        (killed, journal),
+    ):  # fmt: skip
+        command = ["export", str(path), "-o", str(out), "--format", "csv", "--overwrite"]
+        assert main(["trace", *command]) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert "it is of the trace" in line
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -259,6 +259,16 @@ def test_a_page_that_exists_is_kept(tmp_path, capfd):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run.h5", "run.html"]
 
 
+def test_a_page_never_replaces_one_of_its_traces(tmp_path, capfd):
+    for name in ("a.h5", "b.h5"):
+        write_alone_trace(tmp_path / name, replicas(2))
+    before = (tmp_path / "b.h5").read_bytes()
+    files = [tmp_path / "a.h5", tmp_path / "b.h5"]
+    assert report(*files, "-o", tmp_path / "b.h5", "--overwrite") == 2
+    assert "it is of the trace" in capfd.readouterr().err
+    assert (tmp_path / "b.h5").read_bytes() == before
+
+
 @pytest.mark.parametrize("kind", ["absent", "other", "folder"])
 def test_bad_input_gives_exit_2_and_one_line(tmp_path, kind, capfd):
     write_alone_trace(tmp_path / "good.h5", replicas(2))
