@@ -115,6 +115,9 @@ def test_nothing_to_recover_is_told_in_one_line(tmp_path, one, capfd):
         assert main(["trace", "recover", str(tmp_path / name)]) == 2
         (line,) = capfd.readouterr().err.splitlines()
         assert "nothing to recover" in line and text in line
+    (tmp_path / "text.h5").write_text("hello")
+    assert main(["trace", "recover", str(tmp_path / "text.h5")]) == 2
+    assert "text.h5 is not a trace" in capfd.readouterr().err
 
 
 def test_a_trace_of_another_run_is_replaced_only_when_asked(tmp_path, one, capfd):
