@@ -64,7 +64,7 @@ def refuse_running(trace) -> None:
 
 
 def refuse_to_replace(trace, output) -> None:
-    """UsageError where writing ``output`` would replace a file of ``trace``, or what recovers it."""
+    """UsageError where ``output`` is a file of ``trace``, or of the journals that recover it."""
     output = Path(output).resolve()
     folders = [parts_folder(trace.path).resolve(), journal_folder(trace.path).resolve()]
     if output == Path(trace.path).resolve() or any(f in output.parents for f in folders):

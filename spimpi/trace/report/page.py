@@ -225,7 +225,8 @@ def _not_here(run: Run, sheet) -> str:
         return ""
     if sheet.wrong[:, sheet.columns.index(column)].any():
         return ""
-    return f" In layer {column} they agreed: the first divergence ({run.first.op}) is not in this map."
+    first = f"the first divergence ({run.first.op})"
+    return f" In layer {column} they agreed: {first} is not in this map."
 
 
 def _compared(number: int, first: Run, run: Run, found) -> dict:
