@@ -32,15 +32,6 @@ def check_can_write(path, overwrite: bool = False) -> None:
         raise UsageError(msg) from None
 
 
-def refuse_input(path, inputs) -> None:
-    """Raise UsageError where ``path`` is one of the files that it is made from."""
-    path = Path(path)
-    for file in map(Path, inputs):
-        if path.exists() and file.exists() and path.samefile(file):
-            msg = f"cannot write {path}: it is the trace {file} itself; name another file (-o)"
-            raise UsageError(msg)
-
-
 @contextmanager
 def whole_file(path, overwrite: bool = False) -> Iterator:
     """A binary file to write to, which becomes ``path`` where the block ends without an error.

@@ -131,7 +131,7 @@ def _print(found) -> None:
 def _header(name, side) -> tuple[str, ...]:
     attributes = side.attributes
     facts = [attributes.get(key) for key in ("model", "topology", "arithmetic")]
-    facts = [f"{side.ranks} rank(s)", *(fact for fact in facts if fact)]
+    facts = [f"{side.ranks} rank(s)", *(str(fact) for fact in facts if fact)]
     if side.n_failed:
         facts.append(f"{side.n_failed:,} of its checks failed")
     return name, str(side.path), ", ".join(facts)
@@ -225,6 +225,8 @@ def _verdict(found) -> tuple[str, str]:
         what = f"{found.n_differ:,} of {n:,} tensors differ"
         jump = f"; a jump at {place(found, found.jump)}" if found.jump >= 0 else ""
         return f"DIFFERENT: {what}; the first: {found.judgement}{jump}", "bold red"
+    if not n:
+        return "INCOMPLETE: no tensor could be compared", "bold yellow"
     if found.missing:
         return f"INCOMPLETE: the {n:,} tensors that could be compared are the same", "bold yellow"
     return f"SAME: {n:,} tensors have the same bits", "bold green"

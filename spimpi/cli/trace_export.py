@@ -28,10 +28,10 @@ def add_export(commands):
 
 
 def run_export(args) -> int:
-    from spimpi.trace.check import refuse_running
+    from spimpi.trace.check import refuse_running, refuse_to_replace
     from spimpi.trace.export import export, format_of
     from spimpi.trace.reader import open as open_trace
-    from spimpi.whole_file import check_can_write, refuse_input, whole_file
+    from spimpi.whole_file import check_can_write, whole_file
 
     to_stdout = args.output == "-"
     if to_stdout and args.json:
@@ -40,7 +40,6 @@ def run_export(args) -> int:
     format, zipped = format_of(args.output, args.format)
     if not to_stdout:
         check_can_write(args.output, args.overwrite)
-        refuse_input(args.output, [args.file])
     with open_trace(args.file) as trace:
         refuse_running(trace)
         if to_stdout:
@@ -51,6 +50,7 @@ def run_export(args) -> int:
                 msg = f"cannot write standard output: {error.strerror or error}"
                 raise UsageError(msg) from None
         else:
+            refuse_to_replace(trace, args.output)
             with whole_file(args.output, args.overwrite) as file:
                 n_rows = export(trace, file, format, zipped)
         status = 3 if trace.problems else 0

@@ -137,7 +137,7 @@ def _print_places(out, found) -> None:
     places = [*found.ranks, *(found.hosts if len(found.hosts) > 1 else [])]
     columns = ("", "host", "at fault", "named", "recorded")
     rows = [(p.name, p.host, *(f"{n:,}" for n in (p.roots, p.named, p.recorded))) for p in places]
-    out.line("ranks: independent failures that they are at fault for or suspected of, failed checks")
-    out.line("that name them, failed checks that they recorded")
+    out.line("ranks: independent failures that they are at fault for or suspected of,")
+    out.line("failed checks that name them, failed checks that they recorded")
     out.table(columns, rows, right=(2, 3, 4))
     out.line("")

@@ -28,10 +28,8 @@ def add_report(commands) -> None:
 
 def run_report(args) -> int:
     from spimpi.trace.report import report
-    from spimpi.whole_file import refuse_input
 
     output = args.output or default_output(args.files[0])
-    refuse_input(output, args.files)
     found = report(args.files, output, args.overwrite)
     if args.json:
         print(json.dumps(_as_json(found), indent=1))

@@ -1,9 +1,12 @@
 """Whether a trace is intact, incomplete or damaged: all of it is read once."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from spimpi.errors import UsageError
 from spimpi.trace.base import DamageError
+from spimpi.trace.drivers import parts_folder
+from spimpi.trace.journal_files import journal_folder
 from spimpi.trace.reader import open as open_trace
 from spimpi.trace.sealed import SealedTrace
 
@@ -57,4 +60,16 @@ def refuse_running(trace) -> None:
             f"the trace {trace.path} is still being written by a running job; "
             f"spimpi trace show --live {trace.path} shows what was flushed so far"
         )
+        raise UsageError(msg)
+
+
+def refuse_to_replace(trace, output) -> None:
+    """UsageError where ``output`` is a file of ``trace``, or of the journals that recover it."""
+    output = Path(output).resolve()
+    folders = [parts_folder(trace.path).resolve(), journal_folder(trace.path).resolve()]
+    path = Path(trace.path)
+    is_trace = output == path.resolve()
+    is_trace |= path.exists() and output.exists() and output.samefile(path)  # another hard link
+    if is_trace or any(folder in output.parents for folder in folders):
+        msg = f"cannot write {output}: it is of the trace {trace.path}; name another file (-o)"
         raise UsageError(msg)

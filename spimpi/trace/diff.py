@@ -230,8 +230,8 @@ def _lonely(alone, found, program: bool) -> tuple[list[str], list[str]]:
     if bool(runs[0].size) != bool(runs[1].size):
         lacks = "A" if not runs[0].size else "B"
         missing.append(
-            f"{lacks} has no fingerprints of whole tensors of the inference: they are written when "
-            "it ends"
+            f"{lacks} has no intact fingerprints of whole tensors of the inference: rank 0 writes "
+            "them when it ends"
         )
     elif not np.array_equal(*runs):
         both = len(np.intersect1d(*runs))

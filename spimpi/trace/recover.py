@@ -48,8 +48,11 @@ def recover(path, overwrite: bool = False) -> Recovered:
     """
     path, folder = places(path)
     if not folder.is_dir():
-        there = "" if path.is_file() else f"there is no trace {path}, and "
-        msg = f"nothing to recover: {there}there are no journals {folder}"
+        there = f"there is no trace {path}"
+        if path.is_file():
+            with open_trace(path):  # raises what it is, where it is no trace
+                there = f"{path} is sealed"
+        msg = f"nothing to recover: {there}, and there are no journals {folder}"
         raise UsageError(msg)
     trace = JournalTrace(path, folder)
     refuse_running(trace)

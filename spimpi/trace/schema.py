@@ -104,8 +104,8 @@ DESCRIPTIONS = {
     "fingerprint": "fingerprint found",
     "expected": "fingerprint expected",
     "bytes": "bytes that the check covered on this rank",
-    "t_start": "start of the check, seconds since /ranks/started of its rank",
-    "t_end": "end of the check, seconds since /ranks/started of its rank",
+    "t_start": "start of the check, or of the layer that it is made in, since /ranks/started, s",
+    "t_end": "end of the check, or of the layer that it is made in, since /ranks/started, s",
 }
 
 # A tensor's sketch (docs/sketches.md) of one step, as ``Trace.sketches`` gives it.

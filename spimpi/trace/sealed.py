@@ -119,9 +119,17 @@ class SealedTrace(Trace):
     def _column(self, name: str):
         for info in self.ranks if self.driver == "parts" else ():
             self._check_part(info)  # a missing part would read as fill values
+        self._require_open()
         return self._file[f"events/{name}"]
 
+    def _require_open(self) -> None:
+        """A trace that its reader closed is no damaged one."""
+        if not self._file:
+            msg = f"the trace {self.path} was closed; open it again (spimpi.trace.open)"
+            raise UsageError(msg)
+
     def _rows(self, info: RankInfo) -> np.ndarray:
+        self._require_open()
         if self.driver != "parts":
             return _intact(self._file, info, info.offset)
         self._check_part(info)

@@ -3,8 +3,10 @@
 import json
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
+from trace_samples import some_events, write_alone_trace
 
 import spimpi.trace
 from spimpi.cli import main
@@ -44,6 +46,15 @@ def test_one_rank_and_six_have_the_same_bits(traced, one_rank, capfd):
     # The weights, and embed, five tensors of eight layers, logits, tokens of four steps.
     verdict = f"SAME: {75 + 4 * (1 + 5 * 8 + 2)} tensors have the same bits"
     assert verdict in text and verdict in PAGE
+
+
+def test_where_nothing_is_intact_nothing_is_called_the_same(tmp_path, capfd):
+    write_alone_trace(tmp_path / "a.h5", [some_events(5)])
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        file["events/bytes"][3] = 1
+    status, text = compare(capfd, tmp_path / "a.h5", tmp_path / "a.h5")
+    assert status == 3 and "altered" in text and "the same" not in text
+    assert text.splitlines()[-1] == "INCOMPLETE: no tensor could be compared"
 
 
 def test_a_planted_flip_is_found_by_step_layer_and_tensor(traced, one_rank, capfd):

@@ -293,6 +293,26 @@ def test_an_existing_file_is_replaced_only_when_asked(tmp_path, path, capfd):
     assert len(read_csv(out.read_bytes())) == 50
 
 
+def test_the_trace_itself_is_never_replaced(tmp_path, one, capfd):
+    """Nor its parts, nor a killed run's journals, whatever name leads there."""
+    sealed, killed = tmp_path / "run.h5", tmp_path / "killed.h5"
+    write_trace(one, sealed, some_events(50), "parts")
+    write_journal(one, killed, some_events(30))
+    (tmp_path / "link.h5").symlink_to(sealed)
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    (part,) = (tmp_path / "run.h5.parts").iterdir()
+    (journal,) = (tmp_path / "killed.h5.journal").glob("*.journal")
+    for path, out in (
+        (sealed, sealed), (tmp_path / "link.h5", sealed), (sealed, part), (killed, killed),
+        (killed, journal),
+    ):  # fmt: skip
+        command = ["export", str(path), "-o", str(out), "--format", "csv", "--overwrite"]
+        assert main(["trace", *command]) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert "it is of the trace" in line
+    assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -313,14 +333,6 @@ def test_what_cannot_be_written_is_refused(path, arguments, words, capfd, monkey
     error = capfd.readouterr().err
     assert words in error and error.count("\n") == 1
     assert sorted(path.parent.rglob("*")) == before
-
-
-def test_the_trace_itself_is_not_overwritten(path, capfd):
-    before = path.read_bytes()
-    arguments = ["-o", f"{path.parent}/./{path.name}", "--overwrite"]
-    for command in (["export", "--format", "csv"], ["report"]):
-        assert main(["trace", *command, str(path), *arguments]) == 2
-        assert "the trace" in capfd.readouterr().err and path.read_bytes() == before
 
 
 def test_no_trace_gives_exit_2_and_no_file(tmp_path, capfd):

@@ -151,6 +151,17 @@ def test_a_journal_of_another_run_is_left_out_by_name(tmp_path, one):
     assert any("rank-00001.journal: of another run" in problem for problem in trace.problems)
 
 
+def test_a_closed_trace_is_no_damaged_one(tmp_path, one):
+    """It would have no rows, and so no failures."""
+    write_trace(one, tmp_path / "run.h5", some_events(10), "gather")
+    with open_trace(tmp_path / "run.h5") as trace:
+        pass
+    for read in (trace.events, lambda: list(trace.blocks()), lambda: trace.column("step")):
+        with pytest.raises(UsageError, match="was closed; open it again"):
+            read()
+    assert not trace.problems
+
+
 def test_what_is_not_a_trace_is_refused_in_one_line(tmp_path):
     from mpi4py import MPI  # noqa: F401
 

@@ -111,10 +111,13 @@ def test_a_job_that_still_runs_is_left_alone(tmp_path, capfd):
 
 def test_nothing_to_recover_is_told_in_one_line(tmp_path, one, capfd):
     write_trace(one, tmp_path / "sealed.h5", some_events(5))
-    for name, text in (("sealed.h5", "recover: there are no journals"), ("absent.h5", "there is no trace")):
+    for name, text in (("sealed.h5", "sealed.h5 is sealed, and there are no journals"), ("absent.h5", "there is no trace")):
         assert main(["trace", "recover", str(tmp_path / name)]) == 2
         (line,) = capfd.readouterr().err.splitlines()
         assert "nothing to recover" in line and text in line
+    (tmp_path / "text.h5").write_text("hello")
+    assert main(["trace", "recover", str(tmp_path / "text.h5")]) == 2
+    assert "text.h5 is not a trace" in capfd.readouterr().err
 
 
 def test_a_trace_of_another_run_is_replaced_only_when_asked(tmp_path, one, capfd):

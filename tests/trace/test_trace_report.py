@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ pytest.importorskip("jinja2", reason="reports need jinja2: pip install 'spimpi[t
 
 import spimpi.trace
 from spimpi.cli import main
+from spimpi.trace.diff import diff
 from spimpi.trace.report.facts import gather
+from spimpi.trace.report.page import _difference
 from spimpi.trace.schema import Op, Stage, Status, blank_events
 
 HIDDEN = [tensor.name for tensor in TENSORS].index("hidden")
@@ -259,6 +262,16 @@ def test_a_page_that_exists_is_kept(tmp_path, capfd):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run.h5", "run.html"]
 
 
+def test_a_page_never_replaces_one_of_its_traces(tmp_path, capfd):
+    for name in ("a.h5", "b.h5"):
+        write_alone_trace(tmp_path / name, replicas(2))
+    before = (tmp_path / "b.h5").read_bytes()
+    files = [tmp_path / "a.h5", tmp_path / "b.h5"]
+    assert report(*files, "-o", tmp_path / "b.h5", "--overwrite") == 2
+    assert "it is of the trace" in capfd.readouterr().err
+    assert (tmp_path / "b.h5").read_bytes() == before
+
+
 @pytest.mark.parametrize("kind", ["absent", "other", "folder"])
 def test_bad_input_gives_exit_2_and_one_line(tmp_path, kind, capfd):
     write_alone_trace(tmp_path / "good.h5", replicas(2))
@@ -312,6 +325,47 @@ def test_several_runs_are_compared_with_the_first(tmp_path):
     table = page.records("Growth of the difference: a.h5 and c.h5")
     assert [r["difference"] for r in table] == ["differs"] + ["equal"] * (3 * LAYERS - 1)
     assert (table[0]["step"], table[0]["layer"]) == ("1", "2")
+
+
+def test_a_jump_of_the_difference_is_told_beside_a_first_one_that_is_rounding(tmp_path):
+    for name, flip in (("a", None), ("b", 8)):
+        write_alone_trace(tmp_path / f"{name}.h5", [golden(flip)])
+    with spimpi.trace.open(tmp_path / "a.h5") as a, spimpi.trace.open(tmp_path / "b.h5") as b:
+        found = diff(a, b)
+    assert "jump" not in _difference(found)
+    found.table["relative"][found.first] = 0.004
+    said = _difference(replace(found, jump=found.first))
+    assert "A jump at step 1, layer 2, hidden: relative 0.004, over 100 times all before" in said
+
+
+def test_what_could_not_be_compared_is_no_equality(tmp_path):
+    import h5py
+
+    for name in ("a.h5", "b.h5"):
+        write_alone_trace(tmp_path / name, [golden(), golden()])
+    with h5py.File(tmp_path / "b.h5", "r+") as file:
+        file["events/bytes"][0] = 7
+    files = [tmp_path / "a.h5", tmp_path / "b.h5"]
+    assert report(*files, "-o", tmp_path / "page.html") == 3
+    runs = Page(tmp_path / "page.html").records("The runs")
+    assert runs[1]["against the first run"].startswith("Incomplete: no difference in the ")
+
+
+def test_replicas_that_agreed_where_the_run_first_went_wrong_say_so(tmp_path):
+    """The map of the tensor that was struck then has no ring."""
+    ranks = replicas(3, odd_rank=1, step=1, layer=4)
+    row = (1 * LAYERS + 3) * 2
+    ranks[1] = failing(ranks[1], row, op=Op.AT_REST)
+    said = "In layer 3 they agreed: the first divergence (at rest) is not in this map."
+    assert said in page_of(tmp_path, ranks, status=1).text
+    assert "they agreed" not in page_of(tmp_path, replicas(3, odd_rank=1), status=1).text
+
+
+def test_the_time_of_checks_is_not_called_time_spent_checking(tmp_path):
+    """A layer's checks have the layer's time: the computation is in it."""
+    text = page_of(tmp_path, replicas(2)).text
+    assert "checks span" in text and "spent checking" not in text
+    assert "Those of a layer span its computation too." in text
 
 
 def test_runs_that_cannot_be_compared_are_shown_with_the_reason(tmp_path):

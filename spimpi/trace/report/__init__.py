@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spimpi.errors import SpimpiError
-from spimpi.trace.check import refuse_running
+from spimpi.trace.check import refuse_running, refuse_to_replace
 from spimpi.trace.diff import diff
 from spimpi.trace.reader import open as open_trace
 from spimpi.trace.report import page
@@ -34,7 +34,7 @@ def report(paths, output, overwrite: bool = False) -> Report:
     """Write one HTML page about the traces ``paths`` to ``output``. Local, needs no MPI.
 
     UsageError where one is not a trace, is still written, or ``output`` exists (unless
-    ``overwrite``) or cannot be written; MissingDependency without jinja2.
+    ``overwrite``), is of one of them or cannot be written; MissingDependency without jinja2.
     """
     output = Path(output)
     check_can_write(output, overwrite)
@@ -43,6 +43,7 @@ def report(paths, output, overwrite: bool = False) -> Report:
         traces = [opened.enter_context(open_trace(path)) for path in paths]
         for trace in traces:
             refuse_running(trace)
+            refuse_to_replace(trace, output)
         runs = [gather(trace) for trace in traces]
         differences = [_difference(traces[0], other) for other in traces[1:]]
     html = page.render(runs, differences)

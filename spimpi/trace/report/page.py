@@ -11,6 +11,7 @@ from spimpi.trace.report import growth, places, rank_map, timeline, volume, word
 from spimpi.trace.report.facts import Run
 from spimpi.trace.report.squares import FAILED
 from spimpi.trace.report.svg import Picture
+from spimpi.trace.rounding import JUMP
 from spimpi.units import in_bytes
 
 MOST_PICTURED = 8  # runs; the others are in the table alone
@@ -173,7 +174,7 @@ def _figures(id: str, run: Run, n_runs: int) -> list[Figure]:
             f"{sheet.tensor} in {where}. Within a column, equal colours and letters are equal bits."
             if sheet.replicas
             else f"What was checked of {_what(sheet)} in {where}, on each rank."
-        )
+        ) + _not_here(run, sheet)
         figures.append(
             Figure(
                 own, f"Rank × layer: {sheet.tensor}, {kind}", caption,
@@ -184,7 +185,9 @@ def _figures(id: str, run: Run, n_runs: int) -> list[Figure]:
         )  # fmt: skip
     if run.spans:
         own = f"{id}-time"
-        caption = "Each rank's steps, and in each the time during which checks ran."
+        caption = "Each rank's steps, and in each the time from the start to the end of its checks."
+        if "model" in run.attributes:
+            caption += " Those of a layer span its computation too."
         picture = timeline.draw(run.spans, run.time_rows, run.at_fault, f"{own}-title")
         figures.append(Figure(own, "Time", caption, picture, "time"))
     if run.ops:
@@ -211,6 +214,17 @@ def _first_column(run: Run, sheet) -> str:
     if run.first is None or sheet.tensor not in (run.first.tensor, "all checks"):
         return ""
     return str(run.first.layer) if run.first.layer >= 0 else ""
+
+
+def _not_here(run: Run, sheet) -> str:
+    """That replicas agreed where the run first went wrong, so that the map does not show it."""
+    column = _first_column(run, sheet)
+    if not sheet.replicas or column not in sheet.columns or run.first.op == "agreement":
+        return ""
+    if sheet.wrong[:, sheet.columns.index(column)].any():
+        return ""
+    first = f"the first divergence ({run.first.op})"
+    return f" In layer {column} they agreed: {first} is not in this map."
 
 
 def _compared(number: int, first: Run, run: Run, found) -> dict:
@@ -241,13 +255,22 @@ def _difference(found) -> str:
     """The first difference of two runs in words."""
     if found.first < 0:
         n = len(found.table)
+        if found.missing:
+            return f"Incomplete: no difference in the {n:,} tensors that could be compared."
         return f"No difference in the {n:,} tensors that both have." if n else "Nothing in common."
     row = found.table[found.first]
     where = growth.place(row, found.names)
     kind = str(found.judgement)
     kind = "" if kind == "different" else f": {kind}"
     n, most = f"{found.n_differ:,}", f"{len(found.table):,}"
-    return f"First difference: {where}{kind}. {n} of {most} tensors differ."
+    said = f"First difference: {where}{kind}. {n} of {most} tensors differ."
+    if found.jump >= 0:
+        jump = found.table[found.jump]
+        said += (
+            f" A jump at {growth.place(jump, found.names)}: relative {jump['relative']:.1g}, over "
+            f"{JUMP:.0f} times all before it, is evidence of corruption."
+        )
+    return said
 
 
 def _line(run: Run, found) -> dict:

@@ -1,4 +1,4 @@
-"""The timeline: each rank's steps, and in each how much of it was spent checking."""
+"""The timeline: each rank's steps, and in each how much of it its checks span."""
 
 from spimpi.trace.report import svg
 from spimpi.trace.report.rows import Row, labelled
@@ -26,7 +26,7 @@ def draw(spans: tuple[Span, ...], rows: tuple[Row, ...], at_fault, title_id: str
         checked = wide * min(s.checking / (s.end - s.start), 1.0) if s.end > s.start else 0.0
         row = rows[s.row]
         who = f"rank {row.label}" if row.alone else f"ranks {row.label}, on average"
-        words = f"{who}, {s.name}: {_s(s.end - s.start)}, of which checking {_s(s.checking)}"
+        words = f"{who}, {s.name}: {_s(s.end - s.start)}, of which checks span {_s(s.checking)}"
         class_ = "span-a" if n % 2 == 0 else "span-b"
         content.append(svg.square(x, y + 1, wide, height - 2, class_, words))
         if checked > 0.3:
@@ -43,7 +43,7 @@ def draw(spans: tuple[Span, ...], rows: tuple[Row, ...], at_fault, title_id: str
         ]
     ]  # fmt: skip
     note = f"{len(lines)} of {len(spans):,} lines." if len(lines) < len(spans) else ""
-    columns = ("rank", "step", "starts at s", "lasts s", "checking s")
+    columns = ("rank", "step", "starts at s", "lasts s", "checks span s")
     return Picture(
         svg.drawing(*size, "".join(content), title_id), columns, tuple(lines), note
     )
