@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from spimpi.bench import computed_trials as computed, moved_trials as moved
+from spimpi.bench import (
+    checked_trials as checked, computed_trials as computed, moved_trials as moved,
+)  # fmt: skip
+from spimpi.bench.chain_trials import chain
 from spimpi.bench.planted import CONTRIBUTION, MOVEMENT, REPLICA, ROUNDING
-from spimpi.bench.scenes import RECORD
+from spimpi.bench.scenes import RECORD, SEQUENCE
 
 SHARDS = (2, 3, 4, 8)
 DTYPES = ("uint8", "float16", "bfloat16", "float32", "int32", "float64", "int64", "complex64")
@@ -30,13 +33,16 @@ class Case:
     batched: bool = True
 
 
-def _sketches(scenes, ranks):
-    return [computed.sketches_hold(s) for s in scenes]
-
-
 _REPLICATED = (*MOVEMENT, *REPLICA)
 _SUMMED = (*MOVEMENT, *CONTRIBUTION)
 _ROUNDED = (*_SUMMED, *ROUNDING)
+
+
+
+def _wrapped(name, trial, faults=tuple(MOVEMENT), dtypes=DTYPES, trials=4, batched=True) -> Case:
+    """Of a checked communicator; what decides is as in the check of the same data."""
+    return Case(f"checked().{name}", trial, dtypes, faults, trials, 40, batched=batched)
+
 
 # Checks that compare content fingerprints.
 CONTENT = (
@@ -51,13 +57,20 @@ CONTENT = (
     Case("verify_replicas", moved.replicas, faults=_REPLICATED),
     Case("verify_weights", moved.weights, faults=_REPLICATED, hold=moved.weights_hold,
          batched=False),
-    Case("manifest check", None, hold=moved.files_hold),
+    Case("manifest check", moved.files, hold=moved.files_hold, batched=False),
+    Case("HandoffChain", chain, faults=(*MOVEMENT, RECORD, *SEQUENCE), trials=4, clean=60,
+         batched=False),
+    _wrapped("Allgather", checked.allgather, _REPLICATED),
+    _wrapped("Bcast", checked.broadcast, _REPLICATED),
+    _wrapped("Gather", checked.gather),
+    _wrapped("Scatter", checked.scatter),
+    _wrapped("Alltoallv", checked.alltoallv),
 )  # fmt: skip
 PAINTING = Case("verify_colors", moved.colors, PAINTED, trials=60, clean=6000, batched=False)
 
 
-def _sum(name, trial, dtypes, faults=_SUMMED, trials=24, clean=1500, hold=None) -> Case:
-    return Case(name, trial, dtypes, faults, trials, clean, hold, batched=False)
+def _sum(name, trial, dtypes, faults=_SUMMED, trials=24, clean=1500) -> Case:
+    return Case(name, trial, dtypes, faults, trials, clean, batched=False)
 
 
 BOUND = _sum("verify_allreduce: bound", computed.allreduce_floats, FLOATS, _ROUNDED)
@@ -78,8 +91,17 @@ COMPUTED = (
     _sum("verify_reduce_scatter: integers", computed.reduce_scatter_integers, WHOLE_NUMBERS,
          trials=100, clean=500),
     Case("verify_matmul", computed.matmul, ("int32", "int64", "float32", "float64"), trials=60),
-    _sum("compare_sketches", None, FLOATS, _ROUNDED, clean=500, hold=_sketches),
+    _sum("compare_sketches", computed.sketches, FLOATS, _ROUNDED, clean=500),
+    _sum("exact_allreduce", computed.exact_sum, FLOATS, (*_SUMMED, *REPLICA), trials=6, clean=50),
+    _wrapped("Allreduce: bound", checked.allreduce, _ROUNDED, FLOATS, 6, batched=False),
+    _wrapped("Allreduce: integers", checked.allreduce_integers, _SUMMED, WHOLE_NUMBERS, 10,
+             batched=False),
 )  # fmt: skip
 
 IN_ONE_PROCESS = (*CONTENT, PAINTING, *COMPUTED)
-ON_RANKS = tuple(case for case in (*IN_ONE_PROCESS, WRAPPING) if case.trial is not None)
+# Requests and messages of a checked communicator have no ranks in one process.
+WITH_MPI_ALONE = (
+    _wrapped("Iallgather", checked.iallgather, _REPLICATED, batched=False),
+    _wrapped("Send, Recv", checked.messages, batched=False),
+)  # fmt: skip
+ON_RANKS = (*IN_ONE_PROCESS, WRAPPING, *WITH_MPI_ALONE)

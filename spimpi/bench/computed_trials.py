@@ -1,15 +1,17 @@
 """Trials of the checks of sums, products and sketches, as in moved_trials.py: results are faulty."""
 
+from copy import copy
 from functools import lru_cache
+from types import SimpleNamespace
 
 import numpy as np
 from mpi4py import MPI
 
 import spimpi
-from spimpi.bench.planted import N_TENSORS, SHAPE, tensors
+from spimpi.bench.planted import N_TENSORS, REPLICA, SHAPE, tensors
 from spimpi.bench.scenes import Scene
 from spimpi.checks.matmul import project_weight
-from spimpi.checks.sums.sketch import combine_sketches
+from spimpi.exact_sum import quantized, row_exponents, scaled_bits
 
 INNER = 16  # of the products
 MANY = 100  # rounds: more than the search for a sum's elements takes
@@ -27,10 +29,15 @@ def addends(s: Scene, made=None, op=np.add) -> list[np.ndarray]:
     """One contribution a rank; the scene's tensor becomes their sum, in a random order."""
     chosen = s.rng.choice(N_TENSORS, s.n + 1, replace=False)
     pool = tensors(s.dtype) if made is None else made(s.dtype)
-    parts = [pool[i] for i in chosen[:-1]]
+    return _summed(s, [pool[i] for i in chosen], op)
+
+
+def _summed(s: Scene, addends, op=np.add) -> list[np.ndarray]:
+    """As ``addends``, of these: one a rank, and one of the step before."""
+    *parts, other = addends
     order = s.rng.permutation(s.n)
     s.whole = float_sum([parts[i] for i in order], op)
-    s.earlier = float_sum([pool[chosen[-1]], *parts[1:]], op)
+    s.earlier = float_sum([other, *parts[1:]], op)
     out = int(order[0])
     s.more = {
         "without": lambda: float_sum([p for i, p in enumerate(parts) if i != out], op),
@@ -39,7 +46,7 @@ def addends(s: Scene, made=None, op=np.add) -> list[np.ndarray]:
     return parts
 
 
-def _rounds(result) -> int:
+def rounds_of(result) -> int:
     """A result that is not finite is judged after a closer look; any other by its words."""
     is_float = result.dtype.kind not in "iu"
     return MANY if is_float and not np.isfinite(result).all() else 2
@@ -49,7 +56,7 @@ def allreduce(s: Scene, parts, agreement=False, op=MPI.SUM):
     # Where all hold the same wrong result only the sum tells; where some do, agreement does too.
     wrong = s.wrong_whole()
     who = s.who(agreement=True) if agreement else frozenset(range(s.n))
-    s.rounds = _rounds(wrong)
+    s.rounds = rounds_of(wrong)
 
     def call(comm, ctx):
         result = wrong if comm.rank in who else s.whole
@@ -99,7 +106,7 @@ def allreduce_xor(s: Scene):
 def reduce_scatter(s: Scene, made=None):
     parts = addends(s, made)
     wrong = s.wrong_shard()
-    s.rounds = _rounds(wrong)
+    s.rounds = rounds_of(wrong)
 
     def call(comm, ctx):
         r = comm.rank
@@ -174,14 +181,57 @@ def _weight(dtype: str, i: int):
     return project_weight(_products(dtype)[i][1], spimpi.Tag(name="w", layer=i))
 
 
-def sketches_hold(s: Scene) -> bool:
-    """Whether two orders of a sum, one of them faulty, are not called different. Local."""
+def sketches(s: Scene):
+    """Two orders of a sum, one of them faulty: whether they are not called different."""
     parts = addends(s)
     other = float_sum([parts[i] for i in s.rng.permutation(s.n)])
     wrong = s.wrong_whole()
-    found = combine_sketches(
-        [spimpi.sketch(wrong[p.start : p.stop], s.tag, p) for p in s.parts]
-    )
-    given = [spimpi.sketch(part, s.tag) for part in parts]
-    compared = spimpi.compare_sketches(spimpi.sketch(other, s.tag), found, given)
-    return compared.verdict != "different"
+
+    def call(comm, ctx):
+        part = s.parts[comm.rank]
+        own = spimpi.sketch(wrong[part.start : part.stop], s.tag, part)
+        found = spimpi.reduce_sketch(comm, own)
+        given = [spimpi.sketch(one, s.tag) for one in parts]
+        compared = spimpi.compare_sketches(spimpi.sketch(other, s.tag), found, given)
+        return compared.verdict != "different"
+
+    return call, None
+
+
+class _Struck:
+    """A communicator of whose sums ``wrong`` arrives."""
+
+    def __init__(self, comm, wrong):
+        self._comm, self._wrong = comm, wrong
+
+    def __getattr__(self, name):
+        return getattr(self._comm, name)
+
+    def Allreduce(self, send, receive, op):
+        self._comm.Allreduce(send, receive, op=op)
+        if op == MPI.SUM and send is not MPI.IN_PLACE:  # not the number of addends
+            receive[...] = self._wrong
+
+
+def exact_sum(s: Scene):
+    """What MPI makes of the scaled integers is wrong: on all ranks, or a wrong replica on some."""
+    chosen = s.rng.choice(N_TENSORS, s.n + 1, replace=False)
+    floats = [tensors(s.dtype)[i] for i in chosen]
+    numbers = [x.view(x.real.dtype) for x in floats]
+    exponents = np.max([row_exponents(x) for x in numbers[:-1]], axis=0)
+    _summed(s, [quantized([x], exponents, scaled_bits(s.n)) for x in numbers])
+    wrong = s.wrong_whole()
+    who = s.who(agreement=True) if s.fault in REPLICA else frozenset(range(s.n))
+    s.rounds = 8  # the library's own, down to the last words
+
+    def call(comm, ctx):
+        session = copy(ctx.session)
+        session.comm = _Struck(comm, wrong if comm.rank in who else s.whole)
+        struck = SimpleNamespace(session=session, tracer=None, is_over=lambda comm: True)
+        try:
+            spimpi.exact_allreduce(comm, floats[comm.rank], tag=s.tag, ctx=struck)
+        except spimpi.CorruptionError:
+            return False
+        return True
+
+    return call, None

@@ -14,7 +14,7 @@ from spimpi.bench.cases import (
     BOUND, COMPUTED, CONTENT, DTYPES, FLOATS, IN_ONE_PROCESS, ON_RANKS, PAINTED, PAINTING, SHARDS,
 )  # fmt: skip
 from spimpi.bench.planted import CONTRIBUTION, MOVEMENT, REPLICA, ROUNDING
-from spimpi.bench.scenes import CLEAN, RECORD
+from spimpi.bench.scenes import CLEAN, RECORD, SEQUENCE
 from spimpi.fingerprint.arrays import dtype_of
 from spimpi.fingerprint.painting import coloured_bits
 
@@ -136,7 +136,7 @@ def _fault_lines(faults):
 def _by_fault(sums) -> str:
     others = [name for name in OTHERS if sums(check=name)[1]]
     lines = []
-    for title, fault in _fault_lines((*MOVEMENT, *REPLICA, RECORD)):
+    for title, fault in _fault_lines((*MOVEMENT, *REPLICA, RECORD, *SEQUENCE)):
         cells = [sums(check=names(CONTENT), fault=fault)]
         cells += [sums(check=name, fault=fault) for name in others]
         lines.append([title, *(_cell(*c) for c in cells)])

@@ -22,6 +22,7 @@ from spimpi.manifest.check import check_files
 from spimpi.manifest.dtypes import STORED_TYPES
 from spimpi.manifest.format import Manifest, TensorFacts
 from spimpi.manifest.make import make_manifest
+from spimpi.manifest.over_ranks import check_over
 from spimpi.manifest.slices import judge
 
 
@@ -207,19 +208,33 @@ def weights_hold(scenes, ranks=None) -> list[bool]:
     return [not (j.failed or j.uncovered or j.refused) for j in judged]
 
 
+def _wrong_file(s: Scene) -> np.ndarray:
+    array = s.whole.copy()
+    array[s.rows] = s.wrong_shard()
+    return array
+
+
 def files_hold(scenes, ranks=None) -> list[bool]:
     """What ``check_files`` says of each tensor of a checkpoint in so many files as ranks."""
+    return _hold(scenes, [_wrong_file(s) for s in scenes])
+
+
+def files(s: Scene):
+    """What ``check_over`` says, the bytes shared over the ranks."""
+    wrong = _wrong_file(s)
+    return lambda comm, ctx: _hold([s], [wrong], comm)[0], None
+
+
+def _hold(scenes, wrong, comm=None) -> list[bool]:
     names = [f"layers.{i}.weight" for i in range(len(scenes))]
-    wrong = []
-    for s in scenes:
-        array = s.whole.copy()
-        array[s.rows] = s.wrong_shard()
-        wrong.append(array)
     with tempfile.TemporaryDirectory() as folder:
         _write(folder, names, [s.whole for s in scenes], scenes[0])
         manifest = make_manifest(folder, threads=1)
         _write(folder, names, wrong, scenes[0])
-        found = check_files(manifest, folder, threads=1)
+        if comm is None:
+            found = check_files(manifest, folder, threads=1)
+        else:
+            found = check_over(comm, manifest, comm.bcast(folder), threads=1)
     failed = {mismatch.tensor for mismatch in found.corrupted}
     return [name not in failed for name in names]
 

@@ -12,7 +12,12 @@ import numpy as np
 from mpi4py import MPI
 
 from spimpi.checks.session import Session
+from spimpi.fingerprint.tag import DEFAULT_SEED
 from spimpi.reduction import RecordReduction, _merge
+
+OPERATIONS = (
+    (MPI.SUM, np.add), (MPI.BOR, np.bitwise_or), (MPI.MAX, np.maximum), (MPI.MIN, np.minimum),
+)  # fmt: skip
 
 
 class NotYet(Exception):
@@ -30,7 +35,7 @@ class _Rank(MPI.Intracomm):
         return super().__new__(cls, MPI.COMM_SELF)
 
     def __init__(self, ranks, rank):
-        self.ranks, self._rank = ranks, rank
+        self.ranks, self._rank, self.kept = ranks, rank, {}
 
     rank = property(lambda self: self._rank)
     size = property(lambda self: self.ranks.size)
@@ -53,29 +58,42 @@ class _Rank(MPI.Intracomm):
     def Bcast(self, buffer, root):
         buffer[:] = self.ranks.exchange(self._rank, buffer.copy())[root]
 
-    # A hand-off's two ends, the sender first.
+    # The two ends of hand-offs, the sender first: each one's record, and then the next.
 
     def Irecv(self, buffer, peer, tag):
-        message = self.ranks.mail.get((peer, self._rank, tag))
-        self.ranks.waits = message is None
-        if message is not None:
-            buffer[0][:] = message
+        box = self.ranks.mail.setdefault((peer, self._rank, tag), [])
+        number = self.ranks.at[self._rank]
+        self.ranks.waits = number == len(box)
+        if not self.ranks.waits:
+            buffer[0][:] = box[number]
         return MPI.REQUEST_NULL
 
     def Isend(self, buffer, peer, tag):
-        self.ranks.mail[self._rank, peer, tag] = buffer[0].copy()
+        box = self.ranks.mail.setdefault((self._rank, peer, tag), [])
+        if self.ranks.at[self._rank] == len(box):
+            box.append(buffer[0].copy())
+        self.ranks.at[self._rank] += 1
         if self.ranks.waits:
             raise NotYet
         return MPI.REQUEST_NULL
+
+    # What a checked communicator keeps for requests, which are not played here.
+
+    def Get_attr(self, keyval):
+        return self.kept
+
+    def Dup(self):
+        return MPI.COMM_SELF
 
     def Get_group(self):  # for a communicator of the two ends, to find what differs
         raise SecondLook
 
 
 class _Context:
-    """What checks use of a DistributedContext: a session; no batch, no trace."""
+    """What checks use of a DistributedContext: a session and a seed; no batch, no trace."""
 
     open_batch = tracer = None
+    seed = DEFAULT_SEED
 
     def __init__(self, comm, records):
         self.session = Session(comm, records)
@@ -136,7 +154,7 @@ class Ranks:
             if op == self.records.op:
                 _merge(words, total, None)
             else:
-                total = np.bitwise_or(total, words) if op == MPI.BOR else total + words
+                total = next(f for known, f in OPERATIONS if known == op)(total, words)
         return total
 
 

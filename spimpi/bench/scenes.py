@@ -12,7 +12,14 @@ from spimpi.partition import TensorPartition
 
 CLEAN = "nothing"
 RECORD = "the record of another hand-off"
-FAULTS = {**MOVEMENT, **REPLICA, **CONTRIBUTION, **ROUNDING, RECORD: None, CLEAN: None}
+# Of a sequence of hand-offs.
+LOST, TWICE = "a hand-off lost", "a hand-off received twice"
+REORDERED, MIXED = "two hand-offs in the other order", "two sequences of hand-offs mixed up"
+SEQUENCE = (LOST, TWICE, REORDERED, MIXED)
+FAULTS = {
+    **MOVEMENT, **REPLICA, **CONTRIBUTION, **ROUNDING,
+    **dict.fromkeys((RECORD, *SEQUENCE, CLEAN)),
+}  # fmt: skip
 
 
 @lru_cache
