@@ -111,6 +111,8 @@ def _by_check(sums) -> str:
             sums(route, check=name, fault=faults)
             for route in (ONE_PROCESS, ON_MPI) for faults in (case.faults, CLEAN)
         ]  # fmt: skip
+        if not any(tried for _, tried in cells):
+            continue
         lines.append([f"`{name}`" if name.isidentifier() else name, *(_cell(*c) for c in cells)])
         for i, cell in enumerate(cells):
             totals[name in names(CONTENT), i] = _plus(totals[name in names(CONTENT), i], cell)
