@@ -15,7 +15,7 @@ from spimpi.inference.model import Stage
 from spimpi.inference.tensors import PROGRAM
 from spimpi.inference.weights import Loader
 from spimpi.topology.grid import choose
-from spimpi.trace.journal import Journal
+from spimpi.trace.journals.journal import Journal
 
 PROMPT, DECODED, ROUNDS = 128, 32, 31
 # A round: there and back, so that a machine that gets slower meanwhile slows both sides alike.

@@ -9,7 +9,7 @@ from time import perf_counter
 
 from spimpi.bench.synthetic_trace import synthetic_trace
 from spimpi.trace import open as open_trace
-from spimpi.trace.pieces import ROWS
+from spimpi.trace.reading.pieces import ROWS
 from spimpi.trace.schema import EVENT
 
 ROUNDS = 3

@@ -11,13 +11,13 @@ from pathlib import Path
 import numpy as np
 
 from spimpi.fingerprint.tag import GOLDEN, MASK
-from spimpi.trace import layout
 from spimpi.trace.checksum import rows_fingerprint
-from spimpi.trace.drivers import (
-    Plan, parts_folder, write_alone, write_part, write_shown_parts,
-)  # fmt: skip
 from spimpi.trace.schema import (
-    EVENT, Established, Op, RankInfo, Stage, Status, TensorInfo, blank_events,
+    Established, Op, RankInfo, Stage, Status, TensorInfo, blank_events,
+)  # fmt: skip
+from spimpi.trace.sealing import layout
+from spimpi.trace.sealing.drivers import (
+    Plan, parts_folder, write_alone, write_part, write_shown_parts,
 )  # fmt: skip
 
 LAYERS = 16

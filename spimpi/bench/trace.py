@@ -12,11 +12,12 @@ from mpi4py import MPI
 
 from spimpi.checks.recorder import FLUSH_SECONDS, Recorder
 from spimpi.reduction import together
-from spimpi.trace import layout, node_file
-from spimpi.trace.journal import Journal
-from spimpi.trace.journal_files import journal_folder, own_journal
+from spimpi.trace.journals import node_file
+from spimpi.trace.journals.journal import Journal
+from spimpi.trace.journals.journal_files import journal_folder, own_journal
 from spimpi.trace.schema import Established, Op, Stage, TensorInfo, blank_events
-from spimpi.trace.seal import choose_driver, prepare, seal
+from spimpi.trace.sealing import layout
+from spimpi.trace.sealing.seal import choose_driver, prepare, seal
 
 EVENTS, BLOCK, ROUNDS = 500_000, 1000, 3  # a rank; events a flush
 PER_SECOND, BURSTS = 1000, 16

@@ -19,11 +19,11 @@ from spimpi.checks.recorder import Recorder
 from spimpi.errors import CorruptionError, SpimpiError, UsageError
 from spimpi.fingerprint.tag import MASK
 from spimpi.reduction import together
-from spimpi.trace.journal import Journal, new_run_id
-from spimpi.trace.journal_files import journal_folder, own_journal
+from spimpi.trace.journals.journal import Journal, new_run_id
+from spimpi.trace.journals.journal_files import journal_folder, own_journal
+from spimpi.trace.journals.signals import SignalFlush
 from spimpi.trace.schema import EVENT, Op, Stage, Status, TensorInfo
-from spimpi.trace.seal import choose_driver, prepare, seal
-from spimpi.trace.signals import SignalFlush
+from spimpi.trace.sealing.seal import choose_driver, prepare, seal
 
 OPS = {
     "allgather": Op.ALLGATHER, "broadcast": Op.BROADCAST, "bcast": Op.BROADCAST,

@@ -51,7 +51,7 @@ def run(args) -> int:
 
 
 def _check(args) -> int:
-    from spimpi.trace.check import check
+    from spimpi.trace.reading.check import check
 
     found = check(args.file)
     if args.json:
@@ -67,7 +67,7 @@ def _check(args) -> int:
 
 
 def _recover(args) -> int:
-    from spimpi.trace.recover import recover
+    from spimpi.trace.sealing.recover import recover
 
     found = recover(args.file, args.overwrite)
     if args.json:

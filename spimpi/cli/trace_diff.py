@@ -27,9 +27,9 @@ def add_diff(commands) -> None:
 
 
 def run_diff(args) -> int:
-    from spimpi.trace.check import refuse_running
-    from spimpi.trace.diff import diff
-    from spimpi.trace.reader import open as open_trace
+    from spimpi.trace.reading.check import refuse_running
+    from spimpi.trace.analysis.diff import diff
+    from spimpi.trace.reading.reader import open as open_trace
 
     with open_trace(args.file) as a, open_trace(args.other) as b:
         for trace in (a, b):

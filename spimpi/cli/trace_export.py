@@ -28,9 +28,9 @@ def add_export(commands):
 
 
 def run_export(args) -> int:
-    from spimpi.trace.check import refuse_running, refuse_to_replace
+    from spimpi.trace.reading.check import refuse_running, refuse_to_replace
     from spimpi.trace.export import export, format_of
-    from spimpi.trace.reader import open as open_trace
+    from spimpi.trace.reading.reader import open as open_trace
     from spimpi.whole_file import check_can_write, whole_file
 
     to_stdout = args.output == "-"

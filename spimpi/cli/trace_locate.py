@@ -29,9 +29,9 @@ def run_locate(args) -> int:
     if args.failures < 0:
         msg = f"--failures must not be negative, found {args.failures}"
         raise UsageError(msg)
-    from spimpi.trace.check import refuse_running
-    from spimpi.trace.locate import locate
-    from spimpi.trace.reader import open as open_trace
+    from spimpi.trace.reading.check import refuse_running
+    from spimpi.trace.analysis.locate import locate
+    from spimpi.trace.reading.reader import open as open_trace
 
     with open_trace(args.file) as trace:
         refuse_running(trace)

@@ -53,9 +53,9 @@ def run_show(args) -> int:
     if args.failures < 0:
         msg = f"--failures must not be negative, found {args.failures}"
         raise UsageError(msg)
-    from spimpi.trace.check import refuse_running
-    from spimpi.trace.reader import open as open_trace
-    from spimpi.trace.summary import summarise
+    from spimpi.trace.reading.check import refuse_running
+    from spimpi.trace.reading.reader import open as open_trace
+    from spimpi.trace.analysis.summary import summarise
 
     with open_trace(args.file) as trace:
         if not args.live:

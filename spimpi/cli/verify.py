@@ -68,7 +68,7 @@ def _verify(args, comm, watchdog):
     from spimpi.reduction import PATIENCE, together
     from spimpi.verification.job import Request, prepare
     from spimpi.verification.run import verify_distributed_inference
-    from spimpi.trace.journal import new_run_id
+    from spimpi.trace.journals.journal import new_run_id
     from spimpi.verification.tracing import Tracer
 
     request = Request(

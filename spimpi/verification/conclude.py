@@ -8,7 +8,7 @@ from mpi4py import MPI
 from spimpi.checks.recorder import StageTotals, place_of
 from spimpi.checks.verdict import Verdict, Where
 from spimpi.reduction import empty_records
-from spimpi.trace.order import program_keys
+from spimpi.trace.analysis.order import program_keys
 from spimpi.trace.schema import Established, Op, Stage
 
 HANDED_ON = (Op.HANDOFF,)

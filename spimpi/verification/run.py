@@ -16,12 +16,12 @@ from spimpi.errors import CorruptionError, SpimpiError, UsageError
 from spimpi.fingerprint import fingerprint
 from spimpi.fingerprint.tag import Tag
 from spimpi.inference import golden as golden_runs
+from spimpi.inference.derived import derived_names
+from spimpi.inference.derived_check import check_derived, multiplied
 from spimpi.inference.footprint import rank_bytes, require_memory
 from spimpi.inference.model import Stage
 from spimpi.inference.schedule import expected_events
 from spimpi.inference.tensors import program_tensors
-from spimpi.inference.derived import derived_names
-from spimpi.inference.derived_check import check_derived, multiplied
 from spimpi.inference.weight_check import (
     check_weights, from_rank_0, second_read, weight_names,
 )  # fmt: skip
@@ -31,9 +31,9 @@ from spimpi.reduction import PATIENCE, blocks, together
 from spimpi.topology.data import rows_of
 from spimpi.topology.grid import choose
 from spimpi.topology.sequence import prompts_of, split_rows
+from spimpi.trace.journals.signals import flushed_on_signals
 from spimpi.trace.schema import Established, Op
 from spimpi.trace.schema import Stage as Phase
-from spimpi.trace.signals import flushed_on_signals
 from spimpi.verification import conclude
 from spimpi.verification.job import Job
 from spimpi.watchdog import Unwatched

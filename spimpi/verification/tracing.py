@@ -10,10 +10,10 @@ from spimpi.arithmetic import EXACT, FLOAT32_BLAS
 from spimpi.errors import SpimpiError
 from spimpi.reduction import PATIENCE, together
 from spimpi.trace.checksum import text_digest
-from spimpi.trace.journal import Journal
-from spimpi.trace.journal_files import journal_folder, own_journal, remove_journal
+from spimpi.trace.journals.journal import Journal
+from spimpi.trace.journals.journal_files import journal_folder, own_journal, remove_journal
 from spimpi.trace.schema import TensorInfo
-from spimpi.trace.seal import check_can_write, choose_driver, clear_folder, prepare, seal
+from spimpi.trace.sealing.seal import check_can_write, choose_driver, clear_folder, prepare, seal
 
 ENDS = {0: "verified", 1: "failed", 3: "incomplete"}
 

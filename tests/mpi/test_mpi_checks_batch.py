@@ -6,7 +6,6 @@ from types import ModuleType
 
 import numpy as np
 import pytest
-from mpi4py import MPI
 from planted import FAULTS, corruption, cut, data, refused, same_on_all, worlds
 
 import spimpi

@@ -1,7 +1,7 @@
 """Groups of steps: how many steps travel together is agreed, and nothing else depends on it."""
 
 import pytest
-from mpi_helpers import GROUPED, verify
+from mpi_helpers import verify
 
 from spimpi.inference import ledger
 

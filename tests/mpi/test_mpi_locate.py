@@ -8,7 +8,7 @@ from test_mpi_faults import IDS, N_STEPS, faults_of, stored_name
 
 import spimpi.trace
 from spimpi.faults import PLACES, Fault
-from spimpi.trace.locate import locate
+from spimpi.trace.analysis.locate import locate
 from spimpi.verification.job import Request, prepare
 from spimpi.verification.run import verify_distributed_inference
 from spimpi.verification.tracing import Tracer

@@ -8,10 +8,10 @@ import spimpi
 import spimpi.trace
 from spimpi import DistributedContext, Tag, TensorPartition, UsageError
 from spimpi.cli import main
-from spimpi.trace import node_file
-from spimpi.trace.journal_files import journal_folder
+from spimpi.trace.analysis.summary import summarise
+from spimpi.trace.journals import node_file
+from spimpi.trace.journals.journal_files import journal_folder
 from spimpi.trace.schema import Established, Op, Stage, Status
-from spimpi.trace.summary import summarise
 
 pytestmark = [pytest.mark.mpi, pytest.mark.wheels]
 

@@ -8,7 +8,7 @@ from spimpi import Tag, sketch
 from spimpi.inference.layers import Layers
 from spimpi.inference.tensors import golden_columns
 from spimpi.trace import open as open_trace
-from spimpi.trace.check import check
+from spimpi.trace.reading.check import check
 from spimpi.verification.job import Request, prepare
 from spimpi.verification.run import verify_distributed_inference
 from spimpi.verification.tracing import Tracer

@@ -30,17 +30,20 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from trace_samples import TENSORS, header, same, some_events, some_sketches  # noqa: E402
 
-from spimpi.trace import appending, drivers, layout, node_file  # noqa: E402
 from spimpi.trace import open as open_trace  # noqa: E402
-from spimpi.trace import recover as recovery  # noqa: E402
-from spimpi.trace import seal as sealing  # noqa: E402
-from spimpi.trace.check import check  # noqa: E402
-from spimpi.trace.journal import Journal  # noqa: E402
-from spimpi.trace.journal_files import journal_folder, own_journal  # noqa: E402
-from spimpi.trace.recover import recover  # noqa: E402
-from spimpi.trace.seal import choose_driver, prepare, seal  # noqa: E402
-from spimpi.trace.signals import flushed_on_signals  # noqa: E402
-from spimpi.trace.sketches import combined  # noqa: E402
+from spimpi.trace.journals import appending  # noqa: E402
+from spimpi.trace.journals import node_file  # noqa: E402
+from spimpi.trace.journals.journal import Journal  # noqa: E402
+from spimpi.trace.journals.journal_files import journal_folder, own_journal  # noqa: E402
+from spimpi.trace.journals.signals import flushed_on_signals  # noqa: E402
+from spimpi.trace.reading.check import check  # noqa: E402
+from spimpi.trace.reading.sketches import combined  # noqa: E402
+from spimpi.trace.sealing import drivers  # noqa: E402
+from spimpi.trace.sealing import layout  # noqa: E402
+from spimpi.trace.sealing import recover as recovery  # noqa: E402
+from spimpi.trace.sealing import seal as sealing  # noqa: E402
+from spimpi.trace.sealing.recover import recover  # noqa: E402
+from spimpi.trace.sealing.seal import choose_driver, prepare, seal  # noqa: E402
 
 RANKS, STEPS, ROWS = 3, 24, 400
 WAYS = ("one rank", "all ranks", "in a flush", "in sealing")

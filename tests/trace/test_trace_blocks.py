@@ -8,7 +8,7 @@ from trace_samples import same, some_events, write_alone_trace
 
 from spimpi.errors import UsageError
 from spimpi.trace import open as open_trace
-from spimpi.trace import pieces
+from spimpi.trace.reading import pieces
 from spimpi.trace.schema import EVENT, blank_events
 
 COUNTS = (40, 0, 7, 3, 100, 0, 25)

@@ -9,14 +9,13 @@ import signal
 import subprocess
 import sys
 
-import pytest
 from trace_samples import TENSORS, failing, header, some_events, write_journal, write_trace
 
-from spimpi.cli import apart as module
 from spimpi.cli import main
+from spimpi.cli import apart as module
 from spimpi.cli.apart import apart
-from spimpi.trace.journal import Journal
-from spimpi.trace.journal_files import journal_folder
+from spimpi.trace.journals.journal import Journal
+from spimpi.trace.journals.journal_files import journal_folder
 
 
 def check(capfd, path) -> tuple[int, dict]:

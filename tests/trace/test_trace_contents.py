@@ -7,10 +7,10 @@ import pytest
 
 from spimpi.arithmetic import EXACT, FLOAT32_BLAS, exact_bits
 from spimpi.distance import distances, relative_distances
-from spimpi.trace import contents as module
-from spimpi.trace.base import Block
-from spimpi.trace.contents import CONTENT, contents, paired
-from spimpi.trace.rounding import JUMP, first_jump, judge
+from spimpi.trace.analysis import contents as module
+from spimpi.trace.analysis.contents import CONTENT, contents, paired
+from spimpi.trace.analysis.rounding import JUMP, first_jump, judge
+from spimpi.trace.reading.base import Block
 from spimpi.trace.schema import EVENT, Op, RankInfo, Stage, Status, TensorInfo, blank_events
 
 

@@ -14,9 +14,9 @@ from spimpi.cli import apart as module
 from spimpi.cli.apart import apart
 from spimpi.errors import SpimpiError
 from spimpi.trace import open as open_trace
-from spimpi.trace.check import check
-from spimpi.trace.recover import recover
-from spimpi.trace.sketches import combined
+from spimpi.trace.reading.check import check
+from spimpi.trace.reading.sketches import combined
+from spimpi.trace.sealing.recover import recover
 
 SAMPLES = 80  # a file
 RIGHT, NAMED, CRASHED, WRONG = 0, 1, 98, 99
@@ -139,8 +139,8 @@ def test_a_wrong_value_would_be_seen(sound, tmp_path):
 
 
 def test_damaged_journals_are_sealed_up_to_the_damage_or_refused(tmp_path):
-    from spimpi.trace.journal import Journal
-    from spimpi.trace.journal_files import journal_folder, journal_path
+    from spimpi.trace.journals.journal import Journal
+    from spimpi.trace.journals.journal_files import journal_folder, journal_path
     from trace_samples import TENSORS, header
 
     events, folder = some_events(40), journal_folder(tmp_path / "made.h5")

@@ -10,11 +10,11 @@ from trace_samples import some_events, write_alone_trace
 
 import spimpi.trace
 from spimpi.cli import main
-from spimpi.trace.diff import diff
-from spimpi.trace.journal import Journal
-from spimpi.trace.journal_files import journal_folder
-from spimpi.trace.recover import recover
+from spimpi.trace.analysis.diff import diff
+from spimpi.trace.journals.journal import Journal
+from spimpi.trace.journals.journal_files import journal_folder
 from spimpi.trace.schema import Op, Stage, Status
+from spimpi.trace.sealing.recover import recover
 
 PAGE = (Path(__file__).parents[2] / "docs" / "trace-diff.md").read_text()
 SIX = ["--topology", "tp=3,pp=2"]

@@ -9,12 +9,13 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from trace_samples import some_events, write_journal
 
-from spimpi.trace import drivers, layout
 from spimpi.trace import open as open_trace
-from spimpi.trace.journal_files import journal_folder
-from spimpi.trace.recover import recover
+from spimpi.trace.journals.journal_files import journal_folder
 from spimpi.trace.schema import EVENT
-from spimpi.trace.seal import choose_driver, seal
+from spimpi.trace.sealing import drivers
+from spimpi.trace.sealing import layout
+from spimpi.trace.sealing.recover import recover
+from spimpi.trace.sealing.seal import choose_driver, seal
 
 NUMBER = count()  # of a case
 EXTREMES = [(name, value) for name in EVENT.names if EVENT[name].kind in "iu"

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,8 +19,8 @@ from trace_samples import TENSORS, failing, some_events, write_journal, write_tr
 from spimpi.cli import main
 from spimpi.errors import MissingDependency
 from spimpi.trace import open as open_trace
-from spimpi.trace.base import DamageError, Trace
 from spimpi.trace.export import COLUMNS, export, format_of
+from spimpi.trace.reading.base import DamageError, Trace
 from spimpi.trace.schema import EVENT, Established, Op, RankInfo, Stage, Status, TensorInfo
 
 NAMED = ("host", "stage", "op", "tensor", "dtype", "shape", "verdict", "established")
@@ -167,7 +166,7 @@ def test_numbers_that_this_version_does_not_know_are_shown_as_numbers(format):
 
 
 def test_many_rows_are_written_in_pieces(monkeypatch):
-    from spimpi.trace import export_text
+    from spimpi.trace.export import text as export_text
 
     events = some_events(100)
     whole = {format: exported(Held({3: events}), format) for format in ("csv", "chrome")}
@@ -178,7 +177,7 @@ def test_many_rows_are_written_in_pieces(monkeypatch):
 
 def test_parquet_keeps_types_and_the_runs_attributes(sample, monkeypatch):
     parquet = pytest.importorskip("pyarrow.parquet")
-    from spimpi.trace import export_parquet
+    from spimpi.trace.export import parquet as export_parquet
 
     monkeypatch.setattr(export_parquet, "ROWS", 50)
     file = parquet.ParquetFile(io.BytesIO(exported(sample, "parquet")))

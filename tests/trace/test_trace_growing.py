@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from spimpi.trace import growing
-from spimpi.trace.growing import OTHERS, UNKNOWN, GrowingTable, merged, read_table, renumbered
+from spimpi.trace.journals import growing
+from spimpi.trace.journals.growing import OTHERS, UNKNOWN, GrowingTable, merged, read_table, renumbered
 from spimpi.trace.schema import TensorInfo, blank_events
 
 A = TensorInfo("a", (4, 3), "float32")

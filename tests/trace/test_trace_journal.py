@@ -12,8 +12,8 @@ from trace_samples import TENSORS, header, same, some_events
 
 from spimpi.errors import IncompleteError, UsageError
 from spimpi.trace.checksum import RECORD
-from spimpi.trace.journal import BUFFERED, Journal, read_journal
-from spimpi.trace.journal_files import journal_path
+from spimpi.trace.journals.journal import BUFFERED, Journal, read_journal
+from spimpi.trace.journals.journal_files import journal_path
 from spimpi.trace.schema import EVENT
 
 
@@ -117,7 +117,7 @@ def test_a_lost_record_is_named(tmp_path):
 
 
 def test_a_newer_schema_is_refused(tmp_path):
-    import spimpi.trace.journal as module
+    import spimpi.trace.journals.journal as module
 
     body = b"{}      "
     path = tmp_path / "rank-00000.journal"
@@ -159,7 +159,7 @@ KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[2])
 from trace_samples import TENSORS, header, some_events
-from spimpi.trace.journal import Journal
+from spimpi.trace.journals.journal import Journal
 
 journal = Journal(sys.argv[1], 0, header(2), TENSORS)
 for step in range(5):

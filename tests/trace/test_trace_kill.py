@@ -8,8 +8,8 @@ import pytest
 from kill_runs import RANKS, RECOVERY, compare, kill_runs, note, rows_of, sketches_of
 from trace_samples import TENSORS, header
 
-from spimpi.trace.journal import Journal
-from spimpi.trace.journal_files import journal_folder
+from spimpi.trace.journals.journal import Journal
+from spimpi.trace.journals.journal_files import journal_folder
 
 
 def test_ten_killed_runs_leave_traces_that_say_what_is_there_and_what_is_not():

@@ -8,11 +8,11 @@ import pytest
 from trace_samples import failing, some_events, write_journal, write_trace
 
 from spimpi.cli import main
-from spimpi.trace import locate as module
-from spimpi.trace.base import Block
-from spimpi.trace.locate import locate
-from spimpi.trace.order import program_order
-from spimpi.trace.reach import Flow, classify, failures_of, reached_by, tells
+from spimpi.trace.analysis import locate as module
+from spimpi.trace.analysis.locate import locate
+from spimpi.trace.analysis.order import program_order
+from spimpi.trace.analysis.reach import Flow, classify, failures_of, reached_by, tells
+from spimpi.trace.reading.base import Block
 from spimpi.trace.schema import EVENT, Op, RankInfo, Stage, Status, TensorInfo, blank_events
 
 PROGRAM = ("embed", "qkv", "kv", "attn", "attn_max", "resid", "ffn", "hidden", "logits", "tokens")

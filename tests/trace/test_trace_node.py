@@ -7,14 +7,14 @@ import pytest
 from trace_samples import TENSORS, header, same, some_events
 
 from spimpi.cli import main
-from spimpi.trace import node_file
 from spimpi.trace import open as open_trace
-from spimpi.trace.check import check
-from spimpi.trace.journal import Journal, read_journal
-from spimpi.trace.journal_files import journal_folder, journals_in, lock
-from spimpi.trace.node_file import EXTENT, Stream, create, streams
-from spimpi.trace.recover import recover
-from spimpi.trace.seal import prepare
+from spimpi.trace.journals import node_file
+from spimpi.trace.journals.journal import Journal, read_journal
+from spimpi.trace.journals.journal_files import journal_folder, journals_in, lock
+from spimpi.trace.journals.node_file import EXTENT, Stream, create, streams
+from spimpi.trace.reading.check import check
+from spimpi.trace.sealing.recover import recover
+from spimpi.trace.sealing.seal import prepare
 
 RANKS = (1, 4, 6)  # of a world of which node holds every other rank or so
 ROWS = 2500  # three extents and a bit

@@ -10,7 +10,7 @@ from trace_samples import (
 
 from spimpi.errors import MissingDependency, UsageError
 from spimpi.trace import open as open_trace
-from spimpi.trace import pieces
+from spimpi.trace.reading import pieces
 from spimpi.trace.schema import EVENT, Op, Stage, Status
 
 pandas = pytest.importorskip("pandas", reason="needs the extra spimpi[trace]")

@@ -10,7 +10,7 @@ from trace_samples import same, some_events, write_journal, write_trace
 
 from spimpi.errors import IncompleteError, UsageError
 from spimpi.trace import open as open_trace
-from spimpi.trace.journal_files import journal_folder
+from spimpi.trace.journals.journal_files import journal_folder
 
 
 def test_columns_are_read_lazily(tmp_path, one, driver):
@@ -30,7 +30,7 @@ def test_columns_are_read_lazily(tmp_path, one, driver):
 def test_reading_needs_neither_mpi_nor_numba(tmp_path, one):
     write_trace(one, tmp_path / "run.h5", some_events(5))
     code = (
-        "import sys, spimpi.trace.reader as r; t = r.open(sys.argv[1]); t.events();"
+        "import sys, spimpi.trace.reading.reader as r; t = r.open(sys.argv[1]); t.events();"
         "print([m for m in ('mpi4py.MPI', 'numba') if m in sys.modules])"
     )
     done = subprocess.run(

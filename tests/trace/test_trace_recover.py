@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from trace_samples import TENSORS, header, same, some_events, write_journal, write_trace
 
-import spimpi.trace.recover as module
+import spimpi.trace.sealing.recover as module
 from spimpi.cli import main
 from spimpi.errors import IncompleteError
 from spimpi.trace import open as open_trace
-from spimpi.trace.check import check
-from spimpi.trace.journal import Journal
-from spimpi.trace.journal_files import journal_folder, journal_path
-from spimpi.trace.recover import recover
+from spimpi.trace.journals.journal import Journal
+from spimpi.trace.journals.journal_files import journal_folder, journal_path
+from spimpi.trace.reading.check import check
+from spimpi.trace.sealing.recover import recover
 
 
 def killed(path, world=3, rows=30, present=(0, 1, 2), closed=()):
@@ -147,7 +147,7 @@ def test_journals_left_beside_their_own_sealed_trace_are_removed(tmp_path, one, 
 
 
 def module_seal(one, journal, path, driver):
-    from spimpi.trace.seal import seal
+    from spimpi.trace.sealing.seal import seal
 
     seal(one, journal, path, {"end_state": "verified"}, driver)
 

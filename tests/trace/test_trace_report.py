@@ -14,7 +14,7 @@ pytest.importorskip("jinja2", reason="reports need jinja2: pip install 'spimpi[t
 
 import spimpi.trace
 from spimpi.cli import main
-from spimpi.trace.diff import diff
+from spimpi.trace.analysis.diff import diff
 from spimpi.trace.report.facts import gather
 from spimpi.trace.report.page import _difference
 from spimpi.trace.schema import Op, Stage, Status, blank_events
@@ -168,7 +168,7 @@ def test_nan_that_came_from_before_blames_nobody(tmp_path):
 
 def test_time_spent_checking_is_what_the_checks_cover():
     """Against a brute-force union on a grid of instants; however the rows are cut into blocks."""
-    from spimpi.trace.base import Block
+    from spimpi.trace.reading.base import Block
     from spimpi.trace.report.spans import COLUMNS, Spans
     from spimpi.trace.schema import RankInfo
 
@@ -376,7 +376,7 @@ def test_runs_that_cannot_be_compared_are_shown_with_the_reason(tmp_path):
 
 
 def test_the_growth_of_the_difference_is_drawn_by_its_size():
-    from spimpi.trace.diff import COMPARED
+    from spimpi.trace.analysis.diff import COMPARED
     from spimpi.trace.report import growth
 
     class Found:

@@ -4,15 +4,15 @@ import resource
 
 import numpy as np
 import pytest
-from trace_samples import same, skip_without_mpio, some_events, write_journal, write_trace
+from trace_samples import same, some_events, write_journal, write_trace
 
 from spimpi.errors import IncompleteError, UsageError
 from spimpi.trace import open as open_trace
 from spimpi.trace.checksum import rows_fingerprint
+from spimpi.trace.journals.journal import Journal
+from spimpi.trace.journals.journal_files import journal_folder
 from spimpi.trace.schema import EVENT
-from spimpi.trace.journal import Journal
-from spimpi.trace.journal_files import journal_folder
-from spimpi.trace.seal import check_can_write, choose_driver, prepare, seal
+from spimpi.trace.sealing.seal import check_can_write, choose_driver, prepare, seal
 
 
 @pytest.fixture

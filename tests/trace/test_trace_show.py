@@ -14,8 +14,8 @@ import pytest
 from trace_samples import TENSORS, failing, some_events, write_journal, write_trace
 
 from spimpi.cli import launcher_rank, main
+from spimpi.trace.analysis.order import program_order
 from spimpi.trace.schema import Established, Op, Stage, Status, blank_events
-from spimpi.trace.order import program_order
 
 
 def checks(n: int) -> np.ndarray:
@@ -133,9 +133,9 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[2])
 from test_trace_show import checks
 from trace_samples import TENSORS, header
-from spimpi.trace.journal import Journal
-from spimpi.trace.journal_files import journal_folder
-from spimpi.trace.seal import prepare
+from spimpi.trace.journals.journal import Journal
+from spimpi.trace.journals.journal_files import journal_folder
+from spimpi.trace.sealing.seal import prepare
 
 prepare(sys.argv[1])
 journal = Journal(journal_folder(sys.argv[1]), 0, header(1), TENSORS)

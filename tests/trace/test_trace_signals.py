@@ -13,20 +13,20 @@ from kill_runs import on_ranks
 from trace_samples import TENSORS, header, same, some_events
 
 from spimpi.checks.recorder import Recorder
-from spimpi.trace.check import check
-from spimpi.trace.journal import Journal, read_journal
-from spimpi.trace.journal_files import journal_folder
-from spimpi.trace.recover import recover
+from spimpi.trace.journals.journal import Journal, read_journal
+from spimpi.trace.journals.journal_files import journal_folder
+from spimpi.trace.journals.signals import flushed_on_signals
+from spimpi.trace.reading.check import check
 from spimpi.trace.schema import Established, Op, Stage
-from spimpi.trace.signals import flushed_on_signals
+from spimpi.trace.sealing.recover import recover
 
 HANGING = """
 import os, sys
 sys.path.insert(0, sys.argv[2])
 from mpi4py import MPI
 from trace_samples import TENSORS, header, some_events
-from spimpi.trace.journal import Journal
-from spimpi.trace.signals import flushed_on_signals
+from spimpi.trace.journals.journal import Journal
+from spimpi.trace.journals.signals import flushed_on_signals
 
 journal = Journal(sys.argv[1], 0, header(1), TENSORS)
 with flushed_on_signals(journal.flush):

@@ -10,14 +10,14 @@ from trace_samples import TENSORS, header, same, some_events, some_sketches, wri
 
 from spimpi.errors import IncompleteError, UsageError
 from spimpi.trace import open as open_trace
-from spimpi.trace.base import DamageError
-from spimpi.trace.check import check
 from spimpi.trace.checksum import SKETCH_RECORD
-from spimpi.trace.journal import Journal, read_journal
-from spimpi.trace.journal_files import journal_folder
-from spimpi.trace.recover import recover
+from spimpi.trace.journals.journal import Journal, read_journal
+from spimpi.trace.journals.journal_files import journal_folder
+from spimpi.trace.reading.base import DamageError
+from spimpi.trace.reading.check import check
+from spimpi.trace.reading.sketches import combined
 from spimpi.trace.schema import SKETCH, SKETCH_DESCRIPTIONS, SKETCH_SHARE
-from spimpi.trace.sketches import combined
+from spimpi.trace.sealing.recover import recover
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_a_run_that_took_none_has_none(world, mpi_tmp_path, driver):
 
 @pytest.mark.mpi(min_size=2)
 def test_a_rank_without_sketches_is_refused_on_every_rank(world, mpi_tmp_path):
-    from spimpi.trace.seal import seal
+    from spimpi.trace.sealing.seal import seal
 
     path = mpi_tmp_path / "run.h5"
     own = some_sketches() if world.rank != 1 else None
@@ -170,7 +170,7 @@ def test_a_flipped_byte_of_journalled_sketches_is_named_wherever_it_lies(tmp_pat
 
 
 def test_damaged_sketches_stop_the_sealing_and_recovery_keeps_them(tmp_path, one):
-    from spimpi.trace.seal import seal
+    from spimpi.trace.sealing.seal import seal
 
     path = tmp_path / "run.h5"
     journal = write_journal(one, path, some_events(5), sketches=some_sketches())

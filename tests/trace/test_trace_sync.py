@@ -6,10 +6,10 @@ import pytest
 from trace_samples import TENSORS, header, some_events
 
 from spimpi.errors import IncompleteError
-from spimpi.trace.journal import Journal, read_journal
-from spimpi.trace.journal_files import journal_folder
-from spimpi.trace.recover import recover
-from spimpi.trace.seal import prepare, seal
+from spimpi.trace.journals.journal import Journal, read_journal
+from spimpi.trace.journals.journal_files import journal_folder
+from spimpi.trace.sealing.recover import recover
+from spimpi.trace.sealing.seal import prepare, seal
 
 
 @pytest.fixture

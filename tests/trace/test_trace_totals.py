@@ -9,9 +9,9 @@ from trace_samples import TENSORS, failing, some_events, write_alone_trace
 
 from spimpi.cli import main
 from spimpi.trace import open as open_trace
-from spimpi.trace import pieces
+from spimpi.trace.analysis.summary import summarise
+from spimpi.trace.reading import pieces
 from spimpi.trace.schema import Op, Stage, Status
-from spimpi.trace.summary import summarise
 
 COUNTS = (90, 0, 40, 130)
 

@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from spimpi.bench.synthetic_trace import write_ranks
-from spimpi.trace.journal import Journal
-from spimpi.trace.journal_files import journal_folder
+from spimpi.trace.journals.journal import Journal
+from spimpi.trace.journals.journal_files import journal_folder
 from spimpi.trace.schema import (
     EVENT, SKETCH_SHARE, Op, Stage, Status, TensorInfo, blank_events,
 )  # fmt: skip
-from spimpi.trace.seal import prepare, seal
+from spimpi.trace.sealing.seal import prepare, seal
 
 TENSORS = [
     TensorInfo("embed", (-1, 64), "float32"),

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from spimpi.errors import SpimpiError
-from spimpi.trace.check import refuse_running, refuse_to_replace
-from spimpi.trace.diff import diff
-from spimpi.trace.reader import open as open_trace
+from spimpi.trace.analysis.diff import diff
+from spimpi.trace.reading.check import refuse_running, refuse_to_replace
+from spimpi.trace.reading.reader import open as open_trace
 from spimpi.trace.report import page
 from spimpi.trace.report.facts import Run, gather
 from spimpi.whole_file import check_can_write, whole_file

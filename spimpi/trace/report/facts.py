@@ -6,14 +6,14 @@ from pathlib import Path
 
 import numpy as np
 
-from spimpi.trace.locate import Located, locate
-from spimpi.trace.order import FABRIC, INFERENCE, WEIGHTS
+from spimpi.trace.analysis.locate import Located, locate
+from spimpi.trace.analysis.order import FABRIC, INFERENCE, WEIGHTS
+from spimpi.trace.analysis.summary import Failure
 from spimpi.trace.report import spans, squares
 from spimpi.trace.report.rows import Row, row_of, rows
 from spimpi.trace.report.spans import Span, Spans
 from spimpi.trace.report.squares import Place, Sheet, Squares
 from spimpi.trace.schema import Op, RankInfo, Stage, Status
-from spimpi.trace.summary import Failure
 
 _COLUMNS = tuple(dict.fromkeys((*squares.COLUMNS, *spans.COLUMNS, "bytes")))
 _KINDS = 256  # a column of one byte; a later spimpi may have more stages and ops than we know

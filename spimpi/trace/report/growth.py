@@ -14,7 +14,7 @@ MOST_LINES = 300
 
 
 def draw(difference, title_id: str) -> Picture:
-    """``difference``: of spimpi.trace.diff. Each tensor's ‖a - b‖ / ‖a‖ where sketches tell it;
+    """``difference``: of spimpi.trace.analysis.diff. Each tensor's ‖a - b‖ / ‖a‖ where sketches tell it;
     without them, which tensors have equal fingerprints and which have not."""
     table = difference.table
     relative = np.where(table["differs"], table["relative"], 0.0)

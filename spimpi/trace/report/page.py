@@ -7,11 +7,11 @@ import numpy as np
 
 from spimpi import __version__
 from spimpi.errors import MissingDependency
+from spimpi.trace.analysis.rounding import JUMP
 from spimpi.trace.report import growth, places, rank_map, timeline, volume, words
 from spimpi.trace.report.facts import Run
 from spimpi.trace.report.squares import FAILED
 from spimpi.trace.report.svg import Picture
-from spimpi.trace.rounding import JUMP
 from spimpi.units import in_bytes
 
 MOST_PICTURED = 8  # runs; the others are in the table alone

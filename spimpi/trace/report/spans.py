@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spimpi.trace.order import INFERENCE, phase_of
+from spimpi.trace.analysis.order import INFERENCE, phase_of
 from spimpi.trace.schema import Stage
 
 COLUMNS = ("repeat", "stage", "step", "t_start", "t_end")

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spimpi.trace.order import (
+from spimpi.trace.analysis.order import (
     FABRIC, INFERENCE, WEIGHTS, first_layered_tensor, only_met, phase_of,
 )  # fmt: skip
-from spimpi.trace.reach import blamed_ranks
+from spimpi.trace.analysis.reach import blamed_ranks
 from spimpi.trace.schema import Op, Stage, Status
 
 # What a square holds; the bits add up. AT_FAULT: a failed check, maybe of another rank, names this

@@ -1,6 +1,6 @@
 """What a report says in sentences."""
 
-from spimpi.trace.locate import Root
+from spimpi.trace.analysis.locate import Root
 
 WRONG = {
     "agreement": "replicas do not hold the same bits",

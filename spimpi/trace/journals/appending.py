@@ -5,7 +5,7 @@ import fcntl
 import os
 from pathlib import Path
 
-from spimpi.trace.node_file import Stream
+from spimpi.trace.journals.node_file import Stream
 
 
 class Appending:

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spimpi.trace.base import Block
-from spimpi.trace.order import FABRIC, WEIGHTS, first_layered_tensor, program_order
-from spimpi.trace.reach import (
+from spimpi.trace.analysis.order import FABRIC, WEIGHTS, first_layered_tensor, program_order
+from spimpi.trace.analysis.reach import (
     VALUE, Failures, Flow, blamed_ranks, classify, failures_of, incidents, reached_by,
 )  # fmt: skip
+from spimpi.trace.analysis.summary import Failure, in_words, verdict_of
+from spimpi.trace.analysis.suspects import Place, Shared, places_of, shared_by, suspects_of
+from spimpi.trace.reading.base import Block
 from spimpi.trace.schema import EVENT, Op, Stage, Status
-from spimpi.trace.summary import Failure, in_words, verdict_of
-from spimpi.trace.suspects import Place, Shared, places_of, shared_by, suspects_of
 
 KEPT = 1 << 20  # the failures, earliest in program order, whose causes are looked for
 COLUMNS = (

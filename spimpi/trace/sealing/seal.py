@@ -16,21 +16,22 @@ from pathlib import Path
 import numpy as np
 
 from spimpi.errors import IncompleteError, UsageError
-from spimpi.trace import layout, sketches
-from spimpi.trace.agreed import agreed
 from spimpi.trace.checksum import rows_fingerprint
-from spimpi.trace.drivers import (
+from spimpi.trace.journals.growing import merged, renumbered
+from spimpi.trace.journals.journal import OWN_HEADER, Journal, read_journal
+from spimpi.trace.journals.journal_files import (
+    NODES, RANKS_OWN, REPLACE, in_use, journal_folder, lock, remove_journal,
+)  # fmt: skip
+from spimpi.trace.journals.node_file import Stream
+from spimpi.trace.journals.synced import sync
+from spimpi.trace.reading import sketches
+from spimpi.trace.schema import EVENT, SKETCH_SHARE, RankInfo
+from spimpi.trace.sealing import layout
+from spimpi.trace.sealing.agreed import agreed
+from spimpi.trace.sealing.drivers import (
     Plan, building_parts, old_parts, parts_folder, sync_written, write_gather, write_mpio,
     write_parts,
 )  # fmt: skip
-from spimpi.trace.growing import merged, renumbered
-from spimpi.trace.journal import OWN_HEADER, Journal, read_journal
-from spimpi.trace.journal_files import (
-    NODES, RANKS_OWN, REPLACE, in_use, journal_folder, lock, remove_journal,
-)  # fmt: skip
-from spimpi.trace.node_file import Stream
-from spimpi.trace.schema import EVENT, SKETCH_SHARE, RankInfo
-from spimpi.trace.synced import sync
 
 DRIVERS = ("auto", "mpio", "parts", "gather")
 WRITERS = {"mpio": write_mpio, "parts": write_parts, "gather": write_gather}

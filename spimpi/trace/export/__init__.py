@@ -55,9 +55,9 @@ def export(trace, file, format: str, zipped: bool = False) -> int:
         if zipped:
             file = stack.enter_context(gzip.GzipFile("", "wb", 6, file, mtime=0))
         if format == "parquet":
-            from spimpi.trace.export_parquet import write_parquet
+            from spimpi.trace.export.parquet import write_parquet
 
             return write_parquet(trace, file)
-        from spimpi.trace import export_text
+        from spimpi.trace.export import text as export_text
 
         return getattr(export_text, f"write_{format}")(trace, file)

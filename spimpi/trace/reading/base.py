@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from spimpi.errors import IncompleteError, UsageError
+from spimpi.trace.reading.sketches import combined
 from spimpi.trace.schema import EVENT, RankInfo, TensorInfo
-from spimpi.trace.sketches import combined
 
 
 class DamageError(IncompleteError):
@@ -158,7 +158,7 @@ class Trace:
         it; of those that are not chosen none is kept. UsageError for a column or a name that the
         trace does not have, MissingDependency without pandas.
         """
-        from spimpi.trace.frames import to_pandas
+        from spimpi.trace.reading.frames import to_pandas
 
         return to_pandas(self, columns, where, ranks)
 
@@ -171,7 +171,7 @@ class Trace:
         ``flag_masks``) and ``flag_meanings``, as in the CF conventions. IncompleteError where a
         part is missing, MissingDependency without xarray.
         """
-        from spimpi.trace.arrays import to_xarray
+        from spimpi.trace.reading.arrays import to_xarray
 
         return to_xarray(self)
 

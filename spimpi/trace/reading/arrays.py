@@ -5,8 +5,8 @@ import json
 import numpy as np
 
 from spimpi.errors import MissingDependency
-from spimpi.trace.layout import EVENT_DIMENSION
 from spimpi.trace.schema import DESCRIPTIONS, ENUMERATIONS, EVENT
+from spimpi.trace.sealing.layout import EVENT_DIMENSION
 
 
 def to_xarray(trace):

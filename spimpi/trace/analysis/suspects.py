@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spimpi.trace.order import INFERENCE
-from spimpi.trace.reach import ENDS, Failures, Flow
-from spimpi.trace.schema import Op, Stage
+from spimpi.trace.analysis.order import INFERENCE
+from spimpi.trace.analysis.reach import ENDS, Failures, Flow
 from spimpi.trace.names import member, name_of, tensor_name
+from spimpi.trace.schema import Op, Stage
 
 LOOKED_UP = 1000  # pairs of replicas for which the golden run is asked
 

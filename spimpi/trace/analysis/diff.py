@@ -10,11 +10,11 @@ import numpy as np
 
 from spimpi.distance import ERROR, distances, relative_distances
 from spimpi.errors import IncompleteError, UsageError
-from spimpi.trace.contents import CONTENT, PLACE, contents, paired
-from spimpi.trace.growing import merged
-from spimpi.trace.rounding import Judgement, first_jump, judge
+from spimpi.trace.analysis.contents import CONTENT, PLACE, contents, paired
+from spimpi.trace.analysis.rounding import Judgement, first_jump, judge
+from spimpi.trace.analysis.summary import Failure
+from spimpi.trace.journals.growing import merged
 from spimpi.trace.schema import Stage
-from spimpi.trace.summary import Failure
 
 SKETCHED = ("repeat", "step", "layer", "tensor")  # the place of a sketch
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from spimpi.errors import IncompleteError, UsageError
-from spimpi.trace.appending import Appending
 from spimpi.trace.checksum import SKETCH_RECORD, checksums, pack, text_digest, unpack
+from spimpi.trace.journals.appending import Appending
 from spimpi.trace.schema import SCHEMA_VERSION, SKETCH_SHARE
 
 MAGIC = "spimpi-sketches"

@@ -4,11 +4,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from spimpi.trace.base import Block, joined
+from spimpi.trace.analysis.order import first_layered_tensor, program_order
+from spimpi.trace.analysis.totals import Total, Totals
 from spimpi.trace.names import member, name_of, tensor_name
-from spimpi.trace.order import first_layered_tensor, program_order
+from spimpi.trace.reading.base import Block, joined
 from spimpi.trace.schema import Op, RankInfo, Stage, Status, TensorInfo
-from spimpi.trace.totals import Total, Totals
 
 KEPT = 100_000  # failures held while looking for the first ones
 SPELT = ("stage", "op", "tensor", "expected", "fingerprint")  # columns that a Failure has in words

@@ -7,10 +7,10 @@ be vouched for are refused (IncompleteError), never replaced by fill values.
 from pathlib import Path
 
 from spimpi.errors import UsageError
-from spimpi.trace.base import Trace
-from spimpi.trace.journal_files import journal_folder
-from spimpi.trace.sealed import SealedTrace, sealed_run_id
-from spimpi.trace.unsealed import JournalTrace
+from spimpi.trace.journals.journal_files import journal_folder
+from spimpi.trace.reading.base import Trace
+from spimpi.trace.reading.sealed import SealedTrace, sealed_run_id
+from spimpi.trace.reading.unsealed import JournalTrace
 
 
 def open(path) -> Trace:

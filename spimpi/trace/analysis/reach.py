@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spimpi.trace.order import AFTER_LAYERS, FABRIC, INFERENCE, WEIGHTS, only_met, phase_of, program_keys
+from spimpi.trace.analysis.order import (
+    AFTER_LAYERS, FABRIC, INFERENCE, WEIGHTS, only_met, program_keys,
+)  # fmt: skip
 from spimpi.trace.schema import Op, Stage
 
 # What a check compares. LOCAL: data of one rank with themselves, or a product with its actual

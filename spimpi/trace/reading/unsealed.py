@@ -5,12 +5,12 @@ from pathlib import Path
 import numpy as np
 
 from spimpi.errors import UsageError
-from spimpi.trace.base import Trace
 from spimpi.trace.checksum import rows_fingerprint
-from spimpi.trace.growing import merged, renumbered
-from spimpi.trace.journal import OWN_HEADER, JournalContents, read_journal
-from spimpi.trace.journal_files import files_of, in_use, journals_in
-from spimpi.trace.node_file import Stream
+from spimpi.trace.journals.growing import merged, renumbered
+from spimpi.trace.journals.journal import OWN_HEADER, JournalContents, read_journal
+from spimpi.trace.journals.journal_files import files_of, in_use, journals_in
+from spimpi.trace.journals.node_file import Stream
+from spimpi.trace.reading.base import Trace
 from spimpi.trace.schema import SKETCH_SHARE, RankInfo
 
 

@@ -8,17 +8,18 @@ from pathlib import Path
 import numpy as np
 
 from spimpi.errors import IncompleteError, UsageError
-from spimpi.trace import layout, sketches
-from spimpi.trace.check import check, refuse_running
 from spimpi.trace.checksum import rows_fingerprint
-from spimpi.trace.drivers import Plan, write_alone
-from spimpi.trace.journal_files import files_of, lock, remove_file
-from spimpi.trace.reader import open as open_trace
-from spimpi.trace.reader import places
-from spimpi.trace.seal import clear
-from spimpi.trace.sealed import SealedTrace, sealed_run_id
-from spimpi.trace.synced import sync
-from spimpi.trace.unsealed import JournalTrace
+from spimpi.trace.journals.journal_files import files_of, lock, remove_file
+from spimpi.trace.journals.synced import sync
+from spimpi.trace.reading import sketches
+from spimpi.trace.reading.check import check, refuse_running
+from spimpi.trace.reading.reader import places
+from spimpi.trace.reading.reader import open as open_trace
+from spimpi.trace.reading.sealed import SealedTrace, sealed_run_id
+from spimpi.trace.reading.unsealed import JournalTrace
+from spimpi.trace.sealing import layout
+from spimpi.trace.sealing.drivers import Plan, write_alone
+from spimpi.trace.sealing.seal import clear
 
 REPLACES = "--overwrite (overwrite=True) replaces it by what the journals hold"
 

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from spimpi.errors import IncompleteError, SpimpiError, UsageError
-from spimpi.trace.journal_files import journal_folder
+from spimpi.trace.journals.journal_files import journal_folder
 
 
 @contextmanager

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from spimpi.errors import IncompleteError
-from spimpi.trace import layout, sketches
-from spimpi.trace.agreed import agreed, kept
+from spimpi.trace.journals.synced import sync
+from spimpi.trace.reading import sketches
 from spimpi.trace.schema import EVENT, SCHEMA_VERSION, RankInfo
-from spimpi.trace.synced import sync
+from spimpi.trace.sealing import layout
+from spimpi.trace.sealing.agreed import agreed, kept
 
 PIECE = 1 << 24  # rows a transfer: MPI counts bytes in an int
 

@@ -8,13 +8,12 @@ table of all ranks'.
 """
 
 import json
-from pathlib import Path
 
 import numpy as np
 
 from spimpi.errors import IncompleteError
-from spimpi.trace.appending import Appending
 from spimpi.trace.checksum import text_digest
+from spimpi.trace.journals.appending import Appending
 from spimpi.trace.schema import TensorInfo
 
 UNKNOWN = 0xFFFF  # the row of a tensor that no table names

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spimpi.trace.growing import OTHERS
-from spimpi.trace.order import first_layered_tensor, program_order
+from spimpi.trace.analysis.order import first_layered_tensor, program_order
+from spimpi.trace.analysis.summary import Failure, Failures
+from spimpi.trace.analysis.unfinished import Shares
+from spimpi.trace.journals.growing import OTHERS
 from spimpi.trace.schema import Op, Stage, Status, blank_events
-from spimpi.trace.summary import Failure, Failures
-from spimpi.trace.unfinished import Shares
 
 # A message's, a buffer's at rest and a matmul's fingerprint are of what one rank holds.
 PROGRAM_OPS = (

@@ -21,14 +21,14 @@ from pathlib import Path
 import numpy as np
 
 from spimpi.errors import IncompleteError, UsageError
-from spimpi.trace.appending import Appending
 from spimpi.trace.checksum import BLOCK, RECORD, checksums, pack, text_digest, unpack
-from spimpi.trace.growing import GrowingTable, read_table, table_path
-from spimpi.trace.journal_files import already_there, journal_path
-from spimpi.trace.node_file import Stream
+from spimpi.trace.journals.appending import Appending
+from spimpi.trace.journals.growing import GrowingTable, read_table, table_path
+from spimpi.trace.journals.journal_files import already_there, journal_path
+from spimpi.trace.journals.node_file import Stream
+from spimpi.trace.journals.sketch_file import SketchContents, SketchFile, read_sketches, sketch_path
+from spimpi.trace.journals.synced import sync as sync_path
 from spimpi.trace.schema import EVENT, SCHEMA_VERSION, TensorInfo
-from spimpi.trace.sketch_file import SketchContents, SketchFile, read_sketches, sketch_path
-from spimpi.trace.synced import sync as sync_path
 
 MAGIC = "spimpi-journal"
 FIRST_LINE = 64
@@ -52,9 +52,9 @@ class Journal:
     ``header`` is what the run is (run_id, command, world, topology, model, …): anything that
     JSON can hold. Schema version, rank, host and pid are added, and ``started`` (seconds since
     the epoch, the zero of t_start) and ``device`` where they are missing. All ranks give the same
-    ``tensors``, or None: the table then grows (``table.row``, trace/growing.py). A true
+    ``tensors``, or None: the table then grows (``table.row``, trace/journals/growing.py). A true
     ``sketches`` in the header makes a file of sketches beside it (``sketches.append``,
-    trace/sketch_file.py). UsageError where the file exists or the folder can't be made. ``sync``:
+    trace/journals/sketch_file.py). UsageError where the file exists or the folder can't be made. ``sync``:
     each flush waits until the disk has it.
 
     ``append`` belongs to one thread; ``flush`` may be called from any thread and from a signal

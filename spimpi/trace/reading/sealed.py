@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 
 from spimpi.errors import IncompleteError, UsageError
-from spimpi.trace import layout, sketches
-from spimpi.trace.base import Block, DamageError, Trace
 from spimpi.trace.checksum import checksums, compiled_checksums, rank_fingerprints, rows_fingerprint
-from spimpi.trace.pieces import Span, groups, pieces
+from spimpi.trace.reading import sketches
+from spimpi.trace.reading.base import Block, DamageError, Trace
+from spimpi.trace.reading.pieces import Span, groups, pieces
 from spimpi.trace.schema import ENUMERATIONS, EVENT, SCHEMA_VERSION, SKETCH_SHARE, RankInfo
+from spimpi.trace.sealing import layout
 
 LARGE = 4_000_000  # rows, from which on it pays to load numba
 MOST_RANKS = np.iinfo(np.int32).max  # MPI's ranks are int

@@ -5,9 +5,9 @@ import time
 from pathlib import Path
 
 from spimpi.errors import UsageError
-from spimpi.trace.growing import table_path
-from spimpi.trace.node_file import EXTENT, Stream, create, node_file, streams
-from spimpi.trace.sketch_file import sketch_path
+from spimpi.trace.journals.growing import table_path
+from spimpi.trace.journals.node_file import EXTENT, Stream, create, node_file, streams
+from spimpi.trace.journals.sketch_file import sketch_path
 
 RANKS_OWN, NODES = "rank-*.journal", "node-*.journal"
 REPLACE = "with `spimpi verify` use --overwrite"  # a program's trace has no such option

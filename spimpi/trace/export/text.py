@@ -7,9 +7,9 @@ import json
 
 import numpy as np
 
-from spimpi.trace.base import Block
 from spimpi.trace.export import COLUMNS
 from spimpi.trace.names import Names
+from spimpi.trace.reading.base import Block
 from spimpi.trace.schema import EVENT, Status
 
 LINES = 1 << 15  # made at a time

@@ -1,0 +1,1 @@
+"""What the checks of one run, or of two, say."""

@@ -1,0 +1,1 @@
+"""What each rank appends while the run goes on, and how it is read back."""

@@ -1,0 +1,1 @@
+"""Opening a trace: a sealed file, or journals."""

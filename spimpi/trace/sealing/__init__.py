@@ -1,0 +1,1 @@
+"""The journals of all ranks become one HDF5 file."""
