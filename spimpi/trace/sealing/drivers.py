@@ -171,7 +171,7 @@ def _write_blocks(plan: Plan, blocks) -> None:
 def write_parts(comm, plan: Plan, events, undo: ExitStack) -> None:
     """Each rank writes a file of its own, then rank 0 the file that shows them. Collective."""
     path = plan.path
-    folder, building = parts_folder(path), building_parts(path)
+    building = building_parts(path)
     with agreed(comm, path):
         if comm.rank == 0:
             shutil.rmtree(building, ignore_errors=True)
