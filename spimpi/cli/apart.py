@@ -1,14 +1,16 @@
 """Runs a command in a child process: HDF5 itself may crash, or run for ever, on a damaged file."""
 
+import errno
 import os
 import signal
 import sys
 import threading
 import time
 
-from spimpi.errors import SpimpiError
+from spimpi.errors import SpimpiError, UsageError
 
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGPROF)
+NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
 PATIENCE = 60.0  # seconds of processor time for one call of HDF5
 
 
@@ -52,13 +54,25 @@ def _end_with(command) -> None:
     threading.Thread(target=_say_alive, daemon=True).start()
     status = SpimpiError.exit_status
     try:
-        status = status_of(command)
-        sys.stdout.flush()
+        status = status_of(lambda: _said(command))
         sys.stderr.flush()
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     finally:
         os._exit(status)
+
+
+def _said(command) -> int:
+    """``command()``, and what it printed is out; UsageError where there is no room for that."""
+    try:
+        status = command()
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in NO_ROOM or error.filename is not None:
+            raise
+        msg = f"cannot write standard output: {error.strerror}"
+        raise UsageError(msg) from None
+    return status
 
 
 def _say_alive() -> None:

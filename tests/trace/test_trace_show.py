@@ -217,3 +217,17 @@ def test_on_a_terminal_lines_fit_its_width_and_elsewhere_they_are_plain(tmp_path
 def test_text_of_a_trace_does_not_steer_the_terminal(tmp_path, one, capfd):
     write_journal(one, tmp_path / "run.h5", some_events(1), command="evil\x1b[2J")
     assert "\x1b" not in show(capfd, tmp_path / "run.h5")[1]
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_standard_output_is_told_in_one_line(tmp_path, one, unbuffered):
+    write_trace(one, tmp_path / "run.h5", some_events(5))
+    for options in ([], ["--json"]):
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run(
+                [sys.executable, "-m", "spimpi", "trace", "show", *options, tmp_path / "run.h5"],
+                stdout=full, stderr=subprocess.PIPE, text=True, check=False,
+                env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+            )  # fmt: skip
+        assert done.returncode == 2
+        assert done.stderr == "spimpi: cannot write standard output: No space left on device\n"
