@@ -79,6 +79,9 @@ class Tracer:
             "established": outcome.verdict.kinds,
             "expected_from": outcome.expected_from,
             "seconds": outcome.seconds,
+            "checking_seconds": {
+                stage.name: totals.seconds for stage, totals in outcome.totals.items()
+            },
             "runs": outcome.completed_runs,
         }
         seal(ctx.world, self.journal, self.path, attributes, self.driver, self.overwrite)

@@ -361,6 +361,24 @@ def test_replicas_that_agreed_where_the_run_first_went_wrong_say_so(tmp_path):
     assert "they agreed" not in page_of(tmp_path, replicas(3, odd_rank=1), status=1).text
 
 
+def test_what_a_run_spent_checking_is_shared_out_by_bytes(tmp_path):
+    path = tmp_path / "run.h5"
+    told = {"COMPUTE": 0.25, "TENSOR": 0.5, "WEIGHTS": 7.0, "GOLDEN": 9.0, "FABRIC": 5.0}
+    write_alone_trace(path, replicas(3), checking_seconds=told)
+    assert report(path, "-o", tmp_path / "run.html") == 0
+    page = Page(tmp_path / "run.html")
+    spent = {}
+    for line in page.records("Time"):
+        spent[line["rank"], line["step"]] = float(line["spent checking s"])
+    with spimpi.trace.open(path) as trace:
+        events = trace.events()
+    share = events["bytes"][events["step"] == 1].sum() / events["bytes"].sum()
+    of_step = sum(s for (_, step), s in spent.items() if step == "step 1")
+    assert sum(spent.values()) == pytest.approx(3 * 0.75, rel=1e-4)
+    assert of_step == pytest.approx(3 * 0.75 * share, rel=1e-4)
+    assert "spent checking" in page.text and "checks span" not in page.text
+
+
 def test_the_time_of_checks_is_not_called_time_spent_checking(tmp_path):
     """A layer's checks have the layer's time: the computation is in it."""
     text = page_of(tmp_path, replicas(2)).text

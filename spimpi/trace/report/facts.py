@@ -33,7 +33,10 @@ class Totals:
 
 @dataclass(frozen=True)
 class Run:
-    """One run. ``place``: what the maps in ``sheets`` show; ``time_rows``: the timeline's rows."""
+    """One run. ``place``: what the maps in ``sheets`` show; ``time_rows``: the timeline's rows.
+
+    ``tells_checking``: whether the trace says what was spent checking; else it is what checks span.
+    """
 
     path: Path
     driver: str
@@ -48,6 +51,7 @@ class Run:
     sheets: tuple[Sheet, ...]
     time_rows: tuple[Row, ...]
     spans: tuple[Span, ...]
+    tells_checking: bool
 
     @property
     def first(self) -> Failure | None:
@@ -89,7 +93,8 @@ def gather(trace) -> Run:
     own_row = [position[rank] for rank in _at_fault(located) if rank in position]
     time_rows = rows([info.rank for info in trace.ranks], own_row)
     maps = Squares(trace.ranks, trace.tensors, _place_of(first) if first else None, tensor)
-    times = Spans(trace.ranks, row_of(time_rows, trace.ranks, len(maps.index)))
+    spent = _spent_checking(trace.attributes)
+    times = Spans(trace.ranks, row_of(time_rows, trace.ranks, len(maps.index)), spent)
     totals = np.zeros((_KINDS, _KINDS, 4), np.int64)
     for block in trace.blocks(_COLUMNS):
         _count(totals, block)
@@ -100,8 +105,18 @@ def gather(trace) -> Run:
         trace.path, trace.driver, trace.attributes, tuple(trace.ranks), tuple(trace.missing),
         tuple(trace.damage), located, _totals(totals.sum(axis=0), Op),
         _totals(totals.sum(axis=1), Stage), maps.place, tuple(maps.sheets()), tuple(time_rows),
-        tuple(found),
+        tuple(found), spent is not None,
     )  # fmt: skip
+
+
+def _spent_checking(attributes: dict) -> float | None:
+    """Mean seconds that a rank checked during the inference; None where the run does not tell."""
+    told = attributes.get("checking_seconds")
+    if not isinstance(told, dict):
+        return None
+    apart = (Stage.FABRIC.name, Stage.WEIGHTS.name, Stage.GOLDEN.name)
+    spent = [s for name, s in told.items() if name not in apart and isinstance(s, (int, float))]
+    return float(sum(spent))
 
 
 def _place_of(failure: Failure) -> Place:

@@ -185,11 +185,16 @@ def _figures(id: str, run: Run, n_runs: int) -> list[Figure]:
         )  # fmt: skip
     if run.spans:
         own = f"{id}-time"
-        caption = "Each rank's steps, and in each the time from the start to the end of its checks."
-        if "model" in run.attributes:
-            caption += " Those of a layer span its computation too."
-        picture = timeline.draw(run.spans, run.time_rows, run.at_fault, f"{own}-title")
-        figures.append(Figure(own, "Time", caption, picture, "time"))
+        if run.tells_checking:
+            caption = "Each rank's steps, and in each the time spent checking: the run's, by bytes."
+        else:
+            caption = "Each rank's steps, and in each the time that its checks span."
+            if "model" in run.attributes:
+                caption += " Those of a layer span its computation too."
+        title, told = f"{own}-title", run.tells_checking
+        picture = timeline.draw(run.spans, run.time_rows, run.at_fault, title, told)
+        kind = "time checking" if told else "time"
+        figures.append(Figure(own, "Time", caption, picture, kind))
     if run.ops:
         own = f"{id}-bytes"
         caption = "By what was checked, over all ranks."

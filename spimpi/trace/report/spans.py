@@ -7,7 +7,7 @@ import numpy as np
 from spimpi.trace.analysis.order import INFERENCE, phase_of
 from spimpi.trace.schema import Stage
 
-COLUMNS = ("repeat", "stage", "step", "t_start", "t_end")
+COLUMNS = ("repeat", "stage", "step", "bytes", "t_start", "t_end")
 GOLDEN = INFERENCE + 1  # written down when the inference has ended
 NAMES = ("fabric", "weights", "", "comparison with expected")
 
@@ -24,10 +24,15 @@ class Span:
 
 
 class Spans:
-    """Collects the steps' times for rows of ranks: ``row_of`` gives each world rank's."""
+    """Collects the steps' times for rows of ranks: ``row_of`` gives each world rank's.
 
-    def __init__(self, ranks, row_of: np.ndarray):
-        self.row_of = row_of
+    ``checking``: what a rank spent checking in the whole inference, the mean in seconds, where the
+    trace tells it; steps share it by the bytes that they checked. Elsewhere, and without it, a
+    check takes from its start to its end.
+    """
+
+    def __init__(self, ranks, row_of: np.ndarray, checking: float | None = None):
+        self.row_of, self._spent = row_of, None if checking is None else checking * len(ranks)
         started = np.nan_to_num([r.started for r in ranks])
         self.origin = float(started.min()) if len(ranks) else 0.0
         self._offset = np.zeros(len(row_of))
@@ -44,15 +49,18 @@ class Spans:
         step = np.where(phase == INFERENCE, block["step"].astype(np.int64), 0)
         segment = (block["repeat"].astype(np.int64) << 36) | (phase << 33) | step
         rank, start, end = block["rank"], block["t_start"], block["t_end"]
+        size = block["bytes"]
         if not _sorted(rank, segment, start):
             order = np.lexsort((start, segment, rank))
             rank, segment, start, end = rank[order], segment[order], start[order], end[order]
+            size = size[order]
         new = np.r_[True, (rank[1:] != rank[:-1]) | (segment[1:] != segment[:-1])]
         heads = np.flatnonzero(new)
         first, last = start[heads], np.maximum.reduceat(end, heads)
         checking, reached = self._covered(start, end, new, heads, rank, segment)
         self._last = int(rank[-1]), int(segment[-1]), reached
-        self._merge(rank[heads], segment[heads], first, last, checking)
+        n_bytes = np.add.reduceat(size, heads).astype(float)
+        self._merge(rank[heads], segment[heads], first, last, checking, n_bytes)
 
     def _covered(self, start, end, new, heads, rank, segment):
         """Seconds that the checks of each (rank, segment) cover; those made together count once."""
@@ -74,7 +82,7 @@ class Spans:
             reached = max(reached, self._last[2])
         return np.add.reduceat(covered, heads), reached
 
-    def _merge(self, rank, segment, first, last, checking) -> None:
+    def _merge(self, rank, segment, first, last, checking, n_bytes) -> None:
         offset = self._offset[rank]
         rows = self.row_of[rank]
         order = np.lexsort((segment, rows))
@@ -84,23 +92,36 @@ class Spans:
         )
         begin = np.minimum.reduceat((first + offset)[order], heads)
         end = np.maximum.reduceat((last + offset)[order], heads)
-        total = np.add.reduceat(checking[order], heads)
-        for key, a, b, c in zip(
-            zip(rows[heads].tolist(), segment[heads].tolist()), begin, end, total
-        ):
-            kept = self._kept.setdefault(key, [a, b, 0.0])
-            kept[0], kept[1], kept[2] = min(kept[0], a), max(kept[1], b), kept[2] + c
+        total, size = (np.add.reduceat(each[order], heads) for each in (checking, n_bytes))
+        keys = zip(rows[heads].tolist(), segment[heads].tolist())
+        for key, a, b, *more in zip(keys, begin, end, total, size):
+            kept = self._kept.setdefault(key, [a, b, 0.0, 0.0])
+            kept[:2] = min(kept[0], a), max(kept[1], b)
+            kept[2:] = kept[2] + more[0], kept[3] + more[1]
 
     def spans(self, ranks_of_row) -> list[Span]:
         """All of them, row by row in time; ``ranks_of_row``: how many ranks each row has."""
         found = []
-        for (row, segment), (start, end, checking) in sorted(self._kept.items()):
+        per_byte = self._seconds_per_byte()
+        for (row, segment), (start, end, checking, n_bytes) in sorted(self._kept.items()):
             repeat, rest = divmod(segment, 1 << 36)
             phase, step = divmod(rest, 1 << 33)
             name = (NAMES[phase] or f"step {step}") + (f", repetition {repeat}" if repeat else "")
+            if per_byte is not None and phase == INFERENCE:
+                checking = n_bytes * per_byte
             mean = float(checking) / max(ranks_of_row[row], 1)
             found.append(Span(row, name, float(start), float(end), mean))
         return found
+
+
+    def _seconds_per_byte(self) -> float | None:
+        if self._spent is None:
+            return None
+        of_steps = [
+            kept[3] for (_, segment), kept in self._kept.items()
+            if segment % (1 << 36) >> 33 == INFERENCE
+        ]  # fmt: skip
+        return self._spent / sum(of_steps) if sum(of_steps) else None
 
 
 def _sorted(rank, segment, start) -> bool:

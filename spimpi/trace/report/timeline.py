@@ -1,4 +1,4 @@
-"""The timeline: each rank's steps, and in each how much of it its checks span."""
+"""The timeline: each rank's steps, and how much of each was spent checking, or checks span."""
 
 from spimpi.trace.report import svg
 from spimpi.trace.report.rows import Row, labelled
@@ -10,8 +10,8 @@ MOST_LINES = 300
 LEFT, TOP, WIDTH = 92, 30, 860
 
 
-def draw(spans: tuple[Span, ...], rows: tuple[Row, ...], at_fault, title_id: str) -> Picture:
-    """``at_fault``: world ranks whose rows are marked."""
+def draw(spans: tuple[Span, ...], rows: tuple[Row, ...], at_fault, title_id: str, told: bool):
+    """A Picture. ``at_fault``: world ranks whose rows are marked; ``told``: see facts.Run."""
     height = min(max(420.0 / max(len(rows), 1), 9.0), 24.0)
     begin = min((s.start for s in spans), default=0.0)
     end = max((s.end for s in spans), default=0.0)
@@ -26,7 +26,8 @@ def draw(spans: tuple[Span, ...], rows: tuple[Row, ...], at_fault, title_id: str
         checked = wide * min(s.checking / (s.end - s.start), 1.0) if s.end > s.start else 0.0
         row = rows[s.row]
         who = f"rank {row.label}" if row.alone else f"ranks {row.label}, on average"
-        words = f"{who}, {s.name}: {_s(s.end - s.start)}, of which checks span {_s(s.checking)}"
+        share = f"{_s(s.checking)} spent checking" if told else f"checks span {_s(s.checking)}"
+        words = f"{who}, {s.name}: {_s(s.end - s.start)}, of which {share}"
         class_ = "span-a" if n % 2 == 0 else "span-b"
         content.append(svg.square(x, y + 1, wide, height - 2, class_, words))
         if checked > 0.3:
@@ -43,7 +44,8 @@ def draw(spans: tuple[Span, ...], rows: tuple[Row, ...], at_fault, title_id: str
         ]
     ]  # fmt: skip
     note = f"{len(lines)} of {len(spans):,} lines." if len(lines) < len(spans) else ""
-    columns = ("rank", "step", "starts at s", "lasts s", "checks span s")
+    checks = "spent checking s" if told else "checks span s"
+    columns = ("rank", "step", "starts at s", "lasts s", checks)
     return Picture(
         svg.drawing(*size, "".join(content), title_id), columns, tuple(lines), note
     )
