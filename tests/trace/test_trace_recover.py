@@ -132,6 +132,19 @@ def test_a_trace_of_another_run_is_replaced_only_when_asked(tmp_path, one, capfd
     assert same(open_trace(path).events(), some_events(40))
 
 
+def test_a_second_journal_of_a_rank_is_left_out_named_and_kept(tmp_path, one, capfd):
+    path = tmp_path / "run.h5"
+    journal = write_journal(one, path, some_events(40))
+    second = journal.path.with_name("rank-00007.journal")
+    shutil.copy(journal.path, second)
+    with open_trace(path) as trace:
+        assert [rank.rank for rank in trace.ranks] == [0] and len(trace) == 40
+        assert "rank-00007.journal: of rank 0, as rank-00000.journal is; left out" in trace.damage
+    _, found = recovered(capfd, path)
+    assert found["events"] == 40 and found["kept"] == [str(second)]
+    assert same(open_trace(path).events(), some_events(40))
+
+
 def test_journals_left_beside_their_own_sealed_trace_are_removed(tmp_path, one, driver, capfd):
     path = tmp_path / "run.h5"
     journal = write_journal(one, path, some_events(40))

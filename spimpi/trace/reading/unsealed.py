@@ -55,7 +55,7 @@ class JournalTrace(Trace):
         run_id = first.header.get("run_id")
         others = [j for j in journals if j.header.get("run_id") != run_id]
         self.damage += [f"{j.path.name}: of another run, left out" for j in others]
-        journals = [j for j in journals if j.header.get("run_id") == run_id]
+        journals = self._one_a_rank([j for j in journals if j.header.get("run_id") == run_id])
         self.attributes = {k: v for k, v in first.header.items() if k not in OWN_HEADER}
         self.tensors = first.tensors
         self.end_states = {journal.end_state for journal in journals}
@@ -86,6 +86,17 @@ class JournalTrace(Trace):
         if missing:
             some = ", ".join(map(str, missing[:10])) + (", …" if len(missing) > 10 else "")
             self.missing.append(f"no journal of {len(missing)} of {world} ranks: {some}")
+
+    def _one_a_rank(self, journals: list[JournalContents]) -> list[JournalContents]:
+        """The first of each rank: what was copied from several nodes may hold one twice."""
+        of_rank: dict[int, JournalContents] = {}
+        for journal in journals:
+            rank = journal.header["rank"]
+            first = of_rank.setdefault(rank, journal)
+            if first is not journal:
+                said = f"{journal.path.name}: of rank {rank}, as {first.path.name} is; left out"
+                self.damage.append(said)
+        return list(of_rank.values())
 
     def _column(self, name: str):
         return self.events()[name]
