@@ -72,9 +72,9 @@ class Recorder:
         ), now - t_start)  # fmt: skip
 
     def row(self, row: tuple, spent: float) -> None:
-        """Take one event, in the order of EVENT's fields; so many seconds its check took."""
+        """As ``add``, one event, in the order of EVENT's fields; its check took so many seconds."""
         self._rows.append(row)
-        self.n_events += 1
+        self.n_events += row[6] != Status.NOT_ESTABLISHED
         self._totals[row[4]].seconds += spent
         self._urgent |= row[6] == Status.FAILED
 

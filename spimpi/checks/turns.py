@@ -46,6 +46,8 @@ class Turns:
 
     def free(self) -> None:
         """Collective over the communicator."""
+        if self._told != MPI.REQUEST_NULL:
+            self._told.Free()  # it need not be received: of an exchange that nobody waited for
         self._comm.Free()
 
 

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict
 
 from spimpi.cli.tables import Output
-from spimpi.cli.trace_show import in_words, place_of, verdict_line
+from spimpi.cli.trace_show import in_words, place_of, print_problems, verdict_line
 from spimpi.errors import UsageError
 
 
@@ -46,12 +46,7 @@ def run_locate(args) -> int:
 
 def _print(trace, found) -> None:
     out = Output()
-    if not trace.complete:
-        state = "DAMAGED" if trace.damage else "INCOMPLETE"
-        out.line(f"{state}: what failed in what is missing is not known", "bold yellow")
-        for problem in trace.problems:
-            out.line(f"  {problem}", "yellow")
-        out.line("")
+    print_problems(out, trace, "what failed in what is missing is not known")
     if found.roots:
         _print_root(out, "the first failure", found.roots[0])
         if found.n_roots > 1:

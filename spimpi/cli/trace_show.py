@@ -108,14 +108,20 @@ def _kinds(established) -> list[str]:
     return [kind.name.lower() for kind in established]
 
 
+def print_problems(out, trace, so: str) -> None:
+    """What of a trace is missing or damaged, where something is; ``so``: what follows from it."""
+    if trace.complete:
+        return
+    state = "DAMAGED" if trace.damage else "INCOMPLETE"
+    out.line(f"{state}: {so}", "bold yellow")
+    for problem in trace.problems:
+        out.line(f"  {problem}", "yellow")
+    out.line("")
+
+
 def _print(trace, summary, by: str) -> None:
     out = Output()
-    if not trace.complete:
-        state = "DAMAGED" if trace.damage else "INCOMPLETE"
-        out.line(f"{state}: what follows does not cover the whole run", "bold yellow")
-        for problem in trace.problems:
-            out.line(f"  {problem}", "yellow")
-        out.line("")
+    print_problems(out, trace, "what follows does not cover the whole run")
     out.table(None, _header(trace))
     out.line("")
     _print_groups(out, summary.groups, by)

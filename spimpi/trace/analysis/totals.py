@@ -7,8 +7,6 @@ import numpy as np
 from spimpi.trace.names import host_places, member, places
 from spimpi.trace.schema import ENUMERATIONS, Established, Status
 
-READS = ("stage", "op", "layer", "tensor", "verdict", "established", "bytes", "t_start", "t_end")
-
 
 @dataclass
 class Total:
@@ -26,7 +24,7 @@ class Total:
 
 
 class Totals:
-    """Totals of a trace, added up block by block (columns READS, in the trace's order).
+    """Totals of a trace, added up block by block (all columns, in the trace's order).
 
     ``by``: "stage", "op", "layer", "tensor", "rank" or "host".
     """
