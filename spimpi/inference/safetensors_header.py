@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from spimpi.errors import UsageError
-from spimpi.inference.config import read_json_object
+from spimpi.json_file import read_json_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from spimpi.errors import UsageError
-from spimpi.inference.config import read_json_object
+from spimpi.json_file import read_json_object
 from spimpi.inference.safetensors_header import SINGLE_FILE, Header, TensorRecord, read_header
 from spimpi.manifest.format import TensorFacts, is_shape, require_text
 
