@@ -8,6 +8,7 @@ from spimpi.printable import one_line
 from spimpi.regular_file import read_at_most
 
 LONGEST = 256 << 20  # bytes of a file
+MOST = 2**63 - 1
 
 
 def parse_json(text: bytes | str):
@@ -50,3 +51,21 @@ def _unique(pairs) -> dict:
         msg = f"the name {one_line(repr(twice), 100)} twice in one object"
         raise ValueError(msg)
     return values
+
+
+def is_size(value) -> bool:
+    """Whether a JSON value is a whole number that 63 bits hold, from 0 on."""
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST
+
+
+def is_shape(value, product: bool = True) -> bool:
+    """Whether a JSON value is a list of sizes, and (``product``) one of so many elements that 63
+    bits hold the number, of the sizes above 0 too."""
+    if not isinstance(value, list) or not all(is_size(n) for n in value):
+        return False
+    elements = 1
+    for n in value if product else ():
+        elements *= max(n, 1)
+        if elements > MOST:
+            return False
+    return True

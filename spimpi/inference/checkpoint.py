@@ -1,14 +1,15 @@
 """Checkpoints of safetensors files: validated by their headers, read slice by slice.
 
 Every source of weights (files here, a seed in checkpoint_seeded.py) has the same face:
-``tensors``, ``read``, ``pieces``, ``bytes_read``, ``total_bytes`` and ``identity``.
+``config``, ``tensors``, ``not_read``, ``read``, ``pieces``, ``bytes_read``, ``total_bytes`` and
+``identity``.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import ml_dtypes
@@ -16,9 +17,12 @@ import numpy as np
 
 from spimpi.errors import UsageError
 from spimpi.inference.config import ModelConfig, checkpoint_tensors
-from spimpi.inference.safetensors_header import Header, TensorRecord, read_headers
+from spimpi.inference.safetensors_header import Header, TensorRecord
+from spimpi.inference.weight_files import find_weights
+from spimpi.printable import one_line
 
 BLOCK_BYTES = 1 << 22
+HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -34,20 +38,26 @@ def open_checkpoint(directory, config: ModelConfig) -> "FileCheckpoint":
 
     Raises UsageError, with the file and what was expected and found, where a tensor of
     ``checkpoint_tensors(config)`` is missing or has another shape or dtype, or a file is broken,
-    absent, or not as long as its header says.
+    absent, or not as long as its header says. The checkpoint's ``config`` is what holds.
     """
     directory = Path(directory)
-    headers = read_headers(directory)
-    homes = {name: header for header in headers for name in header.entries}
+    files = find_weights(directory)
+    homes, not_read = files.homes, files.not_read()
+    _require_layers(directory, config, homes)
+    if config.tie_word_embeddings and HEAD in homes:
+        # Right where both are equal too; transformers 5 compares them, and does not tie others.
+        config = replace(config, tie_word_embeddings=False)
+        not_read.append(f"tie_word_embeddings: the files have a {HEAD} of their own")
     tensors, places = {}, {}
     wanted = checkpoint_tensors(config)
     missing = [name for name in wanted if name not in homes]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        there = one_line(", ".join(header.path.name for header in files.headers), 150)
         msg = (
-            f"the checkpoint in {directory} lacks {len(missing)} of the {len(wanted)} tensors of "
-            f"{config.name}: {', '.join(missing[:3])}{more}; found {len(homes)} tensors in "
-            f"{', '.join(header.path.name for header in headers)}"
+            f"the checkpoint in {one_line(directory, 150)} lacks {len(missing)} of the "
+            f"{len(wanted)} tensors of {config.name}: {', '.join(missing[:3])}{more}; found "
+            f"{len(homes)} tensors in {there}"
         )
         raise UsageError(msg)
     for name, shape in wanted.items():
@@ -55,27 +65,45 @@ def open_checkpoint(directory, config: ModelConfig) -> "FileCheckpoint":
         record, start = header.record(name)
         if record.shape != shape:
             msg = (
-                f"{header.path}: tensor {name} has shape {list(record.shape)}, expected "
-                f"{list(shape)} from config.json"
+                f"{header.path}: tensor {name} has shape {one_line(list(record.shape), 60)}, "
+                f"expected {list(shape)} from config.json"
             )
             raise UsageError(msg)
         tensors[name] = record
         places[name] = _Place(header, header.data_start + start)
-    return FileCheckpoint(config, tensors, places, ignored=sorted(set(homes) - set(wanted)))
+    for header in files.headers:
+        header.require_no_holes()
+    ignored = sorted(set(homes) - set(wanted))
+    if ignored:
+        more = f" and {len(ignored) - 1} more" if len(ignored) > 1 else ""
+        not_read.append(f"tensors: {one_line(ignored[0], 100)}{more}, of no use to {config.name}")
+    return FileCheckpoint(config, tensors, places, ignored, not_read)
+
+
+def _require_layers(directory: Path, config: ModelConfig, homes) -> None:
+    """UsageError where the files cannot hold so many layers; said before these are counted out."""
+    if config.n_layers > len(homes):
+        msg = (
+            f"config.json in {one_line(directory, 150)} says {config.n_layers} layers "
+            f"(num_hidden_layers), and the files hold {len(homes)} tensors in all"
+        )
+        raise UsageError(msg)
 
 
 class FileCheckpoint:
     """The weights in safetensors files. Make it with ``open_checkpoint``.
 
-    tensors: the model's tensors in program order; ignored: what else the files hold;
-    total_bytes: of the model's tensors; bytes_read and bytes_reread: what ``read`` and ``pieces``
+    config: the model's, tied to its embedding only where the files have no head of their own;
+    tensors: the model's tensors in program order; ignored: what else the files hold; not_read: what
+    of the folder is not read, in lines for people; total_bytes: of the model's tensors; bytes_read and bytes_reread: what ``read`` and ``pieces``
     have fetched so far.
     """
 
-    def __init__(self, config, tensors, places, ignored):
+    def __init__(self, config, tensors, places, ignored, not_read):
         self.config: ModelConfig = config
         self.tensors: dict[str, TensorRecord] = tensors
         self.ignored: list[str] = ignored
+        self.not_read: list[str] = not_read
         self.total_bytes = sum(record.n_bytes for record in tensors.values())
         self.bytes_read = 0
         self.bytes_reread = 0

@@ -37,6 +37,7 @@ class SeededCheckpoint:
             for name, shape in checkpoint_tensors(config).items()
         }
         self.ignored: list[str] = []
+        self.not_read: list[str] = []
         self.total_bytes = sum(record.n_bytes for record in self.tensors.values())
         self.bytes_read = 0
         self.bytes_reread = 0

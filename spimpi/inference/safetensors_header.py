@@ -1,7 +1,5 @@
 """The headers of safetensors files: which tensors they hold, where, and whether they are whole."""
 
-import json
-import os
 import struct
 from dataclasses import dataclass
 from math import prod
@@ -11,10 +9,10 @@ import ml_dtypes
 import numpy as np
 
 from spimpi.errors import UsageError
-from spimpi.json_file import read_json_object
+from spimpi.json_file import is_shape, parse_json
+from spimpi.printable import one_line
+from spimpi.regular_file import open_regular, size_of
 
-SINGLE_FILE = "model.safetensors"
-INDEX_FILE = "model.safetensors.index.json"
 _LONGEST_HEADER = 100_000_000  # the safetensors library's own limit
 
 _DTYPES = {
@@ -22,6 +20,10 @@ _DTYPES = {
     "F16": np.dtype(np.float16),
     "F32": np.dtype(np.float32),
 }
+
+
+class BrokenFile(UsageError):
+    """A file that can be read, and whose bytes are not those of a whole safetensors file."""
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,21 @@ class TensorRecord:
 
 
 @dataclass(frozen=True)
+class Entry:
+    """A tensor in a header: dtype as it is written there, shape, first byte and end in the data."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
 class Header:
-    """One safetensors file: its tensors' raw entries, where their bytes start, its length."""
+    """One safetensors file: its tensors' entries, where their bytes start, its length."""
 
     path: Path
-    entries: dict
+    entries: dict[str, Entry]
     data_start: int
     n_bytes: int
 
@@ -57,70 +69,53 @@ class Header:
         UsageError for a dtype that is not supported, or bytes that do not fit the shape.
         """
         entry = self.entries[name]
-        dtype = _DTYPES.get(str(entry.get("dtype")))
+        dtype = _DTYPES.get(entry.dtype)
         if dtype is None:
             msg = (
-                f"{self.path}: tensor {name} has dtype {entry.get('dtype')}, supported are "
-                f"{', '.join(_DTYPES)}"
+                f"{self.path}: tensor {one_line(name, 100)} has dtype {one_line(entry.dtype, 40)}, "
+                f"supported are {', '.join(_DTYPES)}"
             )
             raise UsageError(msg)
-        try:
-            start, stop = (int(n) for n in entry["data_offsets"])
-            record = TensorRecord(tuple(int(n) for n in entry["shape"]), dtype.name, dtype.itemsize)
-        except (ValueError, TypeError, LookupError) as error:
-            msg = f"{self.path} has a broken safetensors header, tensor {name}: {error!r}"
-            raise UsageError(msg) from None
-        if start < 0 or stop - start != record.n_bytes:
+        record = TensorRecord(entry.shape, dtype.name, dtype.itemsize)
+        self.require_bytes(name, record.n_bytes)
+        return record, entry.start
+
+    def require_bytes(self, name: str, needed: int) -> None:
+        """BrokenFile unless a tensor has as many bytes as its shape and dtype need."""
+        entry = self.entries[name]
+        found = entry.stop - entry.start
+        if found != needed:
             msg = (
-                f"{self.path}: tensor {name} of shape {list(record.shape)} and dtype "
-                f"{entry['dtype']} needs {record.n_bytes} bytes, its header entry gives "
-                f"{stop - start}"
+                f"{self.path}: tensor {one_line(name, 100)} of shape {_told(list(entry.shape))} and "
+                f"dtype {entry.dtype} needs {needed} bytes, its header entry gives {found}"
             )
-            raise UsageError(msg)
-        return record, start
+            raise BrokenFile(msg)
 
-
-def read_headers(directory: Path) -> list[Header]:
-    """The headers of model.safetensors, or of all the files that the index names.
-
-    Raises UsageError, with the file and what was expected and found, where a file is broken,
-    absent, or not as long as its header says, or the index misplaces a tensor.
-    """
-    if (directory / SINGLE_FILE).exists():  # as transformers: a single file wins over an index
-        return [read_header(directory / SINGLE_FILE)]
-    index = directory / INDEX_FILE
-    there = sorted(path.name for path in directory.iterdir()) if directory.is_dir() else []
-    values = read_json_object(
-        index,
-        f"no weights in {directory}: expected {SINGLE_FILE} or {INDEX_FILE}, "
-        f"found {', '.join(there) or 'nothing'}",
-    )
-    weight_map = values.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        msg = f"{index} must hold a weight_map from tensors to files, found {sorted(values)}"
-        raise UsageError(msg)
-    shards = sorted({str(shard) for shard in weight_map.values()})
-    for shard in shards:
-        if Path(shard).name != shard or not (directory / shard).is_file():
-            msg = f"{index} names the file {shard!r}, which is not in {directory}"
-            raise UsageError(msg)
-    headers = [read_header(directory / shard) for shard in shards]
-    for header in headers:
-        for name in [n for n, s in weight_map.items() if s == header.path.name]:
-            if name not in header.entries:
-                msg = f"{index} places tensor {name} in {header.path.name}, which does not hold it"
-                raise UsageError(msg)
-    return headers
+    def require_no_holes(self) -> None:
+        """Every byte after the header must belong to one tensor, as the format demands: what lies
+        in a hole would be in no fingerprint."""
+        at = 0
+        for start, stop in sorted((entry.start, entry.stop) for entry in self.entries.values()):
+            if start != at:
+                what = "a gap" if start > at else "an overlap"
+                msg = (
+                    f"{self.path} has a broken safetensors header: {what} between tensors at byte "
+                    f"{min(at, start)} of its data"
+                )
+                raise BrokenFile(msg)
+            at = stop
 
 
 def read_header(path: Path) -> Header:
     """The header of a safetensors file: 8 bytes of length, JSON, then the data.
 
     Format: https://github.com/huggingface/safetensors#format
+    UsageError where the file cannot be read; BrokenFile where it is not whole, or holds an entry
+    that is none.
     """
     try:
-        with open(path, "rb") as file:
-            found = os.fstat(file.fileno()).st_size
+        with open_regular(path) as file:
+            found = size_of(file)
             prefix = file.read(8)
             if prefix == b"version ":
                 msg = f"{path} is a Git LFS pointer, not the weights: run git lfs pull"
@@ -133,29 +128,55 @@ def read_header(path: Path) -> Header:
                     f"{path} is not a safetensors file: expected a header of at most "
                     f"{_LONGEST_HEADER} bytes, found {length} as its length"
                 )
-                raise UsageError(msg)
+                raise BrokenFile(msg)
             if 8 + length > found:
                 _refuse_cut(path, f"a header of {length} bytes and data after it", found)
             text = file.read(length)
     except OSError as error:
-        msg = f"{path} cannot be read: {error.strerror}"
+        msg = f"{one_line(path)} cannot be read: {error.strerror}"
         raise UsageError(msg) from None
     try:
-        entries = json.loads(text)
-        entries.pop("__metadata__", None)
-        ends = [int(entry["data_offsets"][1]) for entry in entries.values()]
-    except (ValueError, TypeError, AttributeError, LookupError) as error:
-        msg = f"{path} has a broken safetensors header: {error!r}"
-        raise UsageError(msg) from None
-    expected = 8 + length + max(ends, default=0)
+        values = parse_json(text)
+        if not isinstance(values, dict):
+            msg = f"expected an object, found a {type(values).__name__}"
+            raise ValueError(msg)
+        values.pop("__metadata__", None)
+        entries = {name: _entry(name, value) for name, value in values.items()}
+    except ValueError as error:
+        msg = f"{path} has a broken safetensors header, {one_line(error, 250)}"
+        raise BrokenFile(msg) from None
+    expected = 8 + length + max((entry.stop for entry in entries.values()), default=0)
     if found < expected:
         _refuse_cut(path, str(expected), found)
     if found > expected:
         msg = f"{path} is longer than its header says: expected {expected} bytes, found {found}"
-        raise UsageError(msg)
+        raise BrokenFile(msg)
     return Header(path, entries, 8 + length, found)
+
+
+def _entry(name: str, value) -> Entry:
+    """An entry of the header, strictly read; ValueError where it is none."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:  # JSON can hold half a character
+        msg = f"the tensor name {one_line(ascii(name), 80)} is not valid Unicode"
+        raise ValueError(msg) from None
+    value = value if isinstance(value, dict) else {}
+    shape, offsets = value.get("shape"), value.get("data_offsets")
+    pair = is_shape(offsets, product=False) and len(offsets) == 2 and offsets[0] <= offsets[1]
+    if not pair or not is_shape(shape):
+        msg = (
+            f"tensor {one_line(name, 80)}: expected a shape and two offsets, found {_told(shape)} "
+            f"and {_told(offsets)}"
+        )
+        raise ValueError(msg)
+    return Entry(str(value.get("dtype")), tuple(shape), *offsets)
+
+
+def _told(value) -> str:
+    return one_line(repr(value), 60)
 
 
 def _refuse_cut(path: Path, expected: str, found: int):
     msg = f"{path} is cut short: expected {expected} bytes, found {found}; copy it again"
-    raise UsageError(msg)
+    raise BrokenFile(msg)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from spimpi.errors import UsageError
+from spimpi.printable import one_line
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def stored_type(name) -> StoredType:
     """UsageError, by name, for a dtype that has no fingerprint (items of less than a byte)."""
     found = STORED_TYPES.get(name) if isinstance(name, str) else None
     if found is None:
-        msg = f"no fingerprint for dtype {name}: expected one of {', '.join(STORED_TYPES)}"
+        msg = f"no fingerprint for dtype {one_line(name, 60)}: expected one of {', '.join(STORED_TYPES)}"
         raise UsageError(msg)
     return found
 

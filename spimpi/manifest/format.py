@@ -10,7 +10,10 @@ from pathlib import Path
 
 from spimpi.errors import UsageError
 from spimpi.fingerprint.tag import CONTENT, DEFAULT_SEED, MASK, Tag
+from spimpi.json_file import LONGEST, is_shape, parse_json
 from spimpi.manifest.dtypes import StoredType, stored_type
+from spimpi.printable import one_line
+from spimpi.regular_file import read_at_most
 from spimpi.whole_file import whole_file
 
 FORMAT_VERSION = 1
@@ -138,21 +141,23 @@ def read_manifest(path) -> Manifest:
     """
     path = Path(path)
     try:
-        text = path.read_bytes()
-    except OSError as error:
-        msg = f"the manifest {path} cannot be read: {error.strerror}"
+        text = read_at_most(path, LONGEST)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        msg = f"the manifest {one_line(path, 300)} cannot be read: {why}"
         raise UsageError(msg) from None
     return parse(text, path)
 
 
 def parse(text: bytes | str, path="the manifest") -> Manifest:
     """The manifest in a text; ``path`` names it in errors."""
+    path = one_line(path, 200)
     try:
-        values = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+        values = parse_json(text)
+    except ValueError as error:
         msg = (
             f"{path} is not a manifest, or cut short: expected JSON as `spimpi manifest make` "
-            f"writes it, found {error}"
+            f"writes it, found {one_line(error, 150)}"
         )
         raise UsageError(msg) from None
     if not isinstance(values, dict) or "spimpi_manifest" not in values:
@@ -160,11 +165,11 @@ def parse(text: bytes | str, path="the manifest") -> Manifest:
         raise UsageError(msg)
     version = values["spimpi_manifest"]
     if not _is_number(version) or version < 1:
-        msg = f"{path}: expected a version from 1 on in spimpi_manifest, found {version!r}"
+        msg = f"{path}: expected a version from 1 on in spimpi_manifest, found {_told(version)}"
         raise UsageError(msg)
     if version > FORMAT_VERSION:
         msg = (
-            f"{path} is a manifest of version {version}, this spimpi reads version "
+            f"{path} is a manifest of version {_told(version)}, this spimpi reads version "
             f"{FORMAT_VERSION}: update spimpi"
         )
         raise UsageError(msg)
@@ -172,7 +177,7 @@ def parse(text: bytes | str, path="the manifest") -> Manifest:
     expected = _checksum(values)
     if found != expected:
         msg = (
-            f"the manifest {path} is damaged: its checksum is {found}, that of its content "
+            f"the manifest {path} is damaged: its checksum is {_told(found)}, that of its content "
             f"{expected}; copy it again"
         )
         raise UsageError(msg)
@@ -183,13 +188,13 @@ def _manifest(values: dict, path) -> Manifest:
     """From facts whose checksum fits: what is wrong now was made wrong."""
     if values.get("fingerprint") != FINGERPRINT_VERSION:
         msg = (
-            f"{path} holds fingerprints of version {values.get('fingerprint')!r}, this spimpi "
+            f"{path} holds fingerprints of version {_told(values.get('fingerprint'))}, this spimpi "
             f"takes version {FINGERPRINT_VERSION}: update spimpi, or make the manifest again"
         )
         raise UsageError(msg)
     seed, tensors = values.get("seed"), values.get("tensors")
     if not _is_number(seed) or not 0 <= seed <= MASK or not isinstance(tensors, dict):
-        msg = f"{path}: expected a seed of 64 bits and an object of tensors, found seed {seed!r}"
+        msg = f"{path}: expected a seed of 64 bits and an object of tensors, found seed {_told(seed)}"
         raise UsageError(msg)
     derived = _derived(values["derived"], path) if "derived" in values else None
     return Manifest(_tensors(tensors, path), seed, derived)
@@ -211,18 +216,18 @@ def _tensor(name, value, path) -> TensorFacts:
     require_text(name, path)
     fits = isinstance(value, list) and len(value) == 3
     dtype, shape, word = value if fits else (None, None, None)
-    fits = fits and isinstance(dtype, str) and is_shape(shape)
+    fits = fits and isinstance(dtype, str) and is_shape(shape, product=False)
     if not fits or not isinstance(word, str) or not _WORD.fullmatch(word):
         msg = (
-            f"{path}: tensor {name}: expected [dtype, shape, 16 hex digits], found "
-            f"{json.dumps(value)}"
+            f"{path}: tensor {one_line(name, 100)}: expected [dtype, shape, 16 hex digits], found "
+            f"{_told(value)}"
         )
         raise UsageError(msg)
     facts = TensorFacts(dtype, tuple(shape), int(word, 16))
     try:
         facts.stored  # noqa: B018  it raises for an unknown dtype
     except UsageError as error:
-        msg = f"{path}: tensor {name}: {error}"
+        msg = f"{path}: tensor {one_line(name, 100)}: {error}"
         raise UsageError(msg) from None
     return facts
 
@@ -232,28 +237,17 @@ def require_text(name: str, path) -> None:
     try:
         name.encode()
     except UnicodeEncodeError:
-        msg = f"{path}: the tensor name {ascii(name)} is not valid Unicode"
+        msg = f"{path}: the tensor name {one_line(ascii(name), 100)} is not valid Unicode"
         raise UsageError(msg) from None
-
-
-def is_shape(value) -> bool:
-    """Whether a JSON value is a list of sizes."""
-    return isinstance(value, list) and all(_is_number(n) and n >= 0 for n in value)
 
 
 def _is_number(value) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _unique(pairs) -> dict:
-    """A JSON object whose names are all different; Python would keep the last of equal ones."""
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        msg = f"the name {twice!r} twice in one object"
-        raise ValueError(msg)
-    return values
+def _told(value) -> str:
+    """A value of the file in an error."""
+    return one_line(json.dumps(value) if not isinstance(value, str) else value, 100)
 
 
 def _checksum(facts: dict) -> str:

@@ -4,14 +4,16 @@ Only headers are read. Neither config.json nor the names of tensors matter. What
 file is kept as a problem of that file, so that a check can go on with the others.
 """
 
-from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from spimpi.errors import UsageError
-from spimpi.json_file import read_json_object
-from spimpi.inference.safetensors_header import SINGLE_FILE, Header, TensorRecord, read_header
-from spimpi.manifest.format import TensorFacts, is_shape, require_text
+from spimpi.inference.safetensors_header import BrokenFile, Header, TensorRecord, read_header
+from spimpi.inference.weight_files import (
+    SINGLE_FILE, is_there, left_out as beside, names_in, place, read_weight_map,
+)  # fmt: skip
+from spimpi.manifest.format import TensorFacts
+from spimpi.printable import one_line
 
 SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -36,13 +38,15 @@ class Place:
 @dataclass(frozen=True)
 class Source:
     """What a MODEL holds. ``absent`` and ``broken``: file names and what is wrong with them;
-    ``lost``: tensors that are not where the index places them, and why."""
+    ``lost``: tensors that are not where the index places them, and why; ``copies``: (tensor, file)
+    of copies in another file than the index says, which are not read."""
 
     tensors: dict[str, Place]
     files: tuple[str, ...]
     absent: dict[str, str] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
+    copies: tuple[tuple[str, str], ...] = ()
 
     @property
     def n_bytes(self) -> int:
@@ -59,155 +63,128 @@ class Source:
 def survey(model) -> Source:
     """The tensors of a directory, a .safetensors file or a .safetensors.index.json.
 
-    Raises UsageError where there are no safetensors, a dtype has no fingerprint, or two files
-    hold a tensor of one name. Files that are absent or broken are problems of the Source.
+    Raises UsageError where there are no safetensors, a file cannot be read, a dtype has no
+    fingerprint, or two files hold a tensor of one name and no index says which is meant. Files
+    that are absent or broken are problems of the Source.
     """
     model = Path(model)
     folder, names, index, _ = _files(model)
     absent, broken, headers = {}, {}, []
     for name in names:
         path = folder / name
-        if Path(name).name != name or not path.is_file():
-            absent[name] = f"{index or model} names the file {name!r}, which is not in {folder}"
+        if not is_there(folder, name):
+            told, shown = one_line(index or model, 150), one_line(repr(name), 100)
+            absent[name] = f"{told} names the file {shown}, which is not in {one_line(folder, 150)}"
             continue
         try:
             header = read_header(path)
-            entries = {name: _entry(header, name) for name in header.entries}
-            _require_no_holes(header, entries)
-        except UsageError as error:
+            _require_whole(header)
+        except BrokenFile as error:
             broken[name] = str(error)
             continue
-        headers.append((header, entries))
-    lost = _lost(index, headers, absent, broken) if index else {}
-    return Source(_tensors(headers), tuple(names), absent, broken, lost)
+        headers.append(header)
+    placed = _weight_map(index) if index else {}
+    lost = _lost(index, placed, headers, absent, broken) if index else {}
+    homes, copies = place(headers, placed)
+    return Source(_tensors(headers, homes), tuple(names), absent, broken, lost, tuple(copies))
 
 
 def left_out(model) -> list[str]:
-    """Safetensors files beside those that are read."""
+    """Files of weights beside those that are read."""
     return _files(Path(model))[3]
 
 
 def _files(model: Path):
-    """(folder, names of the files to read, the index or None, safetensors left out)."""
-    if model.is_file():
+    """(folder, names of the files to read, the index or None, files of weights left out)."""
+    try:
+        is_file, is_folder = model.is_file(), model.is_dir()
+    except OSError as error:
+        msg = f"{one_line(model)} cannot be read: {error.strerror}"
+        raise UsageError(msg) from None
+    if is_file:
         if model.name.endswith(INDEX_SUFFIX):
             return model.parent, _shards(model), model, []
         if model.name.endswith(SUFFIX):
             return model.parent, [model.name], None, []
-        msg = f"{model} is not a checkpoint: expected a directory, *{SUFFIX} or *{INDEX_SUFFIX}"
+        msg = (
+            f"{one_line(model)} is not a checkpoint: expected a directory, *{SUFFIX} or "
+            f"*{INDEX_SUFFIX}"
+        )
         raise UsageError(msg)
-    if not model.is_dir():
-        msg = f"no model in {model}: expected a directory with *{SUFFIX}, found nothing"
+    if not is_folder:
+        msg = f"no model in {one_line(model)}: expected a directory with *{SUFFIX}, found nothing"
         raise UsageError(msg)
-    try:
-        there = sorted(path.name for path in model.iterdir())
-    except OSError as error:
-        msg = f"{model} cannot be read: {error.strerror}"
-        raise UsageError(msg) from None
+    there = names_in(model)
     weights = [name for name in there if name.endswith(SUFFIX)]
     indexes = [name for name in there if name.endswith(INDEX_SUFFIX)]
+    index = None
     if SINGLE_FILE in weights:
-        names, index = [SINGLE_FILE], None
+        names = [SINGLE_FILE]
     elif len(indexes) > 1:
-        msg = f"{model} has several indexes: {', '.join(indexes)}; name the one that is meant"
+        shown = one_line(", ".join(indexes), 200)
+        msg = f"{one_line(model, 150)} has several indexes: {shown}; name the one that is meant"
         raise UsageError(msg)
     elif indexes:
         index = model / indexes[0]
         names = _shards(index)
     elif weights:
-        names, index = weights, None
+        names = weights
     else:
         shown = ", ".join(there[:8]) + (f" and {len(there) - 8} more" if len(there) > 8 else "")
-        msg = f"no weights in {model}: expected *{SUFFIX}, found {shown or 'nothing'}"
+        found = one_line(shown, 250) or "nothing"
+        msg = f"no weights in {one_line(model, 150)}: expected *{SUFFIX}, found {found}"
         raise UsageError(msg)
-    return model, names, index, [name for name in weights if name not in names]
+    return model, names, index, beside(there, {*names, *([index.name] if index else [])})
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Tensor → file of an index."""
-    values = read_json_object(index, f"no index {index}")
-    weight_map = values.get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        msg = f"{index} must hold a weight_map from tensors to files, found {sorted(values)}"
-        raise UsageError(msg)
-    return {name: str(file) for name, file in weight_map.items()}
+    return read_weight_map(index, f"no index {one_line(index)}")
 
 
 def _shards(index: Path) -> list[str]:
     return sorted(set(_weight_map(index).values()))
 
 
-def _lost(index: Path, headers, absent, broken) -> dict[str, str]:
+def _lost(index: Path, placed, headers, absent, broken) -> dict[str, str]:
     """Tensors that are not in the file in which the index places them, and why."""
-    held = {header.path.name: entries for header, entries in headers}
+    held = {header.path.name: header.entries for header in headers}
     why = dict.fromkeys(absent, "is not there") | dict.fromkeys(broken, "is broken")
     return {
         tensor: f"placed by {index.name} in {file}, which {why.get(file, 'does not hold it')}"
-        for tensor, file in _weight_map(index).items()
+        for tensor, file in placed.items()
         if tensor not in held.get(file, ())
     }
 
 
-def _tensors(headers) -> dict[str, Place]:
+def _tensors(headers, homes) -> dict[str, Place]:
     """All tensors in the order in which they lie in the files."""
-    homes = Counter(name for _, entries in headers for name in entries)
-    twice = [name for name, n in homes.items() if n > 1]
-    if twice:
-        files = [header.path.name for header, entries in headers if twice[0] in entries]
-        msg = (
-            f"tensor {twice[0]} is in {len(files)} files of {headers[0][0].path.parent}: "
-            f"{', '.join(files)}; a name must be in one file only"
-        )
-        raise UsageError(msg)
     tensors = {}
-    for header, entries in headers:
-        for name, (facts, start) in sorted(entries.items(), key=lambda entry: entry[1][1]):
-            tensors[name] = Place(facts, header.path, header.data_start + start, header.n_bytes)
+    for header in headers:
+        for name, entry in sorted(header.entries.items(), key=lambda item: item[1].start):
+            if homes[name] is not header:
+                continue
+            facts = _facts(entry)
+            tensors[name] = Place(
+                facts, header.path, header.data_start + entry.start, header.n_bytes
+            )
             try:
                 facts.stored  # noqa: B018  it raises for a dtype without fingerprints
             except UsageError as error:
-                msg = f"{header.path}: tensor {name}: {error}"
+                msg = f"{header.path}: tensor {one_line(name, 100)}: {error}"
                 raise UsageError(msg) from None
     return tensors
 
 
-def _entry(header: Header, name: str) -> tuple[TensorFacts, int]:
-    """A tensor's facts and the offset of its bytes in the file's data, strictly read."""
-    require_text(name, header.path)
-    entry = header.entries[name]
-    shape, offsets = entry.get("shape"), entry.get("data_offsets")
-    if not is_shape(shape) or not is_shape(offsets) or len(offsets) != 2:
-        msg = (
-            f"{header.path} has a broken safetensors header, tensor {name}: expected a shape and "
-            f"two offsets, found {shape!r} and {offsets!r}"
-        )
-        raise UsageError(msg)
-    facts = TensorFacts(str(entry.get("dtype")), tuple(shape))
-    start, stop = offsets
-    try:
-        needed = facts.n_bytes
-    except UsageError:
-        return facts, start  # refused by name once it is known that the file is whole
-    if stop - start != needed:
-        msg = (
-            f"{header.path}: tensor {name} of shape {shape} and dtype {facts.dtype} needs "
-            f"{needed} bytes, its header entry gives {stop - start}"
-        )
-        raise UsageError(msg)
-    return facts, start
+def _facts(entry) -> TensorFacts:
+    return TensorFacts(entry.dtype, entry.shape)
 
 
-def _require_no_holes(header: Header, entries) -> None:
-    """Every byte after the header must belong to one tensor, as the format demands: what lies in
-    a hole would be in no fingerprint."""
-    at = 0
-    spans = (header.entries[name]["data_offsets"] for name in entries)
-    for start, stop in sorted(map(tuple, spans)):
-        if start != at:
-            what = "a gap" if start > at else "an overlap"
-            msg = (
-                f"{header.path} has a broken safetensors header: {what} between tensors at byte "
-                f"{min(at, start)} of its data"
-            )
-            raise UsageError(msg)
-        at = stop
+def _require_whole(header: Header) -> None:
+    """BrokenFile unless each tensor has the bytes that it needs, and each byte is a tensor's."""
+    for name, entry in header.entries.items():
+        try:
+            needed = _facts(entry).n_bytes
+        except UsageError:
+            continue  # an unknown dtype is refused by name once it is known that the file is whole
+        header.require_bytes(name, needed)
+    header.require_no_holes()
