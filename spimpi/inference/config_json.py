@@ -5,7 +5,7 @@ from pathlib import Path
 
 from spimpi.errors import UsageError
 from spimpi.inference.model_config import (
-    FULL, SLIDING, Llama3Scaling, ModelConfig, YarnScaling,
+    FULL, MOST_LAYERS, SLIDING, Llama3Scaling, ModelConfig, YarnScaling,
 )  # fmt: skip
 from spimpi.inference.rope import yarn_attention_factor
 from spimpi.printable import one_line
@@ -20,7 +20,6 @@ ARCHITECTURES = {
 ROPE_TYPES = {"llama": ("default", "llama3"), "olmo2": ("default",), "olmo3": ("default", "yarn")}
 DTYPES = ("bfloat16", "float16", "float32")
 MOST = 2**31 - 1  # of a size
-MOST_LAYERS = 100_000
 LARGEST = 1e30  # of a number: float32 must hold it and what is made of it
 SHOWN = 120  # characters of a value in an error
 # Fields that change what transformers computes with any model; other values are refused.

@@ -15,12 +15,13 @@ import numpy as np
 
 from spimpi.errors import IncompleteError, UsageError
 from spimpi.inference.exact import ARITHMETIC
+from spimpi.inference.golden_file import SCHEMA, read_facts
 from spimpi.inference.tensors import golden_columns
+from spimpi.printable import one_line
 from spimpi.reduction import reduce_fingerprints
 from spimpi.trace.schema import Established, Op, Stage, Status, blank_events
 from spimpi.whole_file import whole_file
 
-SCHEMA = "spimpi-golden-1"
 EMBEDDED_GOLDEN = Path(__file__).parent.parent / "models" / "tiny" / "golden.h5"
 
 
@@ -47,6 +48,8 @@ class Golden:
 
     origin: where the model came from, {"model": directory}, {"config": name, "layers": n}, or {}
     for the embedded one: a run that names only the golden file takes it from there.
+    weights: the fingerprint of every tensor of the checkpoint in its order, uint64, by which a run
+    knows every byte of the weights; None in files of before, whose ``identity`` alone names them.
     """
 
     workload: Workload
@@ -55,11 +58,12 @@ class Golden:
     tokens: np.ndarray
     source: str
     origin: dict = field(default_factory=dict)
+    weights: np.ndarray | None = None
 
 
 def write(path, golden: Golden, overwrite: bool = False) -> None:
     """Write a golden file, as a whole or not at all; UsageError where it exists (unless
-    ``overwrite``) or cannot be written."""
+    ``overwrite``) or cannot be written. Local."""
     import h5py
 
     w, made = golden.workload, io.BytesIO()
@@ -75,46 +79,23 @@ def write(path, golden: Golden, overwrite: bool = False) -> None:
         # HDF5's own checksum: a damaged file must not read as a corrupted run.
         file.create_dataset("fingerprints", data=golden.table, fletcher32=True)
         file["tokens"] = golden.tokens
+        if golden.weights is not None:
+            file.create_dataset("weights", data=golden.weights, fletcher32=True)
     with whole_file(path, overwrite) as file:
         file.write(made.getbuffer())
 
 
 def read(path) -> Golden:
-    """Read a golden file. UsageError where it is none."""
-    import h5py
-
-    path = Path(path)
-    if not path.is_file():
-        found = "a directory" if path.is_dir() else "nothing"
-        msg = f"no golden file {path}, found {found} there: make one with `spimpi golden`"
-        raise UsageError(msg)
-    try:
-        with h5py.File(path, "r") as file:
-            if file.attrs.get("schema") != SCHEMA:
-                msg = f"{path} is not a golden file: expected schema {SCHEMA}, found " + str(
-                    file.attrs.get("schema", "none")
-                )
-                raise UsageError(msg)
-            table, tokens = file["fingerprints"][:], file["tokens"][:]
-            prompts = tuple(tuple(p) for p in json.loads(file.attrs["prompts"]))
-            a = file.attrs
-            columns = len(golden_columns(int(a["n_layers"])))
-            if table.dtype != np.uint64 or table.ndim != 2 or table.shape[1] != columns:
-                msg = (
-                    f"{path} is damaged: expected {columns} fingerprints a step for its "
-                    f"{a['n_layers']} layers, found {table.dtype} {list(table.shape)}"
-                )
-                raise UsageError(msg)
-            workload = Workload(
-                a["model"], a["identity"], int(a["seed"]), len(table), prompts, a["arithmetic"]
-            )
-            origin = json.loads(a["origin"])
-            return Golden(workload, int(a["n_layers"]), table, tokens, str(path), origin)
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        if isinstance(error, UsageError):
-            raise
-        msg = f"{path} is no readable golden file ({error}): make one with `spimpi golden`"
-        raise UsageError(msg) from None
+    """Read a golden file. UsageError where it is none, or damaged. Local."""
+    facts = read_facts(path)
+    workload = Workload(
+        facts["model"], facts["identity"], facts["seed"], len(facts["table"]), facts["prompts"],
+        facts["arithmetic"],
+    )  # fmt: skip
+    return Golden(
+        workload, facts["n_layers"], facts["table"], facts["tokens"], one_line(path, 200),
+        facts["origin"], facts["weights"],
+    )  # fmt: skip
 
 
 def require_same(golden: Golden, workload: Workload) -> None:

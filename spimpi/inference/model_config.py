@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from spimpi.errors import UsageError
 
 SLIDING, FULL = "sliding_attention", "full_attention"
+MOST_LAYERS = 100_000
 
 
 @dataclass(frozen=True)

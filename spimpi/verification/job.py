@@ -12,6 +12,7 @@ from spimpi.inference.checkpoint import open_checkpoint
 from spimpi.fingerprint.tag import DEFAULT_SEED
 from spimpi.inference.config import EMBEDDED_MODEL, load_config, published
 from spimpi.topology import grid as grids
+from spimpi.verification.embedded import is_embedded, require_intact, shipped_golden
 
 DEFAULT_PROMPTS = 8
 DEFAULT_TOKENS = 16
@@ -59,7 +60,7 @@ class Job:
     golden_wanted: bool
     faults: tuple
     repeat: int
-    known: object = None  # KnownWeights, where there is a manifest
+    known: object = None  # KnownWeights or GoldenWeights, where a file has fingerprints of them
     sketch: bool = False  # whether its trace gets sketches
 
     @property
@@ -72,7 +73,7 @@ class Job:
         """Where the model is from, as golden files say it."""
         if self.directory is None:
             return {"config": self.config.name, "layers": self.config.n_layers}
-        return {} if self.directory == EMBEDDED_MODEL else {"model": str(self.directory.resolve())}
+        return {} if is_embedded(self.directory) else {"model": str(self.directory.resolve())}
 
     @property
     def lengths(self) -> list[int]:
@@ -106,6 +107,9 @@ def prepare(request: Request, world_size: int, rank: int = 0) -> Job:
     if not 0 <= request.seed < 2**64:
         msg = f"--seed must be from 0 to 2**64 - 1, found {request.seed}"
         raise UsageError(msg)
+    # Before anything is made of the sizes in config.json: the files bound them.
+    checkpoint = _checkpoint(directory, config, request.seed)
+    config = checkpoint.config
     memory = None
     if request.memory is not None:
         from spimpi.topology.exo import parse_memory
@@ -123,12 +127,8 @@ def prepare(request: Request, world_size: int, rank: int = 0) -> Job:
     )
     grids.require_tokens(grid, [len(ids) for ids in prompts.ids], config.n_heads)
     prompt_texts.check_length(prompts, request.tokens, config)
-    if directory is None:
-        from spimpi.inference.checkpoint_seeded import SeededCheckpoint
-
-        checkpoint = SeededCheckpoint(config, request.seed)
-    else:
-        checkpoint = open_checkpoint(directory, config)
+    if is_embedded(directory):
+        require_intact(rank)
     if known is not None:
         known.require_fit(config, checkpoint, request.seed, request.arith == "exact")
     faults = _faults(request, grid, config, prompts, checkpoint)
@@ -138,7 +138,16 @@ def prepare(request: Request, world_size: int, rank: int = 0) -> Job:
         request.seed, request.arith == "exact", None, request.golden is not None, faults,
         request.repeat, known, request.sketch,
     )  # fmt: skip
-    return replace(job, golden=_golden_for(job, golden, rank))
+    job = replace(job, golden=_golden_for(job, golden, rank))
+    return replace(job, known=_known_by(job, golden))
+
+
+def _checkpoint(directory, config, seed):
+    if directory is not None:
+        return open_checkpoint(directory, config)
+    from spimpi.inference.checkpoint_seeded import SeededCheckpoint
+
+    return SeededCheckpoint(config, seed)
 
 
 def _completed(request: Request, golden, known) -> Request:
@@ -208,9 +217,20 @@ def _golden_for(job: Job, golden, rank: int):
             raise UsageError(msg)
         golden_runs.require_same(golden, job.workload)
         return golden
-    embedded = job.exact and job.directory == EMBEDDED_MODEL
-    if rank == 0 and embedded and golden_runs.EMBEDDED_GOLDEN.exists():
-        shipped = golden_runs.read(golden_runs.EMBEDDED_GOLDEN)
+    if rank == 0 and job.exact and is_embedded(job.directory):
+        shipped = shipped_golden(job.workload, rank)
         if golden_runs.fits(shipped, job.workload):
             return shipped
     return None
+
+
+def _known_by(job: Job, golden):
+    """What knows the weights beforehand: the manifest, else the golden file that was named."""
+    if golden is None or golden.weights is None:
+        return job.known
+    from spimpi.verification.known_weights import golden_weights
+
+    theirs = golden_weights(golden, job.checkpoint)
+    if job.known is not None:
+        theirs.require_same(job.known)
+    return job.known or theirs

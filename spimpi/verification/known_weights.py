@@ -1,4 +1,5 @@
-"""A manifest in a run: whether it is of this model, and its words for the checks."""
+"""What knows a run's weights beforehand, a manifest or a golden file: whether it is of this model, and
+its words for the checks."""
 
 from dataclasses import dataclass
 
@@ -82,6 +83,38 @@ class KnownWeights:
     def _refuse(self, why: str):
         msg = f"the manifest {self.file} is of another model: {why}"
         raise UsageError(msg)
+
+
+@dataclass(frozen=True)
+class GoldenWeights:
+    """The fingerprints of the weights that a golden run was made of, and its file."""
+
+    file: str
+    words: dict[str, int]
+    has_derived = False
+
+    def require_same(self, known: KnownWeights) -> None:
+        """Raise UsageError where a manifest has another word for a tensor. Local."""
+        theirs = known.words
+        others = [name for name, word in self.words.items() if theirs[name] != word]
+        if others:
+            msg = (
+                f"the manifest {known.file} and the golden file {self.file} are of other weights: "
+                f"{_listed(others)} differ; make both of one checkpoint"
+            )
+            raise UsageError(msg)
+
+
+def golden_weights(golden, checkpoint) -> GoldenWeights:
+    """The words of a golden file that is of this model. UsageError where their number differs."""
+    if len(golden.weights) != len(checkpoint.tensors):
+        msg = (
+            f"{golden.source} is damaged: it has fingerprints of {len(golden.weights)} weights, its "
+            f"model has {len(checkpoint.tensors)}"
+        )
+        raise UsageError(msg)
+    words = (int(word) for word in golden.weights)
+    return GoldenWeights(golden.source, dict(zip(checkpoint.tensors, words)))
 
 
 def read_known_weights(file) -> KnownWeights:

@@ -83,9 +83,11 @@ def make_golden(job: Job, at=None) -> golden_runs.Golden:
         if where is not None:
             msg = f"the golden run on rank 0 failed a check of its own: {where}"
             raise CorruptionError(msg)
+    weights = np.array([run.loader.part.shares[n] for n in job.checkpoint.tensors], np.uint64)
     return golden_runs.Golden(
-        job.workload, job.config.n_layers, stage.golden.copy(), tokens, "made on one rank", job.origin
-    )
+        job.workload, job.config.n_layers, stage.golden.copy(), tokens, "made on one rank",
+        job.origin, weights,
+    )  # fmt: skip
 
 
 class _Run:
