@@ -89,7 +89,7 @@ def run_make(args) -> int:
             )  # fmt: skip
     _on_rank_0(world, lambda: write_manifest(args.output, made, args.overwrite))
     if _speaks(world):
-        _say_left_out(args.model)
+        _say_unread(args.model)
         more = f", {len(made.derived.tensors):,} derived ones" if made.derived else ""
         size = in_bytes(made.n_bytes)
         print(f"wrote {args.output}: {len(made.tensors):,} tensors, {size}{more}")
@@ -115,7 +115,7 @@ def run_check(args) -> int:
             found = check_over(world, manifest, model, threads=args.threads, progress=progress)
     if _speaks(world):
         if not args.json:
-            _say_left_out(model)
+            _say_unread(model)
         print(as_json(args, model, found) if args.json else "\n".join(report(found)))
         sys.stdout.flush()
     return found.exit_status
@@ -123,6 +123,8 @@ def run_check(args) -> int:
 
 def as_json(args, model, found) -> str:
     """The findings as one JSON object; fingerprints as 16 hex digits."""
+    from spimpi.manifest.source import unread
+
     return json.dumps(
         {
             "verdict": VERDICTS[found.exit_status],
@@ -142,6 +144,7 @@ def as_json(args, model, found) -> str:
             "missing_files": found.absent,
             "missing": found.missing,
             "extra": list(found.extra),
+            "not_read": unread(model),
         },
         indent=1,
     )  # fmt: skip
@@ -167,12 +170,11 @@ def report(found) -> list[str]:
     return [*lines, f"verdict    {verdicts[found.exit_status]}"]
 
 
-def _say_left_out(model) -> None:
-    from spimpi.manifest.source import left_out
+def _say_unread(model) -> None:
+    from spimpi.manifest.source import unread
 
-    names = left_out(model)
-    if names:
-        print(f"note       not part of this checkpoint, left out: {', '.join(names)}")
+    for line in unread(model):
+        print(f"not read   {line}")
 
 
 def _by_reason(missing: dict[str, str]) -> list[str]:

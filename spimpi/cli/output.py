@@ -66,8 +66,8 @@ class Reporter:
             f"{config.n_heads}/{config.n_kv_heads} heads, {weights}, "
             f"{job.checkpoint.total_bytes / 2**20:.1f} MiB"
         )
-        if ignored := job.checkpoint.ignored:
-            self._print(f"not read   {len(ignored)} other tensors of the files: {ignored[0]}, …")
+        for line in job.checkpoint.not_read:
+            self._print(f"not read   {line}")
         arithmetic = "exact-1" if job.exact else "float32 BLAS (no expected fingerprints)"
         self._print(
             f"workload   {len(job.prompts)} prompts, {sum(job.lengths)} prompt tokens, "
@@ -176,6 +176,8 @@ class Reporter:
             self._print(f"           expected fingerprints: {outcome.expected_from}")
         else:
             self._print("           'expected' is not established: no golden run to compare with")
+        if job.golden is not None and job.golden.weights is None:
+            self._print("weights    not compared with the golden file, which has no fingerprints of them")
         if job.known:
             more = " and what is derived from them" if job.has_derived else ""
             self._print(f"weights    expected: they{more} equal {job.known.file}")

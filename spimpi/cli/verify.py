@@ -116,6 +116,7 @@ def as_json(job, outcome, tracer) -> str:
             "weights_expected_from": job.known.file if job.known else None,
             "where": where,
             "missing": list(outcome.verdict.missing),
+            "not_read": job.checkpoint.not_read,
             "topology": job.grid.text(),
             "ranks": job.grid.size,
             "runs": outcome.completed_runs,

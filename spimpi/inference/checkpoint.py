@@ -18,7 +18,7 @@ import numpy as np
 from spimpi.errors import UsageError
 from spimpi.inference.config import ModelConfig, checkpoint_tensors
 from spimpi.inference.safetensors_header import Header, TensorRecord
-from spimpi.inference.weight_files import find_weights
+from spimpi.inference.weight_files import find_weights, not_read
 from spimpi.printable import one_line
 
 BLOCK_BYTES = 1 << 22
@@ -42,12 +42,13 @@ def open_checkpoint(directory, config: ModelConfig) -> "FileCheckpoint":
     """
     directory = Path(directory)
     files = find_weights(directory)
-    homes, not_read = files.homes, files.not_read()
+    homes = files.homes
+    unread = not_read(files.left_out, files.copies, homes)
     _require_layers(directory, config, homes)
     if config.tie_word_embeddings and HEAD in homes:
         # Right where both are equal too; transformers 5 compares them, and does not tie others.
         config = replace(config, tie_word_embeddings=False)
-        not_read.append(f"tie_word_embeddings: the files have a {HEAD} of their own")
+        unread.append(f"tie_word_embeddings: the files have a {HEAD} of their own")
     tensors, places = {}, {}
     wanted = checkpoint_tensors(config)
     missing = [name for name in wanted if name not in homes]
@@ -76,8 +77,8 @@ def open_checkpoint(directory, config: ModelConfig) -> "FileCheckpoint":
     ignored = sorted(set(homes) - set(wanted))
     if ignored:
         more = f" and {len(ignored) - 1} more" if len(ignored) > 1 else ""
-        not_read.append(f"tensors: {one_line(ignored[0], 100)}{more}, of no use to {config.name}")
-    return FileCheckpoint(config, tensors, places, ignored, not_read)
+        unread.append(f"tensors: {one_line(ignored[0], 100)}{more}, of no use to {config.name}")
+    return FileCheckpoint(config, tensors, places, ignored, unread)
 
 
 def _require_layers(directory: Path, config: ModelConfig, homes) -> None:

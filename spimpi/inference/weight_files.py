@@ -32,20 +32,22 @@ class WeightFiles:
     copies: list[tuple[str, str]]
     left_out: list[str]
 
-    def not_read(self) -> list[str]:
-        """What of the folder is not read, a line each."""
-        lines = []
-        if self.left_out:
-            more = f" and {len(self.left_out) - _SHOWN} more" if len(self.left_out) > _SHOWN else ""
-            lines.append(one_line(f"files: {', '.join(self.left_out[:_SHOWN])}{more}"))
-        if self.copies:
-            name, file = self.copies[0]
-            more = f", and {len(self.copies) - 1} other copies" if len(self.copies) > 1 else ""
-            home = self.homes[name].path.name
-            lines.append(
-                one_line(f"copies: {name} in {file}, which the index places in {home}{more}")
-            )
-        return lines
+
+def not_read(files: list[str], copies, homes) -> list[str]:
+    """What of a folder is not read, in lines for people: files, and copies of tensors.
+
+    ``copies``: (tensor, file); ``homes``: by tensor, something with the path that it is read from.
+    """
+    lines = []
+    if files:
+        more = f" and {len(files) - _SHOWN} more" if len(files) > _SHOWN else ""
+        lines.append(one_line(f"files: {', '.join(files[:_SHOWN])}{more}"))
+    if copies:
+        name, file = copies[0]
+        more = f", and {len(copies) - 1} other copies" if len(copies) > 1 else ""
+        home = homes[name].path.name
+        lines.append(one_line(f"copies: {name} in {file}, the index places it in {home}{more}"))
+    return lines
 
 
 def find_weights(directory: Path) -> WeightFiles:

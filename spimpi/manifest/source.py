@@ -10,7 +10,7 @@ from pathlib import Path
 from spimpi.errors import UsageError
 from spimpi.inference.safetensors_header import BrokenFile, Header, TensorRecord, read_header
 from spimpi.inference.weight_files import (
-    SINGLE_FILE, is_there, left_out as beside, names_in, place, read_weight_map,
+    SINGLE_FILE, is_there, left_out as beside, names_in, not_read, place, read_weight_map,
 )  # fmt: skip
 from spimpi.manifest.format import TensorFacts
 from spimpi.printable import one_line
@@ -92,6 +92,12 @@ def survey(model) -> Source:
 def left_out(model) -> list[str]:
     """Files of weights beside those that are read."""
     return _files(Path(model))[3]
+
+
+def unread(model) -> list[str]:
+    """What of a MODEL is not read, in lines for people."""
+    source = survey(model)
+    return not_read(left_out(model), source.copies, source.tensors)
 
 
 def _files(model: Path):
