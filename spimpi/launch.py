@@ -11,9 +11,15 @@ from dataclasses import dataclass
 from time import sleep
 
 from spimpi.errors import UsageError
+from spimpi.printable import one_line
 
 SHORTEST_NAP, LONGEST_NAP = 2e-5, 1e-3  # seconds
 HEAD_START = 1.0  # seconds that rank 0 has to say its error
+LAUNCHER_NUMBERS = (
+    "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
+    "OMPI_COMM_WORLD_LOCAL_SIZE", "PMI_RANK", "PMI_SIZE", "PMIX_RANK", "SLURM_PROCID",
+    "SLURM_STEP_NUM_TASKS", "SLURM_NODEID", "SLURM_LOCALID", "MPI_LOCALRANKID", "MPI_LOCALNRANKS",
+)  # fmt: skip
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
 
 
@@ -38,7 +44,7 @@ def launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
 
     def number(name):
         text = environ.get(name, "")
-        return int(text) if text.isdigit() else None
+        return int(text) if _is_number(text) else None
 
     if (rank := number("OMPI_COMM_WORLD_RANK")) is not None:
         size, local_size = number("OMPI_COMM_WORLD_SIZE"), number("OMPI_COMM_WORLD_LOCAL_SIZE")
@@ -58,11 +64,30 @@ def launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
     return None
 
 
+def _is_number(text: str) -> bool:
+    """Whether a variable's text is a number of ranks: ASCII digits, few enough of them."""
+    return text.isascii() and text.isdigit() and len(text) <= 9
+
+
+def require_numbers(environ: Mapping[str, str] = os.environ) -> None:
+    """Raise UsageError where a variable of a launcher, or numba's number of threads, is no number.
+
+    ``launch`` reads over such variables, and would take ranks for runs of their own.
+    """
+    for name in (*LAUNCHER_NUMBERS, "NUMBA_NUM_THREADS"):
+        text, least = environ.get(name), int(name == "NUMBA_NUM_THREADS")
+        if text is None or (_is_number(text) and int(text) >= least):
+            continue
+        found = one_line(repr(text), 60)
+        msg = f"the variable {name} must be a whole number from {least} on, found {found}"
+        raise UsageError(msg)
+
+
 def _tasks_on_node(environ, node: int | None) -> int | None:
     """SLURM_STEP_TASKS_PER_NODE reads 4(x2),3: two nodes of 4 tasks and one of 3."""
     text = environ.get("SLURM_STEP_TASKS_PER_NODE", "")
     counts = []
-    for count, repeat in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
+    for count, repeat in re.findall(r"([0-9]{1,9})(?:\(x([0-9]{1,6})\))?", text):
         counts += [int(count)] * int(repeat or 1)
     return counts[node] if node is not None and node < len(counts) else None
 

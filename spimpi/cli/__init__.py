@@ -8,7 +8,9 @@ import traceback
 from spimpi import __version__
 from spimpi.cli.registry import COMMANDS
 from spimpi.errors import SpimpiError
-from spimpi.launch import launcher_rank, let_rank_0_speak, set_thread_limits, wait_asleep
+from spimpi.launch import (
+    launcher_rank, let_rank_0_speak, require_numbers, set_thread_limits, wait_asleep,
+)  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,7 +52,12 @@ def main(argv=None) -> int:
     """Run one subcommand; returns its exit status."""
     set_thread_limits()  # before anything imports numpy, which reads them then
     args = build_parser().parse_args(argv)
-    return status_of(lambda: args.run(args))
+
+    def run():
+        require_numbers()
+        return args.run(args)
+
+    return status_of(run)
 
 
 def status_of(command) -> int:

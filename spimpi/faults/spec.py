@@ -7,9 +7,12 @@ from dataclasses import dataclass
 
 from spimpi.errors import UsageError
 from spimpi.faults.places import PLACES, WEIGHT_BYTES, Part, part_of
+from spimpi.printable import one_line
 from spimpi.topology.pipeline import stage_of, stage_ranges
 from spimpi.topology.sequence import split_rows
 
+LONGEST_NUMBER = 18  # digits
+SHOWN = 60  # characters of a word in a message
 EVERYWHERE = ("rank", "layer", "tensor", "step")
 # kind -> (what it does, the keys that it takes beside those of every kind)
 KINDS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -59,8 +62,9 @@ def parse(text: str) -> Fault:
     to that tensor.
     """
     kind, _, rest = (part.strip() for part in text.partition(":"))
+    text = one_line(text, 200)
     if kind not in KINDS:
-        msg = f"--inject {text}: unknown kind {kind!r}{_hint(kind, KINDS)}"
+        msg = f"--inject {text}: unknown kind {_shown(kind)}{_hint(kind, KINDS)}"
         raise UsageError(msg)
     values = _values(text, kind, rest)
     for key in ("rank", "tensor"):
@@ -69,7 +73,7 @@ def parse(text: str) -> Fault:
             raise UsageError(msg)
     tensor = values["tensor"]
     if tensor not in PLACES:
-        msg = f"--inject {text}: unknown tensor {tensor!r}{_hint(tensor, PLACES)}"
+        msg = f"--inject {text}: unknown tensor {_shown(tensor)}{_hint(tensor, PLACES)}"
         raise UsageError(msg)
     place = PLACES[tensor]
     if kind not in place.kinds:
@@ -98,14 +102,18 @@ def _values(text, kind, rest) -> dict:
     for item in filter(None, (part.strip() for part in rest.split(","))):
         key, equals, value = (part.strip() for part in item.partition("="))
         if key not in known:
-            msg = f"--inject {text}: {kind} takes no key {key!r}{_hint(key, known)}"
+            msg = f"--inject {text}: {kind} takes no key {_shown(key)}{_hint(key, known)}"
             raise UsageError(msg)
         if key in values:
             msg = f"--inject {text}: {key} is given twice"
             raise UsageError(msg)
         if key != "tensor":
-            if not (equals and value.isascii() and value.isdigit()):
-                msg = f"--inject {text}: {key} must be a whole number from 0, found {value!r}"
+            digits = equals and value.isascii() and value.isdigit()
+            if not digits or len(value) > LONGEST_NUMBER:
+                msg = (
+                    f"--inject {text}: {key} must be a whole number from 0, of at most "
+                    f"{LONGEST_NUMBER} digits, found {_shown(value)}"
+                )
                 raise UsageError(msg)
             value = int(value)
         values[key] = value
@@ -195,9 +203,13 @@ def _example(kind):
 def _hint(word, known):
     import difflib
 
-    close = difflib.get_close_matches(word, list(known), n=1)
+    close = difflib.get_close_matches(word[:SHOWN], list(known), n=1)
     guess = f": did you mean {close[0]}?" if close else ";"
     return f"{guess} known are {', '.join(known)}"
+
+
+def _shown(word: str) -> str:
+    return one_line(repr(word), SHOWN)
 
 
 def _refuse(fault, why):

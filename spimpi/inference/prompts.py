@@ -1,5 +1,6 @@
 """Prompts as token ids: built in, from text, from ids; and back to text."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,9 +8,13 @@ import numpy as np
 
 from spimpi.errors import MissingDependency, UsageError
 from spimpi.inference.config import ModelConfig
+from spimpi.printable import one_line
+from spimpi.regular_file import read_at_most
 
 TOKENIZER_FILE = "tokenizer.json"
 BYTE_VOCABULARY = 256
+LONGEST_NUMBER = 18  # digits
+LONGEST_TOKENIZER = 1 << 28  # bytes
 
 # The first three are those of the embedded model's greedy.json.
 _BUILT_IN = (
@@ -44,16 +49,18 @@ def encode(texts: list[str], config: ModelConfig, directory=None) -> Prompts:
 
     With a tokenizer.json the tokenizers package makes them, special tokens included. Seeded
     weights and models of 256 ids without a tokenizer take the UTF-8 bytes. Raises UsageError
-    where neither is the case, where a prompt is empty, and for ids outside the vocabulary;
-    MissingDependency without the package.
+    where neither is the case, where a prompt is empty or no UTF-8, and for ids outside the
+    vocabulary; MissingDependency without the package.
     """
+    texts = [_in_utf8(index, text) for index, text in enumerate(texts)]
     for index, text in enumerate(texts):
         if not text:
             msg = f"prompt {index} is empty: a prompt needs at least one token"
             raise UsageError(msg)
     tokenizer = _tokenizer(directory)
     if tokenizer is not None:
-        ids = [tokenizer.encode(text).ids for text in texts]
+        with _refused(f"text cannot be encoded by {one_line(directory, 200)}/{TOKENIZER_FILE}"):
+            ids = [tokenizer.encode(text).ids for text in texts]
     elif directory is None or config.vocab_size == BYTE_VOCABULARY:
         ids = [list(text.encode()) for text in texts]
     else:
@@ -70,7 +77,16 @@ def parse_ids(text: str, vocab_size: int) -> np.ndarray:
     fields = [field.strip() for field in text.split(",")] if text.strip() else []
     for field in fields:
         if not (field.isascii() and field.removeprefix("-").isdigit()):
-            msg = f"prompt ids must be numbers separated by commas, found {field!r} in {text!r}"
+            msg = (
+                f"prompt ids must be numbers separated by commas, found {one_line(repr(field), 60)} "
+                f"in {one_line(repr(text), 100)}"
+            )
+            raise UsageError(msg)
+        if len(field) > LONGEST_NUMBER:
+            msg = (
+                f"prompt id {one_line(field, 60)} is not in the vocabulary: expected 0 to "
+                f"{vocab_size - 1}"
+            )
             raise UsageError(msg)
     return _checked([int(field) for field in fields], vocab_size)
 
@@ -80,7 +96,8 @@ def decode(ids, config: ModelConfig, directory=None) -> str | None:
     tokenizer = _tokenizer(directory)
     ids = [int(token) for token in ids]
     if tokenizer is not None:
-        return tokenizer.decode(ids)
+        with _refused(f"ids cannot be decoded by {one_line(directory, 200)}/{TOKENIZER_FILE}"):
+            return tokenizer.decode(ids)
     if any(token >= BYTE_VOCABULARY for token in ids):
         return None
     if directory is not None and config.vocab_size != BYTE_VOCABULARY:
@@ -111,21 +128,52 @@ def _checked(ids: list[int], vocab_size: int) -> np.ndarray:
     return np.array(ids, dtype=np.int64)
 
 
+def _in_utf8(index: int, text: str) -> str:
+    """The text of a prompt as it was typed.
+
+    Where the locale is not UTF-8, Python hands on bytes of a command line in disguise (PEP 383).
+    """
+    try:
+        return text.encode(errors="surrogateescape").decode()
+    except UnicodeError:
+        msg = (
+            f"prompt {index} is not UTF-8: {one_line(repr(text), 100)}; give it in UTF-8, or its ids "
+            "(--prompt-ids)"
+        )
+        raise UsageError(msg) from None
+
+
 def _tokenizer(directory):
     """The tokenizer of a model directory, None where it has none."""
     path = None if directory is None else Path(directory) / TOKENIZER_FILE
     if path is None or not path.exists():
         return None
+    name = one_line(path, 250)
     try:
         from tokenizers import Tokenizer
     except ImportError:
         msg = (
-            f"{path} needs the tokenizers package: pip install tokenizers, or give --prompt-ids "
+            f"{name} needs the tokenizers package: pip install tokenizers, or give --prompt-ids "
             "in place of text"
         )
         raise MissingDependency(msg) from None
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises plain Exception
-        msg = f"{path} cannot be read by the tokenizers package: {error}"
+        contents = read_at_most(path, LONGEST_TOKENIZER)
+    except OSError as error:
+        msg = f"{name} cannot be read: {error.strerror}"
+        raise UsageError(msg) from None
+    with _refused(f"{name} cannot be read by the tokenizers package"):
+        return Tokenizer.from_buffer(contents)
+
+
+@contextmanager
+def _refused(what: str):
+    """What the tokenizers package raises, as UsageError: plain Exceptions, and panics of its Rust
+    code, which are not even those."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        msg = f"{what}: {one_line(error, 150)}"
         raise UsageError(msg) from None

@@ -22,6 +22,7 @@ from spimpi.manifest.source import Place, Source
 
 # Half of what a core's second-level cache has: what was read is there when it is fingerprinted.
 BLOCK_BYTES = 1 << 20
+MOST_THREADS = 1024
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ def shares_over(names, blocks: list[Block], shares_of, threads: int, progress=No
     if threads < 1:
         msg = f"at least one thread is needed, found threads={threads}"
         raise UsageError(msg)
+    threads = min(threads, max(len(blocks), 1), MOST_THREADS)
     queue = _Queue(blocks, progress)
 
     def work() -> dict[str, int]:
@@ -186,7 +188,7 @@ class _Files:
         if path == self._path:
             return
         self._close()
-        self._descriptor, self._path = os.open(path, os.O_RDONLY), path
+        self._descriptor, self._path = os.open(path, os.O_RDONLY | os.O_NONBLOCK), path
         found = os.fstat(self._descriptor).st_size
         if found != n_bytes:
             msg = (

@@ -12,6 +12,9 @@ from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 
 from spimpi.errors import UsageError
+from spimpi.printable import one_line
+
+_LARGEST = 100  # digits of a memory size
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,8 @@ def parse_memory(text: str) -> list[Decimal]:
         for size in sizes:
             _exact(size)
     except (InvalidOperation, UsageError):
-        msg = f"memory is one positive number of GB a rank, as in 18,8; found {text!r}"
+        found = one_line(repr(text), 120)
+        msg = f"memory is one positive number of GB a rank, as in 18,8; found {found}"
         raise UsageError(msg) from None
     return sizes
 
@@ -89,13 +93,23 @@ def _named(rank: int, device):
 
 def _exact(memory) -> Fraction:
     try:
-        exact = Fraction(memory)
+        exact = Fraction(0 if _is_far(memory) else memory)
     except (TypeError, ValueError, OverflowError):
         exact = Fraction(0)
     if exact <= 0:
-        msg = f"a device's memory must be a positive number, found {memory!r}"
+        msg = (
+            f"a device's memory must be a positive number, and of at most {_LARGEST} "
+            f"digits, found {one_line(repr(memory), 60)}"
+        )
         raise UsageError(msg)
     return exact
+
+
+def _is_far(memory) -> bool:
+    """Whether a decimal number is too long to be written out, as a fraction does."""
+    if not isinstance(memory, Decimal):
+        return False
+    return max(abs(memory.adjusted()), len(memory.as_tuple().digits)) > _LARGEST
 
 
 def _borders(sizes) -> list[int]:

@@ -6,9 +6,12 @@ from typing import NamedTuple
 
 from spimpi.errors import UsageError
 from spimpi.partition import balanced_sizes
+from spimpi.printable import one_line
 from spimpi.topology.exo import RULES, create_exo_partitions
 
 AXES = ("tp", "sp", "pp", "dp")  # neighbours in the world first
+_LONGEST = 9  # digits of an axis
+_SHOWN = 8  # memory sizes in a message
 
 
 class Place(NamedTuple):
@@ -111,21 +114,22 @@ def parse(text, world_size: int, n_heads: int, n_layers: int, memory=None, rule=
         name = text.strip()
         return _ring(world_size, n_layers, memory, rule if name == "exo" else name)
     if memory is not None:
-        msg = f"memory sizes belong to an exo ring (--topology exo), found topology {text!r}"
+        found = _shown(text) if text else text
+        msg = f"memory sizes belong to an exo ring (--topology exo), found topology {found}"
         raise UsageError(msg)
     if text is None:
         return choose(world_size, n_heads, n_layers)
-    asked = _axes(text)
+    asked, shown = _axes(text), one_line(text, 80)
     tp, sp, pp, dp = (asked.get(axis, 1) for axis in AXES)
     problem = None
     if tp * sp * pp * dp != world_size:
         product = tp * sp * pp * dp
         factors = "·".join(str(asked.get(axis, 1)) for axis in AXES if axis != "sp" or sp > 1)
-        problem = f"topology {text} is {factors} = {product} ranks, the world has {world_size}"
+        problem = f"topology {shown} is {factors} = {product} ranks, the world has {world_size}"
     elif tp > n_heads:
-        problem = f"topology {text} has more tensor ranks than the model's {n_heads} heads"
+        problem = f"topology {shown} has more tensor ranks than the model's {n_heads} heads"
     elif pp > n_layers:
-        problem = f"topology {text} has more pipeline stages than the model's {n_layers} layers"
+        problem = f"topology {shown} has more pipeline stages than the model's {n_layers} layers"
     if problem:
         near = ", ".join(nearest(world_size, asked, n_heads, n_layers))
         msg = f"{problem}; the nearest that fit {world_size} ranks: {near}"
@@ -234,7 +238,7 @@ def _ring(world_size, n_layers, memory, rule):
     if len(memory) != world_size:
         msg = (
             f"an exo ring needs one memory size a rank: {world_size} ranks, found {len(memory)} "
-            f"sizes ({', '.join(map(str, memory))})"
+            f"sizes ({_sizes(memory)})"
         )
         raise UsageError(msg)
     if world_size > n_layers:
@@ -246,19 +250,25 @@ def _ring(world_size, n_layers, memory, rule):
     if rule == "exo-0" and any(a < b for a, b in zip(memory, memory[1:])):
         msg = (
             "exo rule 'exo-0' orders the ring by memory: give the sizes in descending order, "
-            f"found {', '.join(map(str, memory))}"
+            f"found {_sizes(memory)}"
         )
         raise UsageError(msg)
     sizes = [part.size for part in create_exo_partitions(memory, n_layers, rule)]
     if len(sizes) < world_size or 0 in sizes:
         sizes += [0] * (world_size - len(sizes))
         msg = (
-            f"exo rule {rule!r} gives {world_size} ranks {', '.join(map(str, sizes))} of "
+            f"exo rule {rule!r} gives {world_size} ranks {_sizes(sizes)} of "
             f"{n_layers} layers: ranks would be idle; {_smaller_ring(memory, n_layers, rule)}"
             "or use the rule 'exo', which gives every rank a layer"
         )
         raise UsageError(msg)
     return Grid(1, world_size, 1, tuple(sizes), rule)
+
+
+def _sizes(values) -> str:
+    """Memory sizes, or layers, in a message."""
+    more = f", … ({len(values)} in all)" if len(values) > _SHOWN else ""
+    return one_line(", ".join(map(str, values[:_SHOWN])), 120) + more
 
 
 def _smaller_ring(memory, n_layers, rule):
@@ -271,7 +281,7 @@ def _smaller_ring(memory, n_layers, rule):
         except UsageError:
             continue
         ranks = f"{grid.size} rank" + "s" * (grid.size > 1)
-        return f"the nearest that fits is {ranks} with memory {','.join(map(str, kept))}, "
+        return f"the nearest that fits is {ranks} with memory {one_line(','.join(map(str, kept)), 120)}, "
     return ""
 
 
@@ -282,17 +292,25 @@ def _axes(text: str) -> dict[str, int]:
         if axis not in AXES or not equals:
             msg = (
                 f"a topology is axes tp, sp, pp and dp as in tp=2,pp=2,dp=2, or one of "
-                f"{', '.join(RULES)}; found {part.strip()!r} in {text!r}"
+                f"{', '.join(RULES)}; found {_shown(part.strip())} in {_shown(text)}"
             )
             raise UsageError(msg)
         if axis in asked:
-            msg = f"topology {text!r} gives {axis} twice"
+            msg = f"topology {_shown(text)} gives {axis} twice"
             raise UsageError(msg)
-        if not (number.isascii() and number.isdigit()) or int(number) < 1:
-            msg = f"{axis} must be a whole number of 1 or more, found {number!r} in {text!r}"
+        is_number = number.isascii() and number.isdigit() and len(number) <= _LONGEST
+        if not is_number or int(number) < 1:
+            msg = (
+                f"{axis} must be a whole number of 1 or more, and of at most {_LONGEST} digits, "
+                f"found {_shown(number)} in {_shown(text)}"
+            )
             raise UsageError(msg)
         asked[axis] = int(number)
     return asked
+
+
+def _shown(text: str) -> str:
+    return one_line(repr(text), 80)
 
 
 def _text(axes, asked):
