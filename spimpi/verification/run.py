@@ -18,6 +18,7 @@ from spimpi.fingerprint.tag import Tag
 from spimpi.inference import golden as golden_runs
 from spimpi.inference.derived import derived_names
 from spimpi.inference.derived_check import check_derived, multiplied
+from spimpi.inference.finite import holds_not_finite, named_not_finite
 from spimpi.inference.footprint import rank_bytes, require_memory
 from spimpi.inference.model import Stage
 from spimpi.inference.schedule import expected_events
@@ -34,7 +35,7 @@ from spimpi.topology.sequence import prompts_of, split_rows
 from spimpi.trace.journals.signals import flushed_on_signals
 from spimpi.trace.schema import Established, Op
 from spimpi.trace.schema import Stage as Phase
-from spimpi.verification import conclude
+from spimpi.verification import conclude, overflow
 from spimpi.verification.job import Job
 from spimpi.watchdog import Unwatched
 
@@ -80,6 +81,10 @@ def make_golden(job: Job, at=None) -> golden_runs.Golden:
         progress = (lambda step: at(f"golden run, token {step + 1} of {job.n_tokens}")) if at else None
         tokens = stage.run(prompts, progress=progress)
         where = conclude.first_failure(ctx, run.recorder, run.names)
+        if where is not None and overflow.only_overflow(ctx.world, run.recorder):
+            stage.run(prompts, 1, progress)
+            if overflow.same_twice(run.recorder):
+                overflow.refuse(where, job.checkpoint, ", and twice alike")
         if where is not None:
             msg = f"the golden run on rank 0 failed a check of its own: {where}"
             raise CorruptionError(msg)
@@ -197,8 +202,11 @@ class _Run:
         )
         if job.has_derived:
             self._check_derived()
-        unfit = ctx.world.allreduce(bool(loader.part.problem), op=MPI.LOR)
-        if unfit and not ctx.world.allreduce(failed):
+        unfit = bool(loader.part.problem) or holds_not_finite(loader.part)
+        if ctx.world.allreduce(unfit, op=MPI.LOR) and not ctx.world.allreduce(failed):
+            with together(ctx.world, PATIENCE):
+                if problem := named_not_finite(job.checkpoint, ctx.rank, ctx.world.size):
+                    raise UsageError(problem)
             with together(ctx.world, PATIENCE):
                 if loader.part.problem:
                     raise UsageError(loader.part.problem)
@@ -318,6 +326,8 @@ class _Run:
         ctx, job = self.ctx, self.job
         totals, n_events, n_failed = conclude.global_totals(ctx, self.recorder)
         where = conclude.first_failure(ctx, self.recorder, self.names) if n_failed else None
+        if n_failed and not self.has_golden and not job.faults:
+            self._refuse_overflow(where)
         missing = []
         if job.golden_wanted and not self.has_golden:
             missing.append("the golden comparison that was asked for")
@@ -336,6 +346,15 @@ class _Run:
         return conclude.Outcome(
             verdict, totals, self.seconds, n_events, n_failed, tokens, source, runs
         )
+
+    def _refuse_overflow(self, where):
+        """UsageError where no golden run tells a model that overflows from a fault. Collective."""
+        if not overflow.only_overflow(self.ctx.world, self.recorder):
+            return
+        with together(self.ctx.world, PATIENCE):
+            if self.ctx.rank == 0:
+                how = ", or a fault that no check sees made NaN of it (a golden run would tell)"
+                overflow.refuse(where, self.job.checkpoint, how)
 
     def _faults_without_effect(self) -> list[str]:
         if self.injector is None:
