@@ -22,7 +22,7 @@ def load_config(directory) -> ModelConfig:
     LlamaConfig, MistralConfig, Olmo2Config or Olmo3Config. Raises UsageError for anything that
     this inference would compute wrongly.
     """
-    directory, name = Path(directory), one_line(directory)
+    directory, name = Path(directory), one_line(directory, 250)
     try:
         there, is_file = directory.is_dir(), directory.exists()
     except OSError as error:

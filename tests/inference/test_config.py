@@ -1,6 +1,7 @@
 import hashlib
 import json
 import math
+import os
 from dataclasses import asdict
 
 import numpy as np
@@ -145,11 +146,105 @@ def test_a_config_that_is_no_json_object_is_named(tmp_path, text):
         ({"head_dim": 3}, ["needs even head_dim", "3"]),
         ({"num_key_value_heads": 2}, ["multiple", "3 and 2"]),
         ({"hidden_size": 7, "head_dim": None}, ["multiple", "7 and 3"]),
+        # what transformers 5 computes otherwise, or reads from elsewhere
+        ({"is_causal": False}, ["is_causal", "False"]),
+        ({"is_causal": None}, ["is_causal", "None"]),
+        ({"per_layer_config": {"1": {"rms_norm_eps": 0.5}}}, ["per_layer_config"]),
+        ({"text_config": {"hidden_act": "gelu"}}, ["text_config"]),
+        ({"transformers_weights": "other.safetensors"}, ["transformers_weights"]),
+        ({"model_type": "mistral"}, ["LlamaForCausalLM", "'mistral'", "'llama'"]),
+        ({"architectures": ["MistralForCausalLM"]}, ["MistralForCausalLM", "'llama'"]),
+        ({"tie_word_embeddings": "false"}, ["tie_word_embeddings", "true or false"]),
+        ({"attention_bias": "no"}, ["attention_bias", "no"]),
+        # values that no model has
+        ({"rms_norm_eps": 10**400}, ["rms_norm_eps", "1e+30"]),
+        ({"rms_norm_eps": float("inf")}, ["rms_norm_eps", "inf"]),
+        ({"rms_norm_eps": float("nan")}, ["rms_norm_eps", "nan"]),
+        ({"rope_parameters": ..., "rope_theta": 10**400}, ["rope_theta"]),
+        ({"rope_parameters": ..., "rope_theta": 0.5}, ["rope_theta", "from 1"]),
+        ({"num_hidden_layers": 10**7}, ["num_hidden_layers", "at most 100000"]),
+        ({"num_hidden_layers": 2**62}, ["num_hidden_layers", "at most"]),
+        ({"num_hidden_layers": True}, ["num_hidden_layers", "True"]),
+        ({"num_hidden_layers": 2.0}, ["num_hidden_layers", "2.0"]),
+        ({"vocab_size": 10**18}, ["vocab_size", "at most"]),
+        ({"vocab_size": -3}, ["vocab_size", "-3"]),
+        ({"architectures": ..., "model_type": {"a": 1}}, ["{'a': 1}"]),
+        ({"architectures": ..., "model_type": ["llama"]}, ["['llama']"]),
+        ({"architectures": "LlamaForCausalLM" * 900}, ["is not supported"]),
+        ({"hidden_act": ["silu"] * 900}, ["hidden_act"]),
+        ({"rope_parameters": [1]}, ["rope_parameters", "an object"]),
+        ({"rope_parameters": {"rope_type": ["default"]}}, ["rope type", "default"]),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 0.5}}, ["factor", "from 1"]),
+        ({"dtype": {"a": 1}}, ["dtype"]),
     ],
 )
 def test_what_would_be_computed_wrongly_is_refused_by_name(tmp_path, changes, words):
     message = refusal(directory_with(tmp_path, **changes))
     assert [word for word in words if word not in message] == []
+    assert len(message) <= 500 and "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+        (b'{"vocab_size": 11, "vocab_size": 12}', "'vocab_size' twice"),
+        (b'{"vocab_size": ' + b"9" * 5000 + b"}", "not valid JSON"),
+        (b'{"vocab_size": "\xff"}', "not valid JSON"),
+        (b"\xef\xbb\xbf{}", "not valid JSON"),
+        ("{}".encode("utf-16"), "not valid JSON"),
+        (b'{"a": 1} x', "not valid JSON"),
+        (b"null", "JSON object"),
+    ],
+)
+def test_hostile_json_is_refused_in_one_line(tmp_path, text, words):
+    (tmp_path / "config.json").write_bytes(text)
+    message = refusal(tmp_path)
+    assert words in message and len(message) <= 500 and "\n" not in message
+
+
+def test_what_is_no_ordinary_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    assert "no ordinary file" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b", "\x1b[31m"])
+def test_a_name_that_no_directory_has_is_refused(name):
+    message = refusal(name)
+    assert "no model directory" in message and len(message) <= 500 and "\x1b" not in message
+
+
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+
+
+@pytest.mark.parametrize("window", [None, 64, 1000])
+def test_mistral_whose_window_masks_nothing_is_llama(tmp_path, window):
+    llama = load_config(directory_with(tmp_path))
+    assert load_config(directory_with(tmp_path, **MISTRAL, sliding_window=window)) == llama
+
+
+@pytest.mark.parametrize("window", [..., 63, 1, 0, "none"])
+def test_mistral_with_a_window_is_refused(tmp_path, window):
+    changes = MISTRAL | {"sliding_window": window, "max_position_embeddings": 8192}
+    assert "sliding_window" in refusal(directory_with(tmp_path, **changes))
+
+
+def test_the_defaults_of_mistral_are_those_of_transformers(tmp_path):
+    transformers = pytest.importorskip("transformers", reason="transformers is the reference")
+    theirs = transformers.MistralConfig(sliding_window=None)
+    (tmp_path / "config.json").write_text(json.dumps({**MISTRAL, "sliding_window": None}))
+    ours = load_config(tmp_path)
+    assert (ours.vocab_size, ours.intermediate_size) == (theirs.vocab_size, theirs.intermediate_size)
+    assert (ours.n_kv_heads, ours.head_dim) == (theirs.num_key_value_heads, theirs.head_dim)
+    assert ours.max_position_embeddings == theirs.max_position_embeddings
+    assert ours.rms_norm_eps == theirs.rms_norm_eps
+    assert ours.rope_theta == theirs.rope_parameters["rope_theta"]
+    assert ours.tie_word_embeddings == theirs.tie_word_embeddings
+
+
+def test_silu_has_two_names(tmp_path):
+    assert load_config(directory_with(tmp_path, hidden_act="swish"))
 
 
 def test_published_shapes_have_the_published_number_of_parameters():
