@@ -263,3 +263,21 @@ def test_the_page_on_faults_has_every_tensor_as_the_code_has_it():
         assert f"| {place.shape} |" in row and row.endswith(f"| {kinds} |")
     for kind in KINDS:
         assert f"| `{kind}` |" in page
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"bitflip:rank={'9' * 5000},layer=3,tensor=hidden,element=1,bit=3",
+        "bitflip:rank=²,layer=3,tensor=hidden",
+        "x" * 5000,
+        f"bitflip:rank=0,layer=3,tensor={'x' * 5000}",
+        f"bitflip:{'x' * 5000}=0",
+        "bitflip:rank=0,layer=0,tensor=hidden," + "bit=1," * 5000,
+        "bit\x1b[31m:rank=0",
+    ],
+)
+def test_impossible_faults_are_refused_in_a_few_words(text):
+    with pytest.raises(UsageError, match="--inject") as caught:
+        parse(text)
+    assert len(str(caught.value)) <= 800 and "\x1b" not in str(caught.value)

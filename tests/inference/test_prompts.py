@@ -1,4 +1,5 @@
 import json
+import os
 import sys
 
 import numpy as np
@@ -135,3 +136,41 @@ def test_transformers_continues_the_embedded_model_as_its_greedy_file_says():
     known = json.loads((EMBEDDED_MODEL / "greedy.json").read_text())
     text, continuation = next(iter(known.items()))
     assert greedy(EMBEDDED_MODEL, text.encode(), 8) == continuation[:8]
+
+
+# bytes of a command line that are no text, files that are no tokenizers
+
+
+def in_disguise(data: bytes) -> str:
+    """A command line's bytes as Python hands them on where the locale is not UTF-8 (PEP 383)."""
+    return data.decode("ascii", "surrogateescape")
+
+
+def test_utf_8_is_utf_8_whatever_the_locale():
+    config = load_config(EMBEDDED_MODEL)
+    prompts = encode([in_disguise("é→".encode())], config, EMBEDDED_MODEL)
+    assert prompts.ids[0].tolist() == list("é→".encode()) and prompts.texts == ["é→"]
+
+
+@pytest.mark.parametrize("text", [in_disguise(b"caf\xe9"), "\ud800", in_disguise(b"\xff") * 5000])
+def test_a_prompt_that_is_no_utf_8_is_refused(text):
+    with pytest.raises(UsageError, match="prompt 1 is not UTF-8") as caught:
+        encode(["good", text], load_config(EMBEDDED_MODEL), EMBEDDED_MODEL)
+    assert len(str(caught.value)) <= 500
+
+
+@pytest.mark.parametrize("ids", ["9" * 5000, "1,-" + "9" * 30, "1," + "x" * 5000, "²", "1,\x1b[31m"])
+def test_impossible_ids_are_refused_in_one_line(ids):
+    with pytest.raises(UsageError) as caught:
+        parse_ids(ids, 256)
+    assert len(str(caught.value)) <= 500 and "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("contents", [b"", b"[" * 100_000, b"\xff\xfe", b"{}", b"null", None])
+def test_a_tokenizer_that_is_none_is_refused(tmp_path, contents):
+    pytest.importorskip("tokenizers", reason="the package that reads tokenizer.json")
+    path = tmp_path / "tokenizer.json"
+    os.mkfifo(path) if contents is None else path.write_bytes(contents)
+    with pytest.raises(UsageError, match="tokenizer.json cannot be read") as caught:
+        encode(["x"], load_config(EMBEDDED_MODEL), tmp_path)
+    assert len(str(caught.value)) <= 500

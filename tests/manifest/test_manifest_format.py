@@ -1,6 +1,7 @@
 """The manifest file: what is written is read again, and no changed character goes unseen."""
 
 import json
+import os
 
 import pytest
 from hypothesis import given, settings
@@ -134,11 +135,39 @@ def _rewritten(**changes):
         (_rewritten(tensors={"w": {"dtype": "F32"}}), "tensor w"),
         (_rewritten(tensors={"\ud800": ["F32", [2], "0" * 16]}), "not valid Unicode"),
         (SAMPLE.dumps().replace('"checksum"', '"checksums"'), "damaged"),
+        ('{"a":' * 100_000, "nested too deeply"),
+        ('{"spimpi_manifest": ' + "9" * 5000 + "}", "not a manifest"),
+        (_rewritten(spimpi_manifest=10**4000), "version"),
+        (_rewritten(seed=10**4000), "seed of 64 bits"),
+        (_rewritten(seed=1069.0), "seed of 64 bits"),
+        (_rewritten(fingerprint=[1] * 5000), "fingerprints of version"),
+        (_rewritten(tensors={"w": ["F32", [10**4000], "0" * 16]}), "tensor w"),
+        (_rewritten(tensors={"w": ["F32", [float("inf")], "0" * 16]}), "tensor w"),
+        (_rewritten(tensors={"w" * 5000: ["F32", "x" * 5000, "0" * 16]}), "tensor w"),
+        (_rewritten(tensors={"w": ["x" * 5000, [2], "0" * 16]}), "no fingerprint for dtype"),
+        (_rewritten(checksum=["x" * 5000]), "damaged"),
     ],
 )  # fmt: skip
 def test_what_is_no_manifest_is_refused(text, words):
-    with pytest.raises(UsageError, match=f"(?s){words}"):
+    with pytest.raises(UsageError, match=f"(?s){words}") as caught:
         parse(text)
+    assert len(str(caught.value)) <= 500 and "\n" not in str(caught.value)
+
+
+def test_a_name_twice_among_many_is_found_in_a_moment():
+    """The time grew with the square: these would have taken hours."""
+    names = [f"t{i}" for i in range(300_000)] + ["t299999"]
+    tensors = ",".join(f'"{name}":["F32",[1],"{"0" * 16}"]' for name in names)
+    with pytest.raises(UsageError, match="'t299999' twice"):
+        parse('{"spimpi_manifest": 1, "tensors": {' + tensors + "}}")
+
+
+def test_special_files_and_impossible_names_are_no_manifests(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", "/dev/zero", tmp_path, "a" * 5000, "a\0b", tmp_path / "none"):
+        with pytest.raises(UsageError, match="cannot be read") as caught:
+            read_manifest(path)
+        assert len(str(caught.value)) <= 500
 
 
 def test_a_file_is_written_whole_and_never_replaced_unasked(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from spimpi import launch as module
 from spimpi.errors import UsageError
-from spimpi.launch import Launch, check_world, launch, set_thread_limits
+from spimpi.launch import Launch, check_world, launch, require_numbers, set_thread_limits
 
 OPEN_MPI = {
     "OMPI_COMM_WORLD_SIZE": "5",
@@ -115,3 +115,22 @@ def test_ranks_that_leave_with_an_error_before_mpi_starts_let_rank_0_say_it(
     assert done.returncode == status
     assert (done.stdout == "waits\n") == (rank != 0 and status != 0)
     assert bool(done.stderr) == (rank == 0 and status != 0)
+
+
+@pytest.mark.parametrize("text", ["²", "", "-1", "1e3", "9" * 5000, "x"])
+@pytest.mark.parametrize("name", ["OMPI_COMM_WORLD_RANK", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_a_launcher_s_variable_that_is_no_number_is_read_over_and_refused(name, text):
+    assert launch({name: text}) is None
+    with pytest.raises(UsageError, match=f"{name} must be a whole number") as caught:
+        require_numbers({name: text})
+    assert len(str(caught.value)) <= 500
+
+
+def test_numba_needs_a_thread_and_sound_variables_pass():
+    with pytest.raises(UsageError, match="NUMBA_NUM_THREADS must be a whole number from 1 on"):
+        require_numbers({"NUMBA_NUM_THREADS": "0"})
+    require_numbers({**OPEN_MPI, **HYDRA, **SRUN, "NUMBA_NUM_THREADS": "1", "OMP_NUM_THREADS": "4,2"})
+
+
+def test_tasks_on_nodes_are_ascii_numbers():
+    assert launch(SRUN | {"SLURM_STEP_TASKS_PER_NODE": "²(x2),3"}).local_size is None

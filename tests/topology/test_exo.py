@@ -138,3 +138,15 @@ def test_an_unknown_rule_too_few_layers_and_equal_names_are_refused():
         create_exo_partitions([1] * 9, 8)
     with pytest.raises(UsageError, match="different names"):
         create_exo_partitions([("a", 1), ("a", 2)], 8)
+
+
+FAR = ["1e999999999", "1e-999999999", "1E+100000000", "1" + "0" * 5000, "0." + "3" * 5000]
+
+
+@pytest.mark.parametrize("text", FAR)
+def test_memory_too_long_to_be_written_out_is_refused_at_once(text):
+    with pytest.raises(UsageError, match="as in 18,8") as caught:
+        parse_memory("18," + text)
+    assert len(str(caught.value)) <= 500
+    with pytest.raises(UsageError, match="at most 100 digits"):
+        create_exo_partitions([Decimal(text), 8], 8)

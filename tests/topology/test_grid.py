@@ -159,3 +159,19 @@ def test_a_stage_without_layers_is_no_grid():
         Grid(1, 2, 1, (8, 0))
     with pytest.raises(UsageError, match="1 or more"):
         Grid(0, 1, 1, (8,))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["tp=" + "9" * 5000, "tp=1" + "0" * 400, "tp=²", "x" * 5000, "tp=1,\x1b[31m=2", "tp=-1", "tp=1.0"],
+)
+def test_a_topology_of_impossible_numbers_is_refused_in_one_line(text):
+    with pytest.raises(UsageError) as caught:
+        parse(text, 4, 8, 8)
+    assert len(str(caught.value)) <= 500 and "\x1b" not in str(caught.value)
+
+
+def test_a_thousand_memory_sizes_are_counted_in_the_message():
+    with pytest.raises(UsageError, match="found 1000 sizes") as caught:
+        parse("exo", 4, 8, 8, memory=range(1, 1001))
+    assert len(str(caught.value)) <= 500
