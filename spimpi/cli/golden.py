@@ -3,6 +3,7 @@
 from spimpi.cli.registry import subcommand
 from spimpi.cli.verify import add_model_arguments
 from spimpi.errors import UsageError
+from spimpi.printable import one_line
 
 
 def add_arguments(parser) -> None:
@@ -22,7 +23,7 @@ def golden(args) -> int:
         made = _golden(args)
     columns = made.table.shape[1]
     print(
-        f"wrote {args.output}: {made.workload.model} ({made.workload.identity}), "
+        f"wrote {one_line(args.output)}: {made.workload.model} ({made.workload.identity}), "
         f"{len(made.workload.prompts)} prompts, {made.table.shape[0]} steps of {columns} tensors"
     )
     return 0

@@ -8,6 +8,7 @@ from pathlib import Path
 from spimpi.cli.registry import subcommand
 from spimpi.errors import UsageError
 from spimpi.launch import launch
+from spimpi.printable import one_line
 from spimpi.units import in_bytes
 
 VERDICTS = {0: "verified", 1: "corrupted", 3: "incomplete"}
@@ -92,7 +93,8 @@ def run_make(args) -> int:
         _say_unread(args.model)
         more = f", {len(made.derived.tensors):,} derived ones" if made.derived else ""
         size = in_bytes(made.n_bytes)
-        print(f"wrote {args.output}: {len(made.tensors):,} tensors, {size}{more}")
+        name = one_line(args.output)
+        print(f"wrote {name}: {len(made.tensors):,} tensors, {size}{more}")
         sys.stdout.flush()
     return 0
 
@@ -183,16 +185,20 @@ def _by_reason(missing: dict[str, str]) -> list[str]:
     for name, why in missing.items():
         names.setdefault(why, []).append(name)
     return [
-        f"{', '.join(some)}: {why}"
+        f"{_names(some)}: {why}"
         if len(some) <= NAMED
-        else f"{len(some):,} tensors: {why}: {', '.join(some[:NAMED])}, … (--json has all)"
+        else f"{len(some):,} tensors: {why}: {_names(some[:NAMED])}, … (--json has all)"
         for why, some in names.items()
     ]
 
 
+def _names(some) -> str:
+    return ", ".join(one_line(name, 100) for name in some)
+
+
 def _listed(word: str, problems) -> list[str]:
     problems = list(problems)
-    lines = [f"{word:<10} {problem}" for problem in problems[:SHOWN]]
+    lines = [f"{word:<10} {one_line(problem)}" for problem in problems[:SHOWN]]
     if len(problems) > SHOWN:
         lines.append(f"{word:<10} … and {len(problems) - SHOWN:,} more (--json has all)")
     return lines

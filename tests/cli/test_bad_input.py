@@ -5,6 +5,7 @@ Most cases run in one MPI job that calls the command line again and again; those
 """
 
 import json
+import os
 import shutil
 import sys
 import time
@@ -69,9 +70,12 @@ CASES = {
     "no config": ("verify --model empty", "empty has no config.json expected"),
     "config is not JSON": ("verify --model badjson", "badjson/config.json not valid JSON"),
     "other architecture": (
-        "verify --model mistral",
-        "MistralForCausalLM is not supported supported is LlamaForCausalLM",
+        "verify --model qwen",
+        "Qwen3ForCausalLM is not supported supported are LlamaForCausalLM MistralForCausalLM",
     ),
+    "a window that masks": ("verify --model mistral", "sliding_window 32 MistralForCausalLM"),
+    "more layers than tensors": ("verify --model layers", "50000 layers hold 30 tensors in all"),
+    "an adapter": ("verify --model adapter", "adapter_config.json adapters are not supported"),
     "no weights": ("verify --model weightless", "no weights in expected model.safetensors"),
     "file cut short": ("verify --model cut", "cut/model.safetensors is cut short expected found"),
     "header cut short": ("verify --model cuthead", "cuthead/model.safetensors is cut short"),
@@ -81,7 +85,13 @@ CASES = {
     ),
     "a tensor of another type": ("verify --model float64", f"{K_PROJ} F64 supported BF16 F32"),
     "a shard missing": ("verify --model sharded", "model-00002-of-00003.safetensors not in"),
-    "a weight is NaN": ("verify --model nan --topology pp=3", "layer 1 NaN or Inf"),
+    "a weight is NaN": ("verify --model nan --topology pp=3", f"{K_PROJ} nan element [1, 2]"),
+    "an embedding is Inf": ("verify --model inf", "model.embed_tokens.weight inf element [200, 3]"),
+    "a weight so large that the model overflows": (
+        "verify --model huge --prompt hello --tokens 2",
+        f"own arithmetic leaves float32 layer 1 3.39e+38 in {K_PROJ}",
+    ),
+    "a FIFO for a config": ("verify --model pipe", "pipe/config.json no ordinary file"),
     "no such published model": ("verify --config nosuch", "nosuch known are llama-3.2-1b"),
     "more layers than the model": (
         "verify --config llama-3.2-1b --layers 17", "has 16 layers found 17"
@@ -227,8 +237,16 @@ def folder(tmp_path_factory, run_ranks):
 
     (root / "empty").mkdir()
     (copy("badjson") / "config.json").write_text("{nope")
-    mistral = copy("mistral") / "config.json"
-    mistral.write_text(mistral.read_text().replace("LlamaForCausalLM", "MistralForCausalLM"))
+    for name, changes in (
+        ("qwen", {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}),
+        ("mistral", {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 32}),
+        ("layers", {"num_hidden_layers": 50_000}),
+    ):  # fmt: skip
+        changed = copy(name) / "config.json"
+        changed.write_text(json.dumps(json.loads(changed.read_text()) | changes))
+    (copy("adapter") / "adapter_config.json").write_text("{}")
+    (copy("pipe") / "config.json").unlink()
+    os.mkfifo(root / "pipe" / "config.json")
     (copy("weightless") / "model.safetensors").unlink()
     damage("cut", lambda data: data[: len(data) // 2])
     damage("cuthead", lambda data: data[:50])
@@ -238,6 +256,10 @@ def folder(tmp_path_factory, run_ranks):
     nan = tensors[K_PROJ].copy()
     nan[1, 2] = np.nan
     replace_k("nan", nan)
+    replace_k("huge", np.where(np.arange(24) == 3, np.float32(3.39e38), tensors[K_PROJ]))
+    embedding = tensors["model.embed_tokens.weight"].copy()
+    embedding[200, 3] = np.inf
+    write(root / "inf", config, tensors | {"model.embed_tokens.weight": embedding})
     write(root / "sharded", config, tensors, n_files=3)
     (root / "sharded" / "model-00002-of-00003.safetensors").unlink()
     write(root / "changed", config, random_tensors(config, seed=2))
