@@ -11,6 +11,7 @@ from spimpi.errors import SpimpiError
 from spimpi.launch import (
     launcher_rank, let_rank_0_speak, require_numbers, set_thread_limits, wait_asleep,
 )  # fmt: skip
+from spimpi.optional import optional_packages
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,7 +64,8 @@ def main(argv=None) -> int:
 def status_of(command) -> int:
     """What ``command()`` returns, or the exit status of its error, which is said."""
     try:
-        return command()
+        with optional_packages():
+            return command()
     except SpimpiError as error:
         if launcher_rank() == 0:
             print(f"spimpi: {error}", file=sys.stderr)
