@@ -321,7 +321,7 @@ class _Exchange:
 
     def _other_content(self, sent, waited) -> Verdict:
         """What the receiver holds instead. Collective over the two ends."""
-        c, comm = self.check, self.pair.comm
+        c, comm, alone = self.check, self.pair.comm, self.pair.alone
         reused = not c.same_as_then()
         stale = self._earlier() if c.held and not reused else None
         mine = stale, reused, MPI.Get_processor_name()
@@ -335,7 +335,7 @@ class _Exchange:
             details.append(f"{used_again(reused)}: which elements were wrong is not known")
         elif not overwritten:
             history = {(tag, slab): word for _, tag, slab, word in self.link.history}
-            found = findings(self.pair.alone, c, None, history)
+            found = findings(alone, c, None, history)
             details.append(found.text)
         rank, why = self._blamed(sent, waited, stale, overwritten)
         text = "; ".join([*details, why])

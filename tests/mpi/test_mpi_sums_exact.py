@@ -76,10 +76,15 @@ def test_an_extreme_of_nan_is_left_out_and_the_rest_checked(comm):
         xs = own_of(part, "float64")
         best = np.max(np.array(xs), axis=0)
         xs[0][2, 3] = np.nan
-        for value in (np.nan, -1e9):  # what MPI makes of it depends on its order
+        for value in (np.nan, xs[1][2, 3]):  # what MPI makes of it depends on its order
             best[2, 3] = value
             verdict = verify_allreduce(part, xs[part.rank], best, TAG, op=MPI.MAX)
-            assert verdict.holds and verdict.missing[0].startswith("1 elements")
+            assert verdict.holds and verdict.missing[0].startswith("1 elements to which rank 0 gave")
+        for value in (-1e9, 1e9, np.inf):  # but not out of nothing
+            best[2, 3] = value if part.rank == part.size - 1 else np.nan
+            verdict = verify_allreduce(part, xs[part.rank], best, TAG, op=MPI.MAX, check=False)
+            assert not verdict and f"on rank {part.size - 1}; the first at [2, 3]" in str(verdict)
+        best[2, 3] = np.nan
         best[4, 4] = np.nan
         assert not verify_allreduce(part, xs[part.rank], best, TAG, op=MPI.MAX, check=False)
 
