@@ -33,8 +33,8 @@ from spimpi.fingerprint.tag import DEFAULT_SEED, Tag, absorb
 from spimpi.trace.schema import Established
 
 NAME = "pipeline hand-off"
-WATCHED = "the sender's buffer was fingerprinted before its send"
-UNWATCHED = "the sender's buffer was read after its send: what overwrote it before is not seen"
+WATCHED = "the send buffer was read before the send"
+UNWATCHED = "the send buffer was read after the send alone"  # what overwrote it before is not seen
 
 
 def verify_pipeline_handoff(

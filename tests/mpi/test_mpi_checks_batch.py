@@ -358,7 +358,7 @@ def test_localisation_is_asked_once_with_what_was_given_and_got(comm, monkeypatc
         received = data((2 + before, 2), np.int32, seed=before)
         if part.rank == victim:
             received[1, 1] ^= 4
-        with corruption(part, victim, "ring") as caught:
+        with corruption(part, {victim, (victim - 1) % part.size}, "ring") as caught:
             spimpi.verify_ring(part, sent, received, _tag(1))
         (element,) = caught.value.verdict.where.elements
         sender = (victim - 1) % part.size
