@@ -62,8 +62,8 @@ class AtRest:
         if not changed:
             some = self.array.size > 0
             return Verdict(
-                True, Established.MOVED if some else Established(0), missing=() if some else (NO_ELEMENTS,),
-                check=NAME, expected=word, actual=now,
+                True, Established.MOVED if some else Established(0),
+                missing=() if some else (NO_ELEMENTS,), check=NAME, expected=word, actual=now,
             )  # fmt: skip
         where = Where(
             NAME, self.tag.name, self.tag.step, self.tag.layer, -1, None, "", 0,

@@ -18,22 +18,32 @@ ONE_PLACE = "what was given and what was got are the same memory: nothing was co
 NOTHING_CAME = "there are no elements in other memory than they were given in: nothing was compared"
 
 
-def which_compare(session, checks: list[Check], n: int) -> list[bool]:
-    """Of each check, whether any rank compared any elements with others than themselves.
+class Compared:
+    """Of each check of a session, whether any rank compared any elements with others than its own.
 
     ``n``: how many ranks did, of all the checks together. Only where some checks of a batch, or
-    some ranks, compared nothing, that is not enough to know. Collective then.
+    some ranks of it, compared nothing, that is not enough to know: then an MPI_Iallreduce of a byte
+    a check starts here, which ``wait`` completes. Collective then.
     """
-    if session.size == 1:
-        return [bool(c.compares) for c in checks]
-    some = [not _is_empty(c) for c in checks]
-    if n == session.size * sum(some):
-        return some
-    if len(checks) == 1:
-        return [n > 0]
-    flags = np.array([bool(c.compares) for c in checks], np.uint8)
-    session.comm.Allreduce(MPI.IN_PLACE, flags, op=MPI.BOR)
-    return flags.astype(bool).tolist()
+
+    def __init__(self, session, checks: list[Check], n: int):
+        self._flags = [bool(c.compares) for c in checks]
+        self._request = None
+        some = [not _is_empty(c) for c in checks]
+        if session.size == 1:
+            return
+        if n == session.size * sum(some):
+            self._flags = some
+        elif len(checks) == 1:
+            self._flags = [n > 0]
+        else:
+            self._flags = np.array(self._flags, np.uint8)
+            self._request = session.comm.Iallreduce(MPI.IN_PLACE, self._flags, op=MPI.BOR)
+
+    def wait(self) -> list[bool]:
+        if self._request is not None:
+            self._request.Wait()
+        return [bool(flag) for flag in self._flags]
 
 
 def _is_empty(c: Check) -> bool:

@@ -2,9 +2,10 @@
 
 First the words of all ranks, then, for the first few checks at fault, what each rank gave: its
 shapes and places, or its error. That tells a wrong call (UsageError, the same on every rank) from
-corruption, whose rank and elements are then found (checks/blame.py, checks/localisation/localise.py)
-by reading the blocks again: only where all of them still are what they were when the check was made.
-Of buffers that were used again since, the words that were recorded then are all there is. Everything here is collective over the session's ranks and runs only after a failure.
+corruption, whose rank and elements are then found (checks/blame.py, checks/localisation/) by
+reading the blocks again: only where all of them still are what they were when the check was
+made. Of buffers that were used again since, the words that were recorded then are all there is.
+Everything here is collective over the session's ranks and runs only after a failure.
 """
 
 from dataclasses import dataclass, replace

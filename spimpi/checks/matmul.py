@@ -228,7 +228,7 @@ def _listed(rows) -> str:
 def _exact_row(x, w, row, dtype) -> tuple[np.ndarray, np.ndarray]:
     """(a row of the product modulo 2^64, for which elements a dtype surely has room)."""
     exact = _integers(x, "x", row)[0] @ _integers(w, "w", 0)
-    if dtype.kind == "f" or dtype.itemsize == 8:  # floats cannot have rounded; these are modulo 2^64
+    if dtype.kind == "f" or dtype.itemsize == 8:  # not rounded; or compared modulo 2^64
         return exact, np.ones(exact.shape, bool)
     sizes, others = x[0].astype(np.float64), w.astype(np.float64)
     slack = np.abs(sizes) @ np.abs(others) * (2 + len(sizes)) * 2.0**-52

@@ -290,7 +290,8 @@ class _Exchange:
         """The verdict of a hand-off, or of a whole chain, in which nothing is wrong."""
         if closing:
             some, strength = self.link.n_filled > 0, ""
-            nothing = NO_ELEMENTS if self.link.sequence else "no hand-off was made: nothing was compared"
+            none = "no hand-off was made: nothing was compared"
+            nothing = NO_ELEMENTS if self.link.sequence else none
         else:
             array, _ = (self.check.contributed or self.check.held)[0]
             some, nothing = array.size > 0, NO_ELEMENTS
@@ -346,8 +347,8 @@ class _Exchange:
         return self._failed(sent, waited, rank, text, host, found)
 
     def _blamed(self, sent, waited, stale, overwritten) -> tuple[int | None, str]:
-        """(the rank at fault, who may be in words). A send buffer that is what it was before its send
-        leaves the receiver; one that is now what was received was overwritten too early."""
+        """(the rank at fault, who may be in words). A send buffer that is what it was before its
+        send leaves the receiver; one that is now what was received was overwritten too early."""
         sender, receiver = self.ends
         if stale:
             return receiver, f"received from rank {sender}"

@@ -114,7 +114,7 @@ def _own_slices(tensors, manifest: Manifest, threads: int) -> list[tuple[str, He
     if not isinstance(tensors, Mapping):
         msg = f"tensors must map names to (array, where), found {type(tensors).__name__}"
         raise UsageError(msg)
-    own = []
+    own, arrays_at = [], {}
     for name, held in tensors.items():
         facts = manifest.all_tensors.get(name)
         if facts is None:
@@ -132,7 +132,13 @@ def _own_slices(tensors, manifest: Manifest, threads: int) -> list[tuple[str, He
                 )
                 raise UsageError(msg)
             try:
-                own.append((name, _fingerprinted(manifest, name, facts, *pair, threads)))
+                one = _fingerprinted(manifest, name, facts, *pair, threads)
+                there = arrays_at.setdefault((name, one.place), [])
+                array = as_array(pair[0])
+                # The same memory twice is no replica.
+                if not any(arrays.share_memory(array, other) for other in there):
+                    own.append((name, one))
+                there.append(array)
             except UsageError as error:
                 msg = f"tensor {name}: {error}"
                 raise UsageError(msg) from None

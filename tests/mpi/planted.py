@@ -72,8 +72,8 @@ def worlds(comm, smallest=1):
 
 @contextmanager
 def corruption(comm, rank, check):
-    """Expects CorruptionError of ``check`` on every rank, with one message, naming ``rank``; a set of
-    two: both as suspects, nothing tells which."""
+    """Expects CorruptionError of ``check`` on every rank, with one message, naming ``rank``; a set
+    of two: both as suspects, nothing tells which."""
     with pytest.raises(CorruptionError) as caught:
         yield caught
     verdict = caught.value.verdict

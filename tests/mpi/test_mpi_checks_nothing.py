@@ -122,7 +122,7 @@ def _empty_checks(comm, ctx=None):
     yield spimpi.at_rest(x, TAG).verify()
     yield spimpi.verify_matmul(comm, np.empty((0, 3)), np.ones((3, 2)), np.empty((0, 2)), TAG)
     yield spimpi.verify_matmul(comm, np.ones((2, 3)), np.ones((3, 0)), np.empty((2, 0)), TAG)
-    yield spimpi.verify_colors(comm, np.empty((0, 8)), TAG, TensorPartition(0, comm.size, comm.rank, 0))
+    yield spimpi.verify_colors(comm, np.empty((0, 8)), TAG, part)
     yield spimpi.verify_colors(comm, np.empty((2, 0)), TAG, _part(comm, 2 * comm.size))
     yield spimpi.verify_weights(comm, {}, Manifest({}))
 

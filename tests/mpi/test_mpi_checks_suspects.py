@@ -1,4 +1,4 @@
-"""Who is named, and when nobody: changed send buffers, buffers used again, fingerprints before a send."""
+"""Who is named, and when nobody: changed send buffers, buffers used again, watched sends."""
 
 import numpy as np
 import pytest
@@ -168,7 +168,8 @@ def test_buffers_of_replicas_products_and_painted_tensors_used_again(comm):
     )
     assert (where.rank, [e.index for e in where.elements]) == (last, [(1, 2)])
     part = _part(comm, 0, 2 * comm.size)
-    painted = spimpi.color_hidden_states(np.random.default_rng(comm.rank).normal(size=(2, 8)), TAG, part)
+    painted = np.random.default_rng(comm.rank).normal(size=(2, 8))
+    spimpi.color_hidden_states(painted, TAG, part)
     if comm.rank == last:
         painted.view(np.uint64)[1, 3] ^= 1
     where = _batch(

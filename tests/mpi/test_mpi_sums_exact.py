@@ -141,7 +141,8 @@ def test_an_extreme_of_nan_is_left_out_and_the_rest_checked(comm):
         for value in (np.nan, xs[1][2, 3]):  # what MPI makes of it depends on its order
             best[2, 3] = value
             verdict = verify_allreduce(part, xs[part.rank], best, TAG, op=MPI.MAX)
-            assert verdict.holds and verdict.missing[0].startswith("1 elements to which rank 0 gave")
+            said = "1 elements to which rank 0 gave"
+            assert verdict.holds and verdict.missing[0].startswith(said)
         for value in (-1e9, 1e9, np.inf):  # but not out of nothing
             best[2, 3] = value if part.rank == part.size - 1 else np.nan
             verdict = verify_allreduce(part, xs[part.rank], best, TAG, op=MPI.MAX, check=False)

@@ -220,8 +220,8 @@ def extreme(comm, local, everyone) -> Verdict:
 
 
 def _beside_nan(comm, x, r, places):
-    """((rank, place, how many) of a result that is neither NaN nor somebody's own, or None; the ranks
-    that gave NaN), at places to which somebody gave NaN. Collective."""
+    """((rank, place, how many) of a result that is neither NaN nor somebody's own, or None; the
+    ranks that gave NaN), at places to which somebody gave NaN. Collective."""
     found = r[places]
     odd = ~np.isnan(found) & (x[places] != found)
     # All ranks' results may differ here: each looks among the addends of all.

@@ -1,8 +1,9 @@
 """Sums of narrow integers that their dtype has no room for, on an MPI that saturates.
 
 The MPI standard leaves overflow open. Most libraries wrap; Open MPI adds int8, uint8, int16 and
-uint16 with instructions that saturate, and what is left over at the end of a buffer without them. So where
-a sum is not the wrapped one, its elements are added once more, as int64, and each is judged alone.
+uint16 with instructions that saturate, and what is left over at the end of a buffer without them.
+So where a sum is not the wrapped one, its elements are added once more, as int64, and each is
+judged alone.
 """
 
 from dataclasses import dataclass

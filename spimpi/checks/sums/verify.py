@@ -94,8 +94,8 @@ def sum_check(
             # A maximum is looked for in the arrays themselves, all else first in the words.
             if c.waits and call.kind == "extreme" and (ranks := call.reused(session.comm)):
                 msg = (
-                    f"{c.name} of {c.tag.name!r}: {used_again(ranks)}, and MPI.{call.op} is compared "
-                    "when the batch ends: keep its arrays until then"
+                    f"{c.name} of {c.tag.name!r}: {used_again(ranks)}, and MPI.{call.op} is "
+                    "compared when the batch ends: keep its arrays until then"
                 )
                 raise UsageError(msg)
             return JUDGES[call.kind](session.comm, call, everyone)
