@@ -26,6 +26,9 @@ class CorruptionError(SpimpiError):
         super().__init__(str(verdict))
         self.verdict = verdict
 
+    def __reduce__(self):  # a copy, or one sent to another process, carries the verdict too
+        return type(self), (self.verdict,)
+
 
 class IncompleteError(SpimpiError):
     """Something that was asked for could not be established."""

@@ -11,9 +11,10 @@ from mpi4py import MPI
 
 from spimpi.checks.check import Check, Rule
 from spimpi.checks.sums import exact as sum_exact, report as sum_report, words as sum_words
+from spimpi.checks.sums.agreement import ONE_RANK
 from spimpi.checks.sums.float_bound import format_of
 from spimpi.checks.session import session_of
-from spimpi.checks.verdict import Verdict
+from spimpi.checks.verdict import NO_ELEMENTS, Verdict
 from spimpi.errors import CorruptionError, UsageError
 from spimpi.fingerprint import arrays, as_array, fingerprint, linear_fingerprint
 from spimpi.fingerprint.tag import MASK, Tag
@@ -69,7 +70,10 @@ def exact_allreduce(comm, sendbuf, recvbuf=None, tag=None, *, ctx=None) -> np.nd
             c.tracer.record(c, error.verdict, comm)
         raise
     if c.tracer is not None:
-        c.tracer.record(c, Verdict(True, kinds, check=c.name), comm)
+        some = result.size > 0
+        missing = () if some and comm.size > 1 else (ONE_RANK if some else NO_ELEMENTS,)
+        kinds = Established(0) if missing else kinds
+        c.tracer.record(c, Verdict(True, kinds, missing=missing, check=c.name), comm)
     if recvbuf is None:
         return result
     as_array(recvbuf, writable=True)[...] = result

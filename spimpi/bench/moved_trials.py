@@ -33,7 +33,7 @@ def allgather(s: Scene):
         r = comm.rank
         gathered = wrong if r in who else s.whole
         return spimpi.verify_allgather(
-            comm, s.shard(r), gathered, s.parts[r], s.tag, check=False, ctx=ctx
+            comm, s.shard(r).copy(), gathered, s.parts[r], s.tag, check=False, ctx=ctx
         )
 
     return call, None

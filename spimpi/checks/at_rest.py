@@ -6,10 +6,10 @@ import numpy as np
 
 from spimpi.checks.check import Check, Rule, place_of
 from spimpi.checks.pending import enforce, settle
-from spimpi.checks.verdict import Verdict, Where
+from spimpi.checks.verdict import NO_ELEMENTS, Verdict, Where
 from spimpi.errors import UsageError
 from spimpi.fingerprint import fingerprint
-from spimpi.fingerprint.protocols import as_array
+from spimpi.fingerprint.protocols import as_memory
 from spimpi.fingerprint.tag import Tag
 from spimpi.partition import Slab, balanced_sizes
 from spimpi.trace.schema import Established
@@ -60,7 +60,11 @@ class AtRest:
         """The verdict of this rank alone."""
         word = self.fingerprint
         if not changed:
-            return Verdict(True, Established.MOVED, check=NAME, expected=word, actual=now)
+            some = self.array.size > 0
+            return Verdict(
+                True, Established.MOVED if some else Established(0),
+                missing=() if some else (NO_ELEMENTS,), check=NAME, expected=word, actual=now,
+            )  # fmt: skip
         where = Where(
             NAME, self.tag.name, self.tag.step, self.tag.layer, -1, None, "", 0,
             f"{word:016x}", f"{now:016x}", self._told(changed),
@@ -71,7 +75,7 @@ class AtRest:
 
     def _look(self, c: Check) -> None:
         changed, now = self._changed()
-        c.n_bad, c.n_bytes = len(changed), self.array.nbytes
+        c.n_bad, c.n_bytes, c.compares = len(changed), self.array.nbytes, self.array.size > 0
         c.complaint = lambda: {
             "detail": self._told(changed), "expected": self.fingerprint, "actual": now,
         }  # fmt: skip
@@ -102,9 +106,10 @@ def at_rest(array, tag, where=None, threads=1) -> AtRest:
     """Fingerprint an array now, to ``verify()`` later that it has not changed. Local.
 
     where: None (all of the tensor), a TensorPartition or a Slab. The array is kept, not copied;
-    after a wanted change make a new watch. UsageError for what has no fingerprint.
+    after a wanted change make a new watch. UsageError for what has no fingerprint, and for what
+    gives a copy of itself (numpy's scalars, some arrays of other libraries): it would never change.
     """
-    array = as_array(array)
+    array = as_memory(array)
     if not isinstance(tag, Tag):
         msg = f"expected a spimpi.Tag, found {type(tag).__name__}"
         raise UsageError(msg)

@@ -42,6 +42,7 @@ class Batch:
 
     def add(self, session, check: Check, raises: bool) -> PendingVerdict:
         """Take a check whose words are known. Local."""
+        check.waits = True
         if check.error is None:
             try:
                 self._require_one_tensor(check)

@@ -9,6 +9,7 @@ from math import prod
 
 import numpy as np
 
+from spimpi.checks.check import Rule
 from spimpi.errors import UsageError
 from spimpi.fingerprint import fingerprint
 from spimpi.partition import Slab
@@ -80,7 +81,12 @@ def _place(shape, slab) -> str:
 
 
 def blamed(comm, check, reports) -> tuple[int | None, str]:
-    """(the rank at fault, who differs in words). Collective."""
+    """(the rank at fault, who differs in words). Collective.
+
+    A rank is named where it alone explains all pairs that differ. One pair of two ranks is
+    explained by either: by the receiver, or by a send buffer that has changed since; unless
+    the block is there a third time, at a rank that has it as it was sent.
+    """
     sent, got = np.zeros((2, comm.size), np.uint64)
     words: dict = {}
     for rank, report in enumerate(reports):
@@ -98,9 +104,23 @@ def blamed(comm, check, reports) -> tuple[int | None, str]:
     told = "; ".join(
         f"rank {r} holds other data than rank {s} contributed" for r, s in pairs[:4]
     ) + f"; {len(pairs) - 4} more pairs" * (len(pairs) > 4)
+    if len(pairs) == 1 and not _is_there_again(check, *pairs[0], comm.size):
+        receiver, sender = pairs[0]
+        return None, (
+            f"{told}: rank {receiver} received other data, or the send buffer of rank {sender} has "
+            "changed since, and nothing tells which"
+        )
     if len(receivers) == 1:
         return receivers[0], told
     return (senders[0] if len(senders) == 1 else None), told
+
+
+def _is_there_again(check, receiver, sender, size) -> bool:
+    """Whether another rank, or the sender in other memory, holds what the sender gave, too (and
+    rightly, since one pair alone differs); or whether the two are one rank."""
+    if check.rule is not Rule.ASSEMBLED:
+        return receiver == sender
+    return receiver == sender or size > 2 or check.root is None
 
 
 def _common(check, own, others, words) -> int:

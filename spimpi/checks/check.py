@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
+from itertools import product
 from math import prod
 from time import perf_counter
 
@@ -18,7 +19,7 @@ import numpy as np
 
 from spimpi.errors import SpimpiError, UsageError
 from spimpi.fingerprint import fingerprint
-from spimpi.fingerprint.arrays import slab_of
+from spimpi.fingerprint.arrays import share_memory, slab_of
 from spimpi.fingerprint.protocols import as_array
 from spimpi.fingerprint.tag import CONTENT, GOLDEN, MASK, Tag, absorb, mix
 from spimpi.partition import Slab, TensorPartition, whole
@@ -26,7 +27,9 @@ from spimpi.trace.schema import Established
 
 # x^64 + x^4 + x^3 + x + 1 is irreducible: doubling modulo it is a bijection on 64 bits.
 _POLYNOMIAL = 0x1B
-ERROR = 1 << 32  # one error in a record's count; failures of local checks lie below
+# In a record's count: one for a rank with an error or a failure of its own; below it, one for each
+# check and rank that compared anything.
+FAILED = 1 << 40
 
 HANDOFFS = "hand-offs"  # name of the check that a batch makes of all its hand-offs
 
@@ -54,6 +57,10 @@ class Check:
     ``conclude(session, everyone)`` makes the verdict of them, [ranks, words]. Collective.
     ``settings``: what else all ranks must say alike, in words.
 
+    ``compares``: whether this rank's part of the check compares any element with other memory
+    than its own; None: what the blocks say. ``waits``: its verdict is asked for later, so that
+    buffers may be used again before it.
+
     ``tracer`` (checks/program_trace.py) takes the verdict; ``n_bytes`` were read for it here.
     """
 
@@ -80,6 +87,8 @@ class Check:
     n_bad: int = 0
     complaint: Callable | None = None
     error: SpimpiError | None = None
+    compares: bool | None = None
+    waits: bool = False
     tracer: object = None
     n_bytes: int = 0
     started: float = field(default_factory=perf_counter)
@@ -111,6 +120,13 @@ class Check:
             msg = f"expected arrays of one dtype, found {self.dtype} and {dtype}"
             raise UsageError(msg)
 
+    def require_apart(self, given: str, got: str) -> None:
+        """Raise UsageError where what was given and what was got are the same memory: then the
+        data would be compared with themselves."""
+        for (a, _), (b, _) in product(self.contributed, self.held):
+            if share_memory(a, b):
+                raise UsageError(same_memory(given, got))
+
     def _take(self, array, where) -> tuple[np.ndarray, Slab]:
         array = as_array(array)
         slab = place_of(array.shape, where)
@@ -120,11 +136,35 @@ class Check:
 
     def seal(self) -> None:
         """Bind tag, shape, dtype and cut to the digest that all ranks must have alike."""
+        if self.compares is None:
+            self.compares = self._compares()
         known = _static_digest(
             self.name, self.dtype, self.layout, self.root, self.settings
         )
         shape, itemsize = (self.shape, self.dtype.itemsize) if self.dtype else ((), 0)
         self.digest = mix(known ^ self.tag.key(CONTENT, shape, itemsize))
+
+    def _compares(self) -> bool:
+        if self.rule in (Rule.LOCAL, Rule.GATHERED):
+            return True
+        if self.n_given != self.n_got or self.contributed is self.held:
+            return self.n_given + self.n_got > 0
+        # All that this rank gave it got itself: compared, unless it lies in one place.
+        given, got = ([a for a, _ in some if a.size] for some in (self.contributed, self.held))
+        return not all(any(share_memory(a, b) for b in got) for a in given)
+
+    def same_as_then(self) -> bool:
+        """Whether the blocks are still what they were when they were fingerprinted."""
+        return all(
+            self._word(blocks) == word
+            for blocks, word in ((self.contributed, self.given), (self.held, self.got))
+        )
+
+    def _word(self, blocks) -> int:
+        total = 0
+        for array, slab in blocks:
+            total ^= fingerprint(array, self.tag, slab, self.threads)
+        return total
 
     @property
     def size_words(self) -> tuple[int, int]:
@@ -137,6 +177,14 @@ class Check:
         if self.rule is Rule.ASSEMBLED:
             return self.n_given, total
         return self.n_given + GOLDEN * self.n_got, total + GOLDEN * total
+
+
+def same_memory(given: str, got: str) -> str:
+    """Why a check of two arrays in one place is refused."""
+    return (
+        f"`{given}` and `{got}` share memory, so that data would be compared with themselves: give "
+        f"a copy of `{given}` made before the call"
+    )
 
 
 def place_of(shape, where) -> Slab:
@@ -189,7 +237,8 @@ def fold(checks) -> tuple[list[int], list[int]]:
         every = absorb(every, c.digest ^ (c.got if rule is Rule.AGREED else got))
         own, all_sizes = c.size_words
         total, size = total * GOLDEN + own, size * GOLDEN + all_sizes
-        count += c.n_bad if c.error is None else ERROR
+        count |= FAILED * (c.error is not None or c.n_bad > 0)
+        count += bool(c.compares)
     record = [xor, total & MASK, every, ~every & MASK, count, MASK]
     return record, [target, size & MASK, every, ~every & MASK, 0]
 

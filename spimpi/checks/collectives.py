@@ -23,13 +23,16 @@ def verify_allgather(
 
     local: this rank's block; gathered: the whole tensor, in its global shape, of the same dtype;
     partition: a TensorPartition along any axis (blocks may be uneven or empty) or this rank's
-    Slab. Establishes moved and agreed. Collective.
+    Slab. Establishes moved and agreed. UsageError where ``local`` lies in ``gathered``: pass a copy
+    made before an allgather in place. Collective.
     """
 
     def build(c):
         c.layout = cut_of(partition)
         c.gives(local, partition)
         c.gets(gathered, None)
+        if comm.size > 1:
+            c.require_apart("local", "gathered")
 
     c = Check("allgather", tag, Rule.ASSEMBLED, MOVED | AGREED, threads)
     return settle(comm, c, build, check, ctx)
@@ -55,8 +58,8 @@ def verify_gather(
 ) -> Verdict:
     """Check a gather(v) after it ran: the root's ``gathered`` is all ``local`` blocks.
 
-    As verify_allgather, but ``gathered`` counts on the root alone (None elsewhere). Establishes
-    moved. Collective.
+    As verify_allgather, but ``gathered`` counts on the root alone (None elsewhere). The root's own
+    block is no movement where it lies in ``gathered`` already. Establishes moved. Collective.
     """
 
     def build(c):
@@ -74,7 +77,8 @@ def verify_scatter(
     """Check a scatter(v) after it ran: everybody's ``part`` is its block of the root's ``whole``.
 
     whole: the tensor, in its global shape, counts on the root alone (None elsewhere); part: this
-    rank's block of ``partition`` (a TensorPartition or a Slab). Establishes moved. Collective.
+    rank's block of ``partition`` (a TensorPartition or a Slab). The root's own part is no movement
+    where it lies in ``whole``. Establishes moved. Collective.
     """
 
     def build(c):
@@ -92,13 +96,16 @@ def verify_alltoall(
     """Check a re-partitioning (all-to-all(v)) after it ran: two cuts of one tensor are equal.
 
     sent: this rank's block of ``before``; received: its block of ``after``; both TensorPartitions
-    or Slabs. Each element is owned once in both. Establishes moved. Collective.
+    or Slabs. Each element is owned once in both. Establishes moved. UsageError where ``sent`` and
+    ``received`` share memory. Collective.
     """
 
     def build(c):
         c.layout = cut_of(before), cut_of(after)
         c.gives(sent, before)
         c.gets(received, after)
+        if comm.size > 1:
+            c.require_apart("sent", "received")
 
     return settle(comm, Check("alltoall", tag, Rule.MOVED, MOVED, threads), build, check, ctx)
 

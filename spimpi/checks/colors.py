@@ -6,14 +6,14 @@ slabs lie: slabs that leave elements out, or hold some twice, do not add up to i
 docs/painting.md says what a pass proves.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 
 from spimpi.checks.check import Check, Rule
 from spimpi.checks.pending import settle
-from spimpi.checks.verdict import ElementError, Verdict, Where
+from spimpi.checks.verdict import NO_ELEMENTS, ElementError, Verdict, Where
 from spimpi.errors import UsageError
 from spimpi.fingerprint import as_array, combine, painting
 from spimpi.fingerprint.arrays import check_where, slab_of
@@ -91,7 +91,7 @@ def verify_colors(
             expected = int(np.bitwise_xor.reduce(everyone[:, FIELD]))
             if is_clean(everyone, prod(held.global_shape)):
                 return _verdict(held, expected, expected)
-            return judge(session.comm.allgather(_listed(held, x)), expected)
+            return judge(session.comm.allgather(_with_host(held)), expected)
 
         c.conclude = conclude
 
@@ -132,6 +132,7 @@ def judge(everyone: list[Held], expected: int) -> Verdict:
         found=f"{actual:016x}",
         detail=_detail(wrong),
         elements=_elements(wrong),
+        n_wrong=sum(held.n_corrupted for held in wrong) or None,
     )
     return _verdict(one, expected, actual, where)
 
@@ -147,26 +148,28 @@ def _look(rank, x, c: Check, where, bits, threads) -> Held:
     c.settings = f"bits {used}"
     c.held.append((x, slab))
     c.n_bytes = x.nbytes
+    # Listed at once: in a batch the buffer may be used again before its end.
+    listed = _listed(x, c.tag, slab, used) if colors.n_corrupted else ()
     return Held(
         rank, "", x.dtype.name, slab.global_shape, used, c.tag, slab.offset, x.shape,
-        colors.fingerprint, colors.n_corrupted,
+        colors.fingerprint, colors.n_corrupted, listed,
     )  # fmt: skip
 
 
-def _listed(held: Held, x) -> Held:
-    """What the other ranks are told once they ask: with the host, and the corrupted elements."""
+def _listed(x, tag, slab, bits) -> tuple:
+    """(global index, bytes) of the first corrupted elements."""
+    indices = painting.corrupted_elements(x, tag, slab, bits, LISTED)
+    return tuple(
+        (tuple(map(int, index)), x[tuple(index - np.array(slab.offset, int))].tobytes())
+        for index in indices
+    )
+
+
+def _with_host(held: Held) -> Held:
+    """What the other ranks are told once they ask."""
     from mpi4py import MPI
 
-    told = held.__dict__ | {"host": MPI.Get_processor_name()}
-    if held.n_corrupted:
-        x = as_array(x)
-        slab = painting.Slab(held.global_shape, held.offset)
-        indices = painting.corrupted_elements(x, held.tag, slab, held.bits, LISTED)
-        told["listed"] = tuple(
-            (tuple(map(int, index)), x[tuple(index - np.array(held.offset, int))].tobytes())
-            for index in indices
-        )
-    return Held(**told)
+    return replace(held, host=MPI.Get_processor_name())
 
 
 def _share_of_field(held: Held, rank: int, size: int, threads: int) -> int:
@@ -180,10 +183,12 @@ def _share_of_field(held: Held, rank: int, size: int, threads: int) -> int:
 
 
 def _verdict(held: Held, expected: int, actual: int, where: Where | None = None) -> Verdict:
+    some = prod(held.global_shape) > 0
     return Verdict(
         holds=where is None,
-        established=Established.MOVED if where is None else Established(0),
+        established=Established.MOVED if where is None and some else Established(0),
         where=where,
+        missing=() if some else (NO_ELEMENTS,),
         check="colors",
         expected=expected,
         actual=actual,

@@ -2,7 +2,9 @@
 
 First the words of all ranks, then, for the first few checks at fault, what each rank gave: its
 shapes and places, or its error. That tells a wrong call (UsageError, the same on every rank) from
-corruption, whose rank and elements are then found (checks/blame.py, checks/localisation/localise.py).
+corruption, whose rank and elements are then found (checks/blame.py, checks/localisation/) by
+reading the blocks again: only where all of them still are what they were when the check was
+made. Of buffers that were used again since, the words that were recorded then are all there is.
 Everything here is collective over the session's ranks and runs only after a failure.
 """
 
@@ -13,6 +15,8 @@ from mpi4py import MPI
 
 from spimpi.checks.blame import blamed, coverage_problem, findings
 from spimpi.checks.check import HANDOFFS, Check, Rule
+from spimpi.checks.coverage import holding
+from spimpi.checks.localisation.findings import Findings
 from spimpi.checks.verdict import Verdict, Where
 from spimpi.errors import SpimpiError, UsageError
 from spimpi.fingerprint.tag import MASK
@@ -21,7 +25,7 @@ from spimpi.reduction import minority
 from spimpi.trace.schema import Established
 
 LOCALISED = 3  # failing checks of a batch that are looked into
-DIGEST, GIVEN, GOT, SIZE, N_BAD, ERROR = range(6)
+DIGEST, GIVEN, GOT, SIZE, N_BAD, ERROR, COMPARES = range(7)
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,7 @@ class Report:
     held: tuple[tuple[tuple, Slab], ...]
     error: tuple | None
     complaint: dict | None
-
-
-def holding(check: Check) -> Verdict:
-    """The verdict of a check that holds."""
-    word = check.got if check.rule in (Rule.ASSEMBLED, Rule.AGREED) else None
-    return Verdict(True, check.established, check=check.name, expected=word, actual=word)
+    is_reused: bool
 
 
 def explain(session, checks) -> list[Verdict | None]:
@@ -55,10 +54,12 @@ def explain(session, checks) -> list[Verdict | None]:
     """
     comm = session.comm
     _require_same_number(comm, checks)
-    own = np.zeros((len(checks), 6), np.uint64)
+    own = np.zeros((len(checks), 7), np.uint64)
     for row, c in zip(own, checks):
         size, _ = c.size_words
-        row[:] = [c.digest, c.given, c.got, size & MASK, c.n_bad, c.error is not None]
+        row[:] = [
+            c.digest, c.given, c.got, size & MASK, c.n_bad, c.error is not None, bool(c.compares),
+        ]  # fmt: skip
     everyone = np.empty((comm.size, *own.shape), np.uint64)
     comm.Allgather(own, everyone)
     verdicts, looked_into = [], 0
@@ -71,7 +72,7 @@ def explain(session, checks) -> list[Verdict | None]:
             continue
         covered = int(words[:, SIZE].sum()) == c.size_words[1] & MASK
         if covered and _holds(c.rule, words):
-            verdicts.append(holding(c))
+            verdicts.append(holding(c, comm.size, bool(words[:, COMPARES].any())))
             continue
         looked_into += 1
         locate = looked_into <= LOCALISED or not covered
@@ -119,6 +120,7 @@ def _reports(comm, c: Check) -> list[Report]:
         c.name, c.tag, c.dtype.name if c.dtype else "", c.shape, c.layout, c.root,
         c.settings, MPI.Get_processor_name(), places(c.contributed), places(c.held),
         c.error and (type(c.error), str(c.error)), complaint,
+        c.error is None and c.rule is not Rule.GATHERED and not c.same_as_then(),
     )  # fmt: skip
     return comm.allgather(report)
 
@@ -169,7 +171,7 @@ def _same_kind(kind, text):
 def _failed(session, c: Check, words, locate: bool) -> Verdict:
     """The verdict of a check that fails; UsageError where the blocks do not cover the tensor."""
     if not locate:
-        return _verdict(c, words, None, "", "not looked into: earlier checks failed", ())
+        return _verdict(c, words, None, "", "not looked into: earlier checks failed")
     reports = _reports(session.comm, c)
     if c.rule is Rule.LOCAL:
         return _local_failure(c, words, reports)
@@ -179,11 +181,31 @@ def _failed(session, c: Check, words, locate: bool) -> Verdict:
     if problem:
         msg = f"{_title(c)}: {problem}"
         raise UsageError(msg)
+    reused = [r for r, report in enumerate(reports) if report.is_reused]
+    if reused:
+        rank = _by_recorded_words(c, words)
+        named = "" if rank is not None else ", nor is the rank"
+        detail = f"{used_again(reused)}: which elements were wrong is not known{named}"
+        return _verdict(c, words, rank, _host(reports, rank), detail)
     rank, who = blamed(session.comm, c, reports)
     found = findings(session.comm, c, reports, session.history)
-    elements, text = (found.elements, found.text) if found else ((), "")
+    text = found.text if found else ""
     detail = "; ".join(part for part in (text, who) if part)
-    return _verdict(c, words, rank, _host(reports, rank), detail, elements)
+    return _verdict(c, words, rank, _host(reports, rank), detail, found)
+
+
+def _by_recorded_words(c: Check, words) -> int | None:
+    """The rank that alone holds another result than all contributions make; None where the words
+    single out none."""
+    if c.rule is not Rule.ASSEMBLED or len(words) == 2 and c.root is not None:
+        return None
+    odd = np.flatnonzero(words[:, GOT] != np.bitwise_xor.reduce(words[:, GIVEN]))
+    return int(odd[0]) if odd.size == 1 else None
+
+
+def used_again(ranks) -> str:
+    """Why blocks are not read again."""
+    return f"the buffers of {ranks_text(ranks)} have changed since the check was made"
 
 
 def _local_failure(c, words, reports) -> Verdict:
@@ -197,7 +219,8 @@ def _local_failure(c, words, reports) -> Verdict:
     told["detail"] = "; ".join([told["detail"], *more])
     # Its author knows only its own communicator's ranks by number, not its own.
     elements = tuple(replace(e, rank=first) for e in told.pop("elements", ()))
-    return _verdict(c, words, first, reports[first].host, elements=elements, **told)
+    found = Findings(elements, told.pop("n_wrong", None))
+    return _verdict(c, words, first, reports[first].host, found=found, **told)
 
 
 def _disagreement(session, c, words, reports) -> Verdict:
@@ -207,14 +230,17 @@ def _disagreement(session, c, words, reports) -> Verdict:
     else:
         text = f"{ranks_text(odd)} differ from the majority"
     truth = next((r for r in range(len(reports)) if r not in odd), 0)
-    if session.rank == truth:
-        c.contributed = c.held
-    found = findings(session.comm, c, reports, session.history)
-    detail = f"{text}; {found.text}" if found else text
     rank = odd[0] if len(odd) == 1 else None
+    found, reused = None, [r for r, report in enumerate(reports) if report.is_reused]
+    if reused:
+        text += f"; {used_again(reused)}: which elements were wrong is not known"
+    else:
+        if session.rank == truth:
+            c.contributed = c.held
+        found = findings(session.comm, c, reports, session.history)
+        text += f"; {found.text}" if found else ""
     expected, actual = int(words[truth, GOT]), int(words[next(r for r in odd if r != truth), GOT])
-    elements = found.elements if found else ()
-    return _verdict(c, words, rank, _host(reports, rank), detail, elements, expected, actual)
+    return _verdict(c, words, rank, _host(reports, rank), text, found, expected, actual)
 
 
 def _host(reports, rank) -> str:
@@ -222,7 +248,7 @@ def _host(reports, rank) -> str:
 
 
 def _verdict(
-    c: Check, words, rank, host, detail, elements, expected=None, actual=None
+    c: Check, words, rank, host, detail, found=None, expected=None, actual=None
 ) -> Verdict:
     if expected is None and c.rule in (Rule.ASSEMBLED, Rule.MOVED):
         expected = int(np.bitwise_xor.reduce(words[:, GIVEN]))
@@ -234,7 +260,8 @@ def _verdict(
     texts = ["" if word is None else f"{word:016x}" for word in (expected, actual)]
     where = Where(
         c.name, c.tag.name, c.tag.step, c.tag.layer, -1, rank, host,
-        0 if rank is None else rank, *texts, detail, elements=tuple(elements),
+        0 if rank is None else rank, *texts, detail, elements=found.elements if found else (),
+        n_wrong=found.n_wrong if found else None,
     )  # fmt: skip
     return Verdict(
         False, Established(0), where, check=c.name, expected=expected, actual=actual

@@ -29,7 +29,9 @@ LINK_RECORD = np.dtype(
         ("place", "<u8"),  # digest of the slab
         ("dtype", "S16"),
         ("error", "<i8"),
-        ("fingerprint", "<u8"),
+        ("fingerprint", "<u8"),  # the sender's: before the send, where it was watched
+        ("now", "<u8"),  # the same at the check
+        ("watched", "<i8"),
     ]
 )
 

@@ -7,6 +7,7 @@ alarms, since it is made only where the product cannot have rounded.
 """
 
 from dataclasses import dataclass
+from math import prod
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from spimpi.checks.check import Check, Rule
 from spimpi.checks.pending import settle
 from spimpi.checks.verdict import ElementError, Verdict
 from spimpi.errors import UsageError
+from spimpi.fingerprint.arrays import share_memory
 from spimpi.fingerprint.protocols import as_array
 from spimpi.fingerprint.tag import GOLDEN, LINEAR, Tag
 from spimpi.trace.schema import Established
@@ -55,7 +57,7 @@ def project_weight(w, tag) -> ProjectedWeight:
     for rows in _row_chunks(w):
         block = _integers(w[rows], "w", rows.start)
         wr[rows] = block @ r
-        largest = max(largest, _largest(block))
+        largest = max(largest, _largest(w[rows]))
     return ProjectedWeight(w, r, wr, largest)
 
 
@@ -64,16 +66,20 @@ def verify_matmul(comm, x, w, y, tag, *, check=True, ctx=None) -> Verdict:
 
     x [..., K], w [K, N] or what project_weight gave, y [..., N]; integer or float arrays, any
     strides, shapes may differ between ranks. Establishes computed; a failure names the rank and
-    the elements. UsageError on every rank for x or w that are not integers, and for floats in
-    which a sum of this size would round. Collective.
+    the elements. UsageError on every rank for x or w that are not integers, for floats in which a
+    sum of this size would round, for products that wrapped in their dtype (or are of bools), and
+    where y lies in the memory of x or w. Collective.
     """
 
     def build(c):
         weight = w if isinstance(w, ProjectedWeight) else project_weight(w, tag)
-        rows_x, rows_y = _rows(x, y, weight)
+        rows_x, rows_y, shape = _rows(x, y, weight)
         bad = _wrong_rows(rows_x, rows_y, weight)
         c.n_bad, c.n_bytes = len(bad), rows_x.nbytes + rows_y.nbytes
-        c.complaint = lambda: _complaint(rows_x, rows_y, weight, bad, np.shape(y))
+        c.compares = rows_y.size > 0
+        if bad:  # at once: in a batch the buffers may be used again before its end
+            told = _complaint(rows_x, rows_y, weight, bad, shape)
+            c.complaint = lambda: told
 
     return settle(comm, Check(NAME, tag, Rule.LOCAL, Established.COMPUTED), build, check, ctx)
 
@@ -87,7 +93,7 @@ def _matrix(a, name) -> np.ndarray:
 
 
 def _rows(x, y, weight):
-    """x and y as matrices; UsageError where shapes or dtypes do not fit, or sums could round."""
+    """x and y as matrices, and y's shape; UsageError where shapes, dtypes or memory do not fit."""
     x, y = _matrix(x, "x"), _matrix(y, "y")
     k, n = weight.w.shape
     if x.ndim == 0 or x.shape[-1] != k or y.shape != (*x.shape[:-1], n):
@@ -96,7 +102,15 @@ def _rows(x, y, weight):
             f"w {weight.w.shape}, y {y.shape}"
         )
         raise UsageError(msg)
-    return x.reshape(-1, k), y.reshape(-1, n)
+    if y.dtype.kind == "b":
+        msg = "products of this dtype wrap: of bool, True + True is True; multiply in integers"
+        raise UsageError(msg)
+    for name, other in (("x", x), ("w", weight.w)):
+        if share_memory(other, y):
+            msg = f"`{name}` and `y` share memory, so that the product is compared with itself"
+            raise UsageError(msg)
+    n_rows = prod(x.shape[:-1])
+    return x.reshape(n_rows, k), y.reshape(n_rows, n), y.shape
 
 
 def _wrong_rows(x, y, weight) -> list[int]:
@@ -105,7 +119,7 @@ def _wrong_rows(x, y, weight) -> list[int]:
     for rows in _row_chunks(x):
         block = _integers(x[rows], "x", rows.start)
         if block.size and y.dtype.kind == "f":
-            bound = max(bound, float(np.abs(block.astype(np.float64)).sum(axis=1).max()))
+            bound = max(bound, float(_magnitudes(x[rows]).sum(axis=1).max()))
         found, whole = _found(y[rows])
         # Both sides wrap alike: int64 arithmetic is arithmetic mod 2^64.
         differ = (found @ weight.r != block @ weight.wr) | ~whole
@@ -145,8 +159,13 @@ def _integers(a, name, first_row) -> np.ndarray:
     return wide.astype(np.int64)
 
 
+def _magnitudes(a) -> np.ndarray:
+    """|a| as float64, also of unsigned integers that int64 has no room for."""
+    return np.abs(a.astype(np.float64))
+
+
 def _largest(block) -> float:
-    return max(abs(float(block.max())), abs(float(block.min()))) if block.size else 0.0
+    return float(_magnitudes(block).max(initial=0.0))
 
 
 def _row_chunks(a):
@@ -164,16 +183,18 @@ def _odd_words(tag: Tag, n: int) -> np.ndarray:
 
 
 def _complaint(x, y, weight, bad, shape) -> dict:
-    """What is wrong in words; the first wrong rows are computed again, in integers."""
-    elements = []
-    for row in bad:
-        if len(elements) >= SHOWN:
-            break
-        exact = _integers(x[row : row + 1], "x", row)[0] @ _integers(weight.w, "w", 0)
+    """What is wrong in words; the first wrong rows are computed again, in integers.
+
+    UsageError where nothing is found but sums that an integer dtype has no room for.
+    """
+    elements, n_wrapped = [], 0
+    for row in bad[:SHOWN]:
+        exact, fits = _exact_row(x[row : row + 1], weight.w, row, y.dtype)
         expected = exact.astype(y.dtype)
         found = np.ascontiguousarray(y[row])
-        wrong = np.flatnonzero(expected != found)  # as values: a zero may have either sign
-        for column in wrong[: SHOWN - len(elements)]:
+        wrong = (expected != found) & fits  # as values: a zero may have either sign
+        n_wrapped += np.count_nonzero(~fits)
+        for column in np.flatnonzero(wrong)[: SHOWN - len(elements)]:
             index = (*np.unravel_index(row, shape[:-1]), column) if len(shape) > 1 else (column,)
             elements.append(
                 ElementError(
@@ -181,9 +202,35 @@ def _complaint(x, y, weight, bad, shape) -> dict:
                     found[column].tobytes(), 0,
                 )
             )  # fmt: skip
+    if n_wrapped and not elements:
+        msg = (
+            f"products of this dtype wrap: {y.dtype} has no room for the sums of {n_wrapped} "
+            f"elements of rows {_listed(bad)}, and beside them nothing is wrong there: multiply "
+            "in a wider dtype"
+        )
+        raise UsageError(msg)
     n = len(bad)
-    rows = ", ".join(map(str, bad[:8])) + ", …" * (n > 8)
-    detail = f"{n} row{'s' * (n > 1)} of the product wrong: {rows}"
+    detail = f"{n} row{'s' * (n > 1)} of the product wrong: {_listed(bad)}"
+    if n_wrapped:
+        detail += f" (in some {y.dtype} has no room for the sums)"
     if not elements:
         detail += "; computed again in integers they are right: an input or w·r has changed"
-    return {"detail": detail, "elements": elements}
+    all_seen = n <= SHOWN and len(elements) < SHOWN and not n_wrapped
+    return {
+        "detail": detail, "elements": elements, "n_wrong": len(elements) if all_seen else None,
+    }  # fmt: skip
+
+
+def _listed(rows) -> str:
+    return ", ".join(map(str, rows[:8])) + ", …" * (len(rows) > 8)
+
+
+def _exact_row(x, w, row, dtype) -> tuple[np.ndarray, np.ndarray]:
+    """(a row of the product modulo 2^64, for which elements a dtype surely has room)."""
+    exact = _integers(x, "x", row)[0] @ _integers(w, "w", 0)
+    if dtype.kind == "f" or dtype.itemsize == 8:  # not rounded; or compared modulo 2^64
+        return exact, np.ones(exact.shape, bool)
+    sizes, others = x[0].astype(np.float64), w.astype(np.float64)
+    slack = np.abs(sizes) @ np.abs(others) * (2 + len(sizes)) * 2.0**-52
+    about, info = sizes @ others, np.iinfo(dtype)
+    return exact, (about - slack >= info.min - 0.5) & (about + slack <= info.max + 0.5)

@@ -10,8 +10,9 @@ from collections.abc import Callable
 import numpy as np
 from mpi4py import MPI
 
-from spimpi.checks.check import Check, Rule, fold
-from spimpi.checks.failure import explain, holding
+from spimpi.checks.check import FAILED, Check, Rule, fold
+from spimpi.checks.coverage import Compared, holding
+from spimpi.checks.failure import explain
 from spimpi.checks.session import Session, session_of
 from spimpi.checks.verdict import Verdict
 from spimpi.errors import CorruptionError, IncompleteError, SpimpiError, UsageError
@@ -33,7 +34,7 @@ class Group:
         words = [c.words for c in checks if c.rule is Rule.GATHERED]
         self._words = np.concatenate(words) if words else None
         self._in_one = in_one and self._words is not None
-        self._request = self._following = self._everyone = None
+        self._request = self._following = self._everyone = self._compared = None
 
     def merge(self) -> list[Verdict]:
         """Reduce and judge, blocking."""
@@ -64,19 +65,27 @@ class Group:
         return self._split(merged) if self._in_one else merged.tolist()
 
     def follow(self, merged: list[int]) -> None:
-        """Start telling all ranks the words, if the merged record is clean. Never waits, so that
-        ranks may have their groups in any order."""
-        if self._words is not None and not self._in_one and merged[:5] == self.clean:
+        """Start telling all ranks the words, if the merged record is clean, and what else they
+        need for their verdicts. Never waits, so that ranks may have their groups in any order."""
+        if not self._is_clean(merged):
+            return
+        self._compared = Compared(self.session, self.checks, merged[4])
+        if self._words is not None and not self._in_one:
             self._everyone = np.empty((self.session.size, self._words.size), np.uint64)
             self._following = self.session.comm.Iallgather(self._words, self._everyone)
 
     def judge(self, merged: list[int]) -> list[Verdict]:
         """One verdict for each check; UsageError on every rank where one could not be made."""
-        if merged[:5] == self.clean:
+        if self._is_clean(merged):
             for c in self.checks:
                 if len(c.contributed) == 1 and not c.n_loose and c.rule is not Rule.GATHERED:
                     self.session.remember(c.tag, c.contributed[0][1], c.given)
-            verdicts = [None if c.rule is Rule.GATHERED else holding(c) for c in self.checks]
+            size = self.session.size
+            compared = self._compared or Compared(self.session, self.checks, merged[4])
+            verdicts = [
+                None if c.rule is Rule.GATHERED else holding(c, size, compares)
+                for c, compares in zip(self.checks, compared.wait())
+            ]
         else:
             verdicts = explain(self.session, self.checks)
         if self._words is not None:
@@ -85,6 +94,10 @@ class Group:
             if c.tracer is not None:
                 c.tracer.record(c, verdict, self.session.comm)
         return verdicts
+
+    def _is_clean(self, merged) -> bool:
+        """Whether a merged record is what clean checks give; its count then tells who compared."""
+        return merged[:4] == self.clean[:4] and merged[4] < FAILED
 
     def _split(self, everyone) -> list[int]:
         """The merged record of all ranks' records and words, which are kept."""

@@ -2,52 +2,63 @@
 
 A hand-off is settled by its two ends alone: one record each way (checks/link_record.py), on a
 communicator of their own. Both judge the same two records, so that both have the same verdict.
+
+A check after the send sees the send buffer as it is then. Whether it was overwritten before its
+send had ended, so that the other end received what came later, shows only beside a fingerprint
+that was taken before the send: ``before_send``.
 """
 
 import hashlib
+from collections import deque
 from dataclasses import replace
 
 import numpy as np
 from mpi4py import MPI
 
+from spimpi.checks.at_rest import AtRest, at_rest
 from spimpi.checks.blame import findings
 from spimpi.checks.check import Check, Rule
 from spimpi.checks.link_record import (
     CLOSED, HANDED_ON, LINK_RECORD, NOT_GIVEN, dims_of, order_problem, shape_problem,
     usage_problem,
 )  # fmt: skip
+from spimpi.checks.failure import used_again
 from spimpi.checks.pending import built, enforce, require_comm
 from spimpi.checks.requests import wait
 from spimpi.checks.session import Link, Pair, pair_of
-from spimpi.checks.verdict import Verdict, Where
+from spimpi.checks.verdict import NO_ELEMENTS, Verdict, Where
 from spimpi.errors import UsageError
 from spimpi.fingerprint import fingerprint
 from spimpi.fingerprint.tag import DEFAULT_SEED, Tag, absorb
 from spimpi.trace.schema import Established
 
 NAME = "pipeline hand-off"
+WATCHED = "the send buffer was read before the send"
+UNWATCHED = "the send buffer was read after the send alone"  # what overwrote it before is not seen
 
 
 def verify_pipeline_handoff(
     comm, activations, from_rank, to_rank, tag, *, sequence=None, microbatch=None, layers=None,
-    where=None, check=True, ctx=None, threads=1,
+    where=None, before_send=None, check=True, ctx=None, threads=1,
 ) -> Verdict:  # fmt: skip
     """Check a hand-off after it: the receiver's buffer, and what both ends say that it is.
 
     Called by ``from_rank`` and ``to_rank`` alone, each with its own buffer, once its send or
     receive is complete. sequence: number of the hand-off (None: counted for each link and name of
-    the tag); layers: (first, last); where: which part of the tensor the buffer is. Establishes
-    moved. Collective over the two ends, which raise the same errors.
+    the tag); layers: (first, last); where: which part of the tensor the buffer is. before_send: of
+    the sender, what ``at_rest(activations, tag, where)`` gave before its send began: then a buffer
+    that was overwritten before the send had ended is seen. Establishes moved. Collective over the
+    two ends, which raise the same errors.
     """
     ends = _ends(comm, from_rank, to_rank)
     pair = pair_of(comm, *ends, ctx)
     name = (tag.seed, tag.name) if isinstance(tag, Tag) else None
     link = pair.links.setdefault((from_rank, name), Link())
-    c = _check(activations, tag, where, ends, comm.rank, threads)
+    c = _check(activations, tag, where, ends, comm.rank, threads, before_send)
     if sequence is not None:
         link.sequence = int(sequence)
     exchange = _Exchange(
-        pair, link, c, ends, comm.rank, _words(HANDED_ON, link, c, microbatch, layers)
+        pair, link, c, ends, comm.rank, _words(HANDED_ON, link, c, microbatch, layers, before_send)
     )
     link.sequence += 1
     return _settled(exchange, check, ctx)
@@ -68,7 +79,7 @@ class HandoffChain:
         # The pair's communicator is made at the first hand-off: made here, the chains of a ring
         # would wait for each other.
         self._comm, self._ends = comm, _ends(comm, from_rank, to_rank)
-        self._link = Link()
+        self._link, self._watched = Link(), deque()
 
     @property
     def _pair(self) -> Pair:
@@ -79,6 +90,19 @@ class HandoffChain:
         """How many hand-offs this end has made so far."""
         return self._link.sequence
 
+    def before_send(self, activations, *, step=0, layer=-1, where=None) -> None:
+        """Fingerprint the buffer of the next hand-off, on the sender before its send begins. Local.
+
+        ``verify`` takes these in the order in which they were made, and sees a buffer that was
+        overwritten before its send had ended. Arguments as there.
+        """
+        self._require_open()
+        if self._comm.rank != self._ends[0]:
+            msg = f"before_send is for the sender, rank {self._ends[0]}"
+            raise UsageError(msg)
+        tag = Tag(self.seed, self.name, layer, step)
+        self._watched.append(at_rest(activations, tag, where, self.threads))
+
     def verify(
         self, activations, *, step=0, layer=-1, microbatch=None, layers=None, where=None,
         check=True,
@@ -86,8 +110,9 @@ class HandoffChain:
         """Check the next hand-off; arguments and errors as for verify_pipeline_handoff."""
         self._require_open()
         tag = Tag(self.seed, self.name, layer, step)
-        c = _check(activations, tag, where, self._ends, self._comm.rank, self.threads)
-        words = _words(HANDED_ON, self._link, c, microbatch, layers)
+        before = self._watched.popleft() if self._watched else None
+        c = _check(activations, tag, where, self._ends, self._comm.rank, self.threads, before)
+        words = _words(HANDED_ON, self._link, c, microbatch, layers, before)
         exchange = _Exchange(
             self._pair, self._link, c, self._ends, self._comm.rank, words, self
         )
@@ -133,12 +158,35 @@ def _ends(comm, from_rank, to_rank) -> tuple[int, int]:
     return int(from_rank), int(to_rank)
 
 
-def _check(array, tag, where, ends, rank, threads) -> Check:
+def _check(array, tag, where, ends, rank, threads, before) -> Check:
     c = Check(NAME, tag, Rule.MOVED, Established.MOVED, threads)
-    return built(c, lambda c: (c.gives if rank == ends[0] else c.gets)(array, where))
+
+    def build(c):
+        slab = (c.gives if rank == ends[0] else c.gets)(array, where)
+        if before is not None:
+            _require_watch(before, c, slab, rank == ends[0])
+
+    return built(c, build)
 
 
-def _words(kind, link, c: Check, microbatch, layers) -> dict:
+def _require_watch(before, c: Check, slab, sends) -> None:
+    """UsageError unless ``before`` is a watch of this hand-off's buffer."""
+    if not sends:
+        msg = "before_send is for the sender, found one on the receiver"
+        raise UsageError(msg)
+    if not isinstance(before, AtRest):
+        msg = f"before_send is what spimpi.at_rest gave, found {type(before).__name__}"
+        raise UsageError(msg)
+    (array, _), watched = c.contributed[0], before.array
+    if (before.tag, before.slab) != (c.tag, slab) or watched.dtype != array.dtype:
+        msg = (
+            f"before_send is of another tensor: {before.tag} at {before.slab}, and the hand-off is "
+            f"of {c.tag} at {slab}"
+        )
+        raise UsageError(msg)
+
+
+def _words(kind, link, c: Check, microbatch, layers, before=None) -> dict:
     """What this end says of the hand-off; an error of this end is kept in the check."""
     words = {"kind": kind, "sequence": link.sequence, "running": link.running}
     blocks = c.contributed or c.held
@@ -163,8 +211,10 @@ def _words(kind, link, c: Check, microbatch, layers) -> dict:
     if isinstance(c.tag, Tag):
         words |= {"step": c.tag.step, "layer": c.tag.layer, "seed": c.tag.seed}
         words["name"] = _digest(c.tag.name)
-    words["fingerprint"] = c.given ^ c.got
+    words["fingerprint"] = words["now"] = c.given ^ c.got
     words["error"] = c.error is not None
+    if before is not None and c.error is None:
+        words["watched"], words["fingerprint"] = 1, before.fingerprint
     return words
 
 
@@ -220,15 +270,14 @@ class _Exchange:
         if problem:
             # From here on both ends count from what the sender said.
             self.link.running = absorb(int(sent["running"]), int(waited["running"]))
-            verdict = self._failed(sent, waited, None, problem, ())
+            verdict = self._failed(sent, waited, None, problem)
         elif sent["fingerprint"] != waited["fingerprint"]:
             verdict = self._other_content(sent, waited)
         else:
-            verdict = Verdict(
-                True, Established.MOVED, check=NAME, expected=word, actual=word
-            )
+            verdict = self._holding(word, closing, bool(sent["watched"]))
         if not closing and not problem:
-            slab = (self.check.contributed or self.check.held)[0][1]
+            array, slab = (self.check.contributed or self.check.held)[0]
+            self.link.n_filled += array.size > 0
             self.link.history.append((int(sent["sequence"]), self.check.tag, slab, word))
         if self.check.tracer is not None:
             self.check.tracer.record(
@@ -236,6 +285,21 @@ class _Exchange:
                 microbatch=max(int(self.own["microbatch"][0]), -1),
             )  # fmt: skip
         return verdict
+
+    def _holding(self, word, closing, watched) -> Verdict:
+        """The verdict of a hand-off, or of a whole chain, in which nothing is wrong."""
+        if closing:
+            some, strength = self.link.n_filled > 0, ""
+            none = "no hand-off was made: nothing was compared"
+            nothing = NO_ELEMENTS if self.link.sequence else none
+        else:
+            array, _ = (self.check.contributed or self.check.held)[0]
+            some, nothing = array.size > 0, NO_ELEMENTS
+            strength = WATCHED if watched else UNWATCHED
+        return Verdict(
+            True, Established.MOVED if some else Established(0), check=NAME, expected=word,
+            actual=word, missing=() if some else (nothing,), strength=strength,
+        )  # fmt: skip
 
     def _require_one_tensor(self, records) -> None:
         """UsageError on both ends where one has an error, or they hand on different tensors."""
@@ -258,20 +322,53 @@ class _Exchange:
 
     def _other_content(self, sent, waited) -> Verdict:
         """What the receiver holds instead. Collective over the two ends."""
-        c, comm = self.check, self.pair.comm
-        alone = self.pair.alone
-        history = {(tag, slab): word for _, tag, slab, word in self.link.history}
-        found = findings(alone, c, None, history)
-        stale = self._earlier() if c.held else None
-        theirs = comm.sendrecv(
-            (stale, MPI.Get_processor_name()), dest=self.peer, source=self.peer
+        c, comm, alone = self.check, self.pair.comm, self.pair.alone
+        reused = not c.same_as_then()
+        stale = self._earlier() if c.held and not reused else None
+        mine = stale, reused, MPI.Get_processor_name()
+        theirs = comm.sendrecv(mine, dest=self.peer, source=self.peer)
+        both = [mine, theirs][:: 1 if self.rank == self.ends[0] else -1]
+        stale = both[1][0]
+        overwritten = sent["watched"] and sent["now"] != sent["fingerprint"]
+        reused = [end for end, (_, reused, _) in zip(self.ends, both) if reused]
+        found, details = None, [stale] if stale else []
+        if reused:
+            details.append(f"{used_again(reused)}: which elements were wrong is not known")
+        elif not overwritten:
+            history = {(tag, slab): word for _, tag, slab, word in self.link.history}
+            found = findings(alone, c, None, history)
+            details.append(found.text)
+        rank, why = self._blamed(sent, waited, stale, overwritten)
+        text = "; ".join([*details, why])
+        if found is not None:
+            elements = tuple(replace(e, rank=self.ends[1]) for e in found.elements)
+            found = replace(found, elements=elements)
+        host = "" if rank is None else both[self.ends.index(rank)][2]
+        return self._failed(sent, waited, rank, text, host, found)
+
+    def _blamed(self, sent, waited, stale, overwritten) -> tuple[int | None, str]:
+        """(the rank at fault, who may be in words). A send buffer that is what it was before its
+        send leaves the receiver; one that is now what was received was overwritten too early."""
+        sender, receiver = self.ends
+        if stale:
+            return receiver, f"received from rank {sender}"
+        if overwritten and sent["now"] == waited["fingerprint"]:
+            return sender, (
+                f"the send buffer of rank {sender} was overwritten before its send had ended: rank "
+                f"{receiver} received what it holds now"
+            )
+        if overwritten:
+            return None, (
+                f"received from rank {sender}, whose send buffer has changed since it was "
+                f"fingerprinted before the send: it was overwritten while it was sent, or rank "
+                f"{receiver} received other data, and nothing tells which"
+            )
+        if sent["watched"]:
+            return receiver, f"received from rank {sender}, whose send buffer is as it was"
+        return None, (
+            f"received from rank {sender}: rank {receiver} received other data, or the send buffer "
+            f"of rank {sender} has changed since, and nothing tells which"
         )
-        details = [stale or theirs[0] or "", found.text if found else ""]
-        elements = tuple(replace(e, rank=self.ends[1]) for e in found.elements) if found else ()
-        host = MPI.Get_processor_name() if c.held else theirs[1]
-        details.append(f"received from rank {self.ends[0]}")
-        text = "; ".join(d for d in details if d)
-        return self._failed(sent, waited, self.ends[1], text, elements, host)
 
     def _earlier(self) -> str | None:
         """Which of the link's last buffers the receiver still holds, in words."""
@@ -285,13 +382,14 @@ class _Exchange:
                 return f"a stale buffer: that of sequence {sequence} (step {tag.step})"
         return None
 
-    def _failed(self, sent, waited, rank, detail, elements, host="") -> Verdict:
+    def _failed(self, sent, waited, rank, detail, host="", found=None) -> Verdict:
         tag = self.check.tag
         words = [int(r["fingerprint"]) for r in (sent, waited)]
         microbatch = int(waited["microbatch"])
         where = Where(
             NAME, tag.name, tag.step, tag.layer, max(microbatch, -1), rank, host, self.ends[1],
-            *(f"{w:016x}" for w in words), detail, elements=elements,
+            *(f"{w:016x}" for w in words), detail, elements=found.elements if found else (),
+            n_wrong=found.n_wrong if found else None,
         )  # fmt: skip
         return Verdict(
             False, Established(0), where, check=NAME, expected=words[0], actual=words[1]

@@ -22,7 +22,7 @@ from spimpi.reduction import together
 from spimpi.trace.journals.journal import Journal, new_run_id
 from spimpi.trace.journals.journal_files import journal_folder, own_journal
 from spimpi.trace.journals.signals import SignalFlush
-from spimpi.trace.schema import EVENT, Op, Stage, Status, TensorInfo
+from spimpi.trace.schema import EVENT, Established, Op, Stage, Status, TensorInfo
 from spimpi.trace.sealing.seal import choose_driver, prepare, seal
 
 OPS = {
@@ -79,6 +79,7 @@ class ProgramTracer:
             self.journal = Journal(folder, comm.rank, header, None, sync, own)
         self._recorder = Recorder({}, comm.rank, self.journal)
         self._worst, self._error = Status.VERIFIED, None
+        self._established, self._n_empty = Established(0), 0  # of checks that compared nothing
         self._clipped: set[str] = set()  # columns that could not hold a number
         self._seen: dict[str, tuple] = {}  # by tensor: what its last check said of it, its row
         self._signals = SignalFlush(self._recorder.write_down)
@@ -98,6 +99,10 @@ class ProgramTracer:
             nothing_wrong = where is None and verdict.missing
             status = Status.NOT_ESTABLISHED if nothing_wrong else Status.FAILED
             self._worst = max(self._worst, status, key=WORST_LAST.index)
+        elif not verdict.established:  # nothing was compared: one rank alone, or no elements
+            status = Status.NOT_ESTABLISHED
+        self._established |= verdict.established
+        self._n_empty += status == Status.NOT_ESTABLISHED
         if where is not None:
             peer = where.rank if peer is None else peer
             microbatch = where.microbatch if microbatch < 0 else microbatch
@@ -146,7 +151,10 @@ class ProgramTracer:
 
     def _seal(self) -> None:
         worst = WORST_LAST[self.comm.allreduce(WORST_LAST.index(self._worst), op=MPI.MAX)]
-        clipped = set().union(*self.comm.allgather(self._clipped))
+        told = self.comm.allgather((self._clipped, bool(self._established), self._n_empty))
+        clipped = set().union(*(names for names, _, _ in told))
+        if worst == Status.VERIFIED and any(n for *_, n in told) and not any(e for _, e, _ in told):
+            worst = Status.NOT_ESTABLISHED  # no check of the run compared anything
         with together(self.comm):
             if self._error is not None:
                 raise self._error

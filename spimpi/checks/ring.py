@@ -16,13 +16,16 @@ def verify_ring(comm, sent, received, tag, *, check=True, ctx=None, threads=1) -
     """Check one turn of a ring: ``received`` is what the rank before this one ``sent``.
 
     Rank 0's comes from the last rank, so that all ranks call it. Blocks may differ in length along
-    their first axis, not in their other axes or dtype. A failure names the receiving rank, and
-    elements by (rank that sent it, index…). Establishes moved. Collective.
+    their first axis, not in their other axes or dtype. A failure tells sender and receiver, and
+    elements by (rank that sent it, index…). Establishes moved. UsageError where ``sent`` and
+    ``received`` share memory. Collective.
     """
 
     def build(c):
         c.gives(*_block(sent, comm.rank, comm.size))
         c.gets(*_block(received, (comm.rank - 1) % comm.size, comm.size))
+        if comm.size > 1:
+            c.require_apart("sent", "received")
 
     c = Check("ring", tag, Rule.MOVED, Established.MOVED, threads, n_loose=1)
     return settle(comm, c, build, check, ctx)

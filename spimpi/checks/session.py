@@ -21,10 +21,12 @@ PAIR_TAG = 1069
 
 @dataclass
 class Link:
-    """One direction of hand-offs between two ranks: the next sequence number, the last words."""
+    """One direction of hand-offs between two ranks: the next sequence number, the last words; how
+    many hand-offs were of elements."""
 
     sequence: int = 0
     running: int = 0
+    n_filled: int = 0
     history: deque = field(default_factory=lambda: deque(maxlen=LINK_HISTORY))
 
 

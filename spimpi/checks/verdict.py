@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from spimpi.trace.schema import Established
 
+NO_ELEMENTS = "there are no elements: nothing was compared"  # what a verdict then misses
+
 
 @dataclass(frozen=True)
 class ElementError:
@@ -35,7 +37,8 @@ class Where:
 
     ``rank`` is the rank at fault, None where no one is singled out: of the world in a run of
     ``spimpi verify``, of its communicator in a check of the library. ``recorded_by`` is the rank
-    that saw it; ``layer`` -1 means none; ``elements`` are the first that were found wrong.
+    that saw it; ``layer`` -1 means none; ``elements`` are the first that were found wrong, and
+    ``n_wrong`` how many there are, None where that is not known.
     """
 
     check: str
@@ -51,6 +54,7 @@ class Where:
     detail: str = ""
     repeat: int = 0
     elements: tuple[ElementError, ...] = ()
+    n_wrong: int | None = None
 
     def __str__(self):
         layer = f"layer {self.layer}, " if self.layer >= 0 else ""
@@ -60,9 +64,14 @@ class Where:
         if self.expected or self.found:
             text += f"; expected {self.expected}, found {self.found}"
         text = f"{text}; {self.detail}" if self.detail else text
-        more = len(self.elements) - SHOWN_ELEMENTS
-        shown = [*map(str, self.elements[:SHOWN_ELEMENTS]), *[f"{more} more"] * (more > 0)]
-        return "; ".join([text, *shown])
+        return "; ".join([text, *map(str, self.elements[:SHOWN_ELEMENTS]), *self._more()])
+
+    def _more(self) -> list[str]:
+        """How many wrong elements are not shown, where some are."""
+        more = (self.n_wrong or len(self.elements)) - SHOWN_ELEMENTS
+        if not self.elements or more <= 0:
+            return []
+        return [f"{more:,} more" if self.n_wrong else f"at least {more:,} more"]
 
 
 SHOWN_ELEMENTS = 3  # of a failure, in words
@@ -70,12 +79,14 @@ SHOWN_ELEMENTS = 3  # of a failure, in words
 
 @dataclass(frozen=True)
 class Verdict:
-    """Truthy when everything that was checked holds.
+    """Truthy when nothing that was compared is wrong.
 
     ``established`` says what a pass proves: moved (bits arrived), agreed (replicas are equal),
-    computed (arithmetic checked), expected (equals a fingerprint known beforehand). ``check``
-    names the check; ``expected`` and ``actual`` are fingerprints, None where the check does not
-    compare them; ``strength`` says in words how strong a sum's check was.
+    computed (arithmetic checked), expected (equals a fingerprint known beforehand). ``missing``
+    says what was not compared; where that is everything (no elements, one rank alone) the verdict
+    is truthy, since nothing is wrong, and establishes nothing. ``check`` names the check;
+    ``expected`` and ``actual`` are fingerprints, None where the check does not compare them;
+    ``strength`` says in words how strong the check of a sum or of a hand-off was.
     """
 
     holds: bool
@@ -98,7 +109,9 @@ class Verdict:
     def __str__(self):
         if self.where is not None:
             return f"corrupted: {self.where}"
-        if self.missing:
-            return f"incomplete: {'; '.join(self.missing)}"
         strength = f"; {self.strength}" if self.strength else ""
-        return f"verified ({', '.join(self.kinds) or 'nothing'}{strength})"
+        words = f"verified ({', '.join(self.kinds) or 'nothing'}{strength})"
+        if not self.missing:
+            return words
+        rest = f"; the rest is {words}" if self.holds and self.established else ""
+        return f"incomplete: {'; '.join(self.missing)}{rest}"

@@ -13,7 +13,7 @@ from mpi4py import MPI
 
 from spimpi.checks.check import Check, Rule
 from spimpi.checks.pending import settle
-from spimpi.checks.verdict import Verdict, Where
+from spimpi.checks.verdict import NO_ELEMENTS, Verdict, Where
 from spimpi.errors import UsageError
 from spimpi.fingerprint import arrays, as_array, fingerprint
 from spimpi.fingerprint.tag import Tag
@@ -114,7 +114,7 @@ def _own_slices(tensors, manifest: Manifest, threads: int) -> list[tuple[str, He
     if not isinstance(tensors, Mapping):
         msg = f"tensors must map names to (array, where), found {type(tensors).__name__}"
         raise UsageError(msg)
-    own = []
+    own, arrays_at = [], {}
     for name, held in tensors.items():
         facts = manifest.all_tensors.get(name)
         if facts is None:
@@ -132,7 +132,13 @@ def _own_slices(tensors, manifest: Manifest, threads: int) -> list[tuple[str, He
                 )
                 raise UsageError(msg)
             try:
-                own.append((name, _fingerprinted(manifest, name, facts, *pair, threads)))
+                one = _fingerprinted(manifest, name, facts, *pair, threads)
+                there = arrays_at.setdefault((name, one.place), [])
+                array = as_array(pair[0])
+                # The same memory twice is no replica.
+                if not any(arrays.share_memory(array, other) for other in there):
+                    own.append((name, one))
+                there.append(array)
             except UsageError as error:
                 msg = f"tensor {name}: {error}"
                 raise UsageError(msg) from None
@@ -212,6 +218,10 @@ def _verdict(comm, manifest: Manifest, judged: list[Judged]) -> Verdict:
         )  # fmt: skip
     if missing:
         return Verdict(False, Established(0), None, missing, check="weights")
+    if not sum(facts.n_elements for facts in manifest.tensors.values()):
+        # Derived tensors may be given alone: they are then what was compared.
+        if not any(comm.allgather(any(manifest.all_tensors[j.name].n_elements for j in judged))):
+            return Verdict(True, Established(0), missing=(NO_ELEMENTS,), check="weights")
     copied = any(flag for flag, _ in everyone)
     established = Established.EXPECTED | (Established.AGREED if copied else Established(0))
     return Verdict(True, established, check="weights")

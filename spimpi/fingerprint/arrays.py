@@ -20,6 +20,7 @@ from spimpi.partition import Slab, TensorPartition, whole
 WORD_SIZES = (1, 2, 4, 8)
 _SHORT_RUN = 16
 _CACHE_LINE = 64
+_OVERLAP_WORK = 100_000  # candidates that numpy tries for a common byte
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +99,21 @@ def check_where(where) -> None:
     if where is not None and not isinstance(where, (TensorPartition, Slab)):
         msg = f"where must be None, a TensorPartition or a Slab, found {type(where).__name__}"
         raise UsageError(msg)
+
+
+def share_memory(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays have bytes in common, in microseconds.
+
+    Their spans are compared first, then strides, as far as that is little work: arrays whose spans
+    meet and whose strides are too many to be sure of count as apart. Memory that is mapped at two
+    addresses (shared windows, one file twice) is not recognised.
+    """
+    if not a.size or not b.size or not np.may_share_memory(a, b):
+        return False
+    try:
+        return np.shares_memory(a, b, max_work=_OVERLAP_WORK)
+    except np.exceptions.TooHardError:
+        return False
 
 
 def walk_of(x, where) -> tuple[np.ndarray, Walk]:

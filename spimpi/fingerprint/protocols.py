@@ -45,6 +45,34 @@ def as_array(x, *, writable: bool = False) -> np.ndarray:
     return array
 
 
+def as_memory(x) -> np.ndarray:
+    """As ``as_array``, of what lasts: UsageError for what gives a copy of itself at each look.
+
+    That is numpy's scalars, and arrays whose DLPack or ``__array_interface__`` shows other memory
+    when it is asked again.
+    """
+    array = as_array(x)
+    if isinstance(x, np.generic) or not isinstance(x, np.ndarray) and _moves(x, array):
+        msg = (
+            f"this {type(x).__name__} gives a copy of its data, which would never change: pass the "
+            "array that holds them (of an element x[i] of an array, x[i : i + 1])"
+        )
+        raise UsageError(msg)
+    return array
+
+
+def _moves(x, array) -> bool:
+    """Whether an object shows its data at another address when it is asked again."""
+    if not array.size:
+        return False
+    first = None if hasattr(x, "__dlpack__") else getattr(x, "__array_interface__", {}).get("data")
+    if not isinstance(first, tuple):
+        return as_array(x).ctypes.data != array.ctypes.data
+    # What was there may be gone already: nothing else is to be put in its place.
+    held = np.empty(min(array.nbytes, 1 << 20), np.uint8)
+    return x.__array_interface__.get("data") != first or np.may_share_memory(held, array)
+
+
 def _foreign(x) -> np.ndarray:
     _refuse_lazy(x)
     if hasattr(x, "__dlpack__") and hasattr(x, "__dlpack_device__"):

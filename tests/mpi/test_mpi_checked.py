@@ -110,8 +110,12 @@ def test_a_spoilt_receive_buffer_is_found_on_the_rank_that_has_it(comm, name):
             request = getattr(checked, name)(*args)
             request.Wait()
         if "reduce" not in name.lower():
-            assert caught.value.verdict.where.rank == victim, str(caught.value)
-            assert caught.value.verdict.where.tensor == name
+            where = caught.value.verdict.where
+            assert where.tensor == name
+            # Where one rank's data differ at one other, nothing tells which of the two has changed.
+            both = where.rank is None and "nothing tells which" in where.detail
+            assert where.rank == victim or both, str(caught.value)
+            assert f"rank {victim}" in where.detail
         texts = part.allgather(str(caught.value))
         assert len(set(texts)) == 1
 

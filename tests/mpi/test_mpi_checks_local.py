@@ -21,7 +21,9 @@ def test_equal_replicas_agree_on_any_number_of_ranks(comm):
     for part in worlds(comm):
         for x in (data((5, 3)), np.zeros((0, 4)), np.array(2.5), data((3,), np.complex128)):
             verdict = spimpi.verify_replicas(part, x, TAG)
-            assert verdict and verdict.established == Established.AGREED
+            compares = part.size > 1 and x.size > 0
+            assert verdict and verdict.established == (Established.AGREED if compares else 0)
+            assert bool(verdict.missing) != compares
             assert verdict.expected == spimpi.fingerprint(x, TAG)
 
 
@@ -184,6 +186,54 @@ def test_floats_that_are_no_integers_or_may_round_are_refused(comm):
     with refused(comm, f"{at}: a weight has two axes"):
         spimpi.verify_matmul(comm, x, w[0] if last else w, y, TAG)
     assert spimpi.verify_matmul(comm, x, w, y, TAG)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint32, np.int32])
+def test_products_that_wrap_are_refused_and_what_has_room_is_held(comm, dtype):
+    last, most = comm.rank == comm.size - 1, np.iinfo(dtype).max
+    x = np.ones((6, 3), dtype)
+    x[2] = most  # of this row alone the sums have no room
+    w = np.array([[1, 2], [3, 0], [1, 0]], dtype)
+    with refused(comm, "products of this dtype wrap: .* has no room for the sums of . elements of"):
+        spimpi.verify_matmul(comm, x, w, x @ w, TAG)
+    x[2] = 1
+    assert spimpi.verify_matmul(comm, x, w, x @ w, TAG)
+    x[2] = most if last else 1
+    y = x @ w
+    y[5, 1] ^= last
+    with corruption(comm, comm.size - 1, "matmul") as caught:
+        spimpi.verify_matmul(comm, x, w, y, TAG)
+    assert [e.index for e in caught.value.verdict.where.elements] == [(5, 1)]
+    assert "has no room for the sums" in str(caught.value)
+
+
+def test_products_of_bool_and_in_the_memory_of_an_input_are_refused(comm):
+    x, w = np.ones((2, 3), bool), np.ones((3, 2), bool)
+    with refused(comm, "products of this dtype wrap: of bool"):
+        spimpi.verify_matmul(comm, x, w, x @ w, TAG)
+    assert spimpi.verify_matmul(comm, x, w, x.astype(int) @ w.astype(int), TAG)
+    same = np.eye(3)
+    with refused(comm, "`x` and `y` share memory"):
+        spimpi.verify_matmul(comm, same, np.eye(3), same, TAG)
+    with refused(comm, "`w` and `y` share memory"):
+        spimpi.verify_matmul(comm, np.eye(3), spimpi.project_weight(same, TAG), same, TAG)
+
+
+def test_an_empty_sum_is_zero(comm):
+    x, w = np.empty((2, 0)), np.empty((0, 3))
+    assert spimpi.verify_matmul(comm, x, w, np.zeros((2, 3)), TAG).kinds == ["computed"]
+    y = np.zeros((2, 3))
+    y[1, 2] = comm.rank == comm.size - 1
+    with corruption(comm, comm.size - 1, "matmul") as caught:
+        spimpi.verify_matmul(comm, x, w, y, TAG)
+    (element,) = caught.value.verdict.where.elements
+    assert element.index == (1, 2) and caught.value.verdict.where.n_wrong == 1
+
+
+def test_unsigned_integers_too_large_for_the_floats_of_their_product_are_refused(comm):
+    x = np.array([[2**64 - 1]], np.uint64)
+    with refused(comm, "sums of this product may round in float64"):
+        spimpi.verify_matmul(comm, x, np.array([[1.0]]), np.array([[float(2**64)]]), TAG)
 
 
 def test_the_odd_words_are_the_linear_fingerprints(comm):

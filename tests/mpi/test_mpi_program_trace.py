@@ -67,9 +67,13 @@ def test_every_check_leaves_an_event_on_each_rank_that_makes_it(comm, shared_fol
                 found = [(int(e["step"]), names[e["tensor"]], int(e["op"])) for e in events]
                 assert sorted(found) == sorted(expected)
                 assert (events["stage"] == Stage.PROGRAM).all()
-                assert (events["verdict"] == Status.VERIFIED).all()
+                alone = part.size == 1  # a sum over one rank compares nothing
+                empty = alone & np.isin(events["op"], [Op.ALLREDUCE_SUM])
+                assert (events["verdict"][~empty] == Status.VERIFIED).all()
+                assert (events["verdict"][empty] == Status.NOT_ESTABLISHED).all()
                 first = events[0]
-                assert first["established"] == Established.MOVED | Established.AGREED
+                kinds = Established.MOVED | Established.AGREED
+                assert first["established"] == (Established.MOVED if alone else kinds)
                 assert first["layer"] == 3 and first["bytes"] > 240
                 assert first["expected"] == first["fingerprint"] == spimpi.fingerprint(
                     data((6, 10), np.float32), _tag("hidden", layer=3)

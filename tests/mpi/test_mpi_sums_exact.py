@@ -53,6 +53,68 @@ def test_narrow_integers_may_wrap_and_are_still_checked(comm, name):
             assert not verify_allreduce(part, xs[part.rank], wrong, TAG, check=False)
 
 
+def _saturated(xs):
+    """Sums as instructions make them that saturate; the last three elements are added without."""
+    info = np.iinfo(xs[0].dtype)
+    total = xs[0].astype(np.int64)
+    for x in xs[1:]:
+        total = np.clip(total + x, info.min, info.max)
+    total.reshape(-1)[-3:] = added([x.reshape(-1)[-3:] for x in xs])
+    return total.astype(xs[0].dtype)
+
+
+@pytest.mark.parametrize("name", ["int8", "uint8", "int16", "uint16"])
+@pytest.mark.parametrize("full", [False, True])
+def test_an_mpi_that_saturates_is_noted_and_what_does_not_overflow_is_held(comm, name, full):
+    for part in worlds(comm, 2):
+        xs = own_of(part, name, (9, 11))
+        info = np.iinfo(name)
+        if not full:  # all overflow above, but one row
+            xs = [np.full_like(x, info.max - 10) for x in xs]
+            for x in xs:
+                x[4] = 1
+        total = _saturated(xs)
+        verdict = verify_allreduce(part, xs[part.rank], total, TAG)
+        assert verdict and "this MPI saturates" in str(verdict), str(verdict)
+        assert verdict.kinds == ["agreed", "computed"]
+        sums = np.sum([x.astype(np.int64) for x in xs], axis=0)
+        fits = np.ones(sums.shape, bool)
+        for bad in (lambda x: np.maximum(x, 0), lambda x: np.minimum(x, 0)):
+            one_sided = np.sum([bad(x.astype(np.int64)) for x in xs], axis=0)
+            fits &= (info.min <= one_sided) & (one_sided <= info.max)
+        place = tuple(np.argwhere(fits)[0])
+        wrong = total.copy()
+        wrong[place] ^= 1
+        verdict = verify_allreduce(part, xs[part.rank], wrong, TAG, check=False)
+        assert not verdict and [e.index for e in verdict.where.elements] == [place]
+        assert verdict.where.n_wrong == 1 and "this MPI saturates" in str(verdict)
+        if not full:  # neither the wrapped sum nor the limit, and two addends are added once
+            wrong = total.copy()
+            wrong[0, 0] ^= 64
+            verdict = verify_allreduce(part, xs[part.rank], wrong, TAG, check=False)
+            assert bool(verdict) == (part.size > 2)
+        cut = TensorPartition(0, part.size, part.rank, 9)
+        shard = total[cut.start : cut.stop].copy()
+        assert verify_reduce_scatter(part, xs[part.rank], shard, cut, TAG)
+        if cut.start <= place[0] < cut.stop:
+            shard[place[0] - cut.start, place[1]] ^= 1
+        verdict = verify_reduce_scatter(part, xs[part.rank], shard, cut, TAG, check=False)
+        assert not verdict and [e.index for e in verdict.where.elements] == [place]
+
+
+@pytest.mark.parametrize("name", ["int8", "uint8", "int16", "uint16", "int32"])
+def test_what_this_mpi_makes_of_sums_without_room_is_no_failure(comm, name):
+    for part in worlds(comm, 2):
+        for n in (1, 5, 64, 1000):
+            x = np.full(n, np.iinfo(name).max - 10, name)
+            result = np.empty_like(x)
+            part.Allreduce(x, result)
+            assert verify_allreduce(part, x, result, TAG)
+            x = own_of(part, name, (n,))[part.rank]
+            part.Allreduce(x, result)
+            assert verify_allreduce(part, x, result, TAG)
+
+
 @pytest.mark.parametrize("op", ["MAX", "MIN"])
 @pytest.mark.parametrize("name", ["float64", "float32", "float16", "int32", "uint64"])
 def test_extremes_are_exact(comm, op, name):
@@ -76,10 +138,16 @@ def test_an_extreme_of_nan_is_left_out_and_the_rest_checked(comm):
         xs = own_of(part, "float64")
         best = np.max(np.array(xs), axis=0)
         xs[0][2, 3] = np.nan
-        for value in (np.nan, -1e9):  # what MPI makes of it depends on its order
+        for value in (np.nan, xs[1][2, 3]):  # what MPI makes of it depends on its order
             best[2, 3] = value
             verdict = verify_allreduce(part, xs[part.rank], best, TAG, op=MPI.MAX)
-            assert verdict.holds and verdict.missing[0].startswith("1 elements")
+            said = "1 elements to which rank 0 gave"
+            assert verdict.holds and verdict.missing[0].startswith(said)
+        for value in (-1e9, 1e9, np.inf):  # but not out of nothing
+            best[2, 3] = value if part.rank == part.size - 1 else np.nan
+            verdict = verify_allreduce(part, xs[part.rank], best, TAG, op=MPI.MAX, check=False)
+            assert not verdict and f"on rank {part.size - 1}; the first at [2, 3]" in str(verdict)
+        best[2, 3] = np.nan
         best[4, 4] = np.nan
         assert not verify_allreduce(part, xs[part.rank], best, TAG, op=MPI.MAX, check=False)
 

@@ -140,3 +140,45 @@ def test_of_extremes_zeros_and_elements_with_nan_may_differ_and_nothing_else(com
         assert not verify_allreduce(
             part, xs[part.rank], wrong, TAG, op=getattr(MPI, op), check=False
         )
+
+
+# What is not covered, by whom, and what it leaves to be established
+
+
+def test_ranks_that_give_nan_are_named_and_nothing_is_established_of_it(comm):
+    for part in worlds(comm, 2):
+        culprit = part.size - 1
+        for op in (MPI.SUM, MPI.MAX):
+            x = np.random.default_rng(part.rank).standard_normal((4, 16)).astype(np.float32)
+            if part.rank == culprit:
+                x[1, 5] = np.nan
+            result = np.empty_like(x)
+            part.Allreduce(x, result, op=op)
+            verdict = verify_allreduce(part, x, result, TAG, op=op)
+            assert verdict.missing[0].startswith(f"1 elements to which rank {culprit} gave NaN")
+            assert verdict.kinds == ["agreed", "computed"]
+            x[:] = np.nan
+            part.Allreduce(x, result, op=op)
+            verdict = verify_allreduce(part, x, result, TAG, op=op)
+            assert "computed" not in verdict.kinds
+            assert "64 elements to which ranks 0, 1" in str(verdict)
+
+
+def test_overflow_explains_no_infinity_of_the_other_sign(comm):
+    for part in worlds(comm, 2):
+        x = np.full(4, 1.7e308)
+        assert not verify_allreduce(part, x, np.full(4, np.inf), TAG).kinds == ["computed"]
+        for value in (-np.inf, np.nan):
+            wrong = np.array([np.inf, value, np.inf, np.inf])
+            assert not verify_allreduce(part, x, wrong, TAG, check=False)
+        mixed = x * (-1) ** part.rank
+        # Which sums overflow, and to what, depends on the order where both signs can.
+        if part.size > 3:
+            for value in (np.inf, -np.inf, np.nan):
+                assert verify_allreduce(part, mixed, np.full(4, value), TAG)
+        # An infinity that was given meets one that comes of overflow.
+        given = np.array([np.inf if part.rank == 0 else -1.7e308])
+        for value in (np.inf, np.nan):
+            assert bool(verify_allreduce(part, given, np.array([value]), TAG, check=False)) == (
+                value == np.inf or part.size > 2
+            )

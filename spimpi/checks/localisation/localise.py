@@ -34,6 +34,8 @@ def localise(comm, contributed, held, tag, *, history=None, limit: int = 16) -> 
     where owners overlap or do not cover what is held. Method: docs/localisation.md.
     """
     sources = Sources(comm, contributed, held, tag, limit, history)
+    if not sources.holders:
+        return Findings(text="nothing was compared: no rank holds an element")
     cases = _wrong_slabs(sources)
     if not cases:
         return Findings()

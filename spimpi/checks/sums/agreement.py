@@ -4,24 +4,35 @@ import numpy as np
 
 from spimpi.checks.sums import report as sum_report, words as sum_words
 from spimpi.checks.sums.call import RESULT
-from spimpi.checks.verdict import Verdict
+from spimpi.checks.verdict import NO_ELEMENTS, Verdict
 from spimpi.fingerprint import fingerprint
 from spimpi.reduction import minority
 from spimpi.trace.schema import Established
 
-_BOTH = Established.COMPUTED | Established.AGREED
+ONE_RANK = "on one rank nothing is summed: the result is the contribution, which was compared alone"
 
 
-def passed(local, strength, missing=()) -> Verdict:
-    """The verdict on a sum that is right."""
-    if local.scattered:
-        established = Established.COMPUTED
+def passed(local, everyone, strength, missing=(), n_left_out=0) -> Verdict:
+    """The verdict on a sum in which nothing is wrong.
+
+    It establishes COMPUTED of what was covered, if that is anything (``n_left_out`` elements were
+    not), and AGREED of results that all ranks hold. Of no elements, and on one rank, neither.
+    """
+    established, missing = Established(0), tuple(missing)
+    if not local.n_elements:
+        missing = (NO_ELEMENTS,)
+    elif len(everyone) == 1:
+        missing = (ONE_RANK,)
     else:
-        established = _BOTH
-        strength += ", agreement"
+        covered = n_left_out < local.n_elements
+        if covered:
+            established |= Established.COMPUTED
+        if not local.scattered:
+            strength += ", agreement"
+            if covered or not np.ptp(everyone[:, RESULT]):
+                established |= Established.AGREED
     return Verdict(
-        holds=True, established=established, missing=tuple(missing), check=local.name,
-        strength=strength,
+        holds=True, established=established, missing=missing, check=local.name, strength=strength,
     )  # fmt: skip
 
 

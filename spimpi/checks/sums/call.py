@@ -3,15 +3,17 @@
 Local; docs/sums.md says what is checked of which operation and dtype.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 import numpy as np
 from mpi4py import MPI
 
-from spimpi.checks.check import Check, cut_of
+from spimpi.checks.check import Check, cut_of, same_memory
 from spimpi.checks.sums import float_bound, words as sum_words
 from spimpi.errors import UsageError
+from spimpi.fingerprint.arrays import share_memory
 from spimpi.fingerprint.tag import Tag
 from spimpi.partition import TensorPartition
 
@@ -33,6 +35,22 @@ class SumCall:
     dtype: np.dtype  # of an item
     blocks: sum_words.Blocks
     tag: Tag
+    unchanged: Callable = lambda: True  # whether the arrays still give the words that were sent
+    known: dict = field(default_factory=dict)  # what ``reused`` has found
+
+    def reused(self, comm) -> tuple[int, ...]:
+        """Ranks whose arrays have changed since their words were made: to be asked before they are
+        read again. Collective, once."""
+        if "reused" not in self.known:
+            everyone = np.empty(comm.size, np.uint8)
+            comm.Allgather(np.array([not self.unchanged()], np.uint8), everyone)
+            self.known["reused"] = tuple(np.flatnonzero(everyone).tolist())
+        return self.known["reused"]
+
+    @property
+    def n_elements(self) -> int:
+        """Of the whole tensor, in items."""
+        return sum(x.size for x in self.blocks.blocks)
 
     @property
     def scattered(self) -> bool:
@@ -78,6 +96,8 @@ def prepare(comm, c: Check, contribution, result, partition, op) -> SumCall:
     blocks = sum_words.Blocks(parts, r, own, key, layout)
     c.contributed = [(x, sum_words.layout_of(x.shape, most).slabs[0])]
     c.held = [(r, layout.slabs[own])]
+    if comm.size > 1 and share_memory(contribution, result):
+        raise UsageError(same_memory("contribution", "result"))
     c.n_bytes = x.nbytes + r.nbytes
     kind = "one rank" if comm.size == 1 else kind
     return SumCall(c.name, op_name, kind, x.dtype, blocks, c.tag)

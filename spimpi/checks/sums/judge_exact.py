@@ -7,10 +7,12 @@ collective: what is exchanged further depends on these words alone, so that all 
 import numpy as np
 from mpi4py import MPI
 
+from spimpi.checks.failure import ranks_text, used_again
 from spimpi.checks.sums import (
     float_bound,
     exact as sum_exact,
     report as sum_report,
+    saturation,
     search as sum_search,
     words as sum_words,
 )
@@ -19,11 +21,13 @@ from spimpi.checks.sums.call import BAD, HEADER, HIGH, INTEGRAL, LARGEST, LINEAR
 from spimpi.checks.verdict import Verdict
 from spimpi.fingerprint.tag import MASK
 
+_PIECE = 1 << 17  # elements of a rank's addends that are shown to all at a time
+
 
 def one_rank(comm, local, everyone) -> Verdict:
     expected, found = (int(everyone[0, i]) for i in (OWN, RESULT))
     if expected == found:
-        return passed(local, "exact (one rank)")
+        return passed(local, everyone, "exact (one rank)")
     detail = "the result of one rank's reduction is not its contribution"
     return sum_report.failure(local, "exact", detail, rank=0, expected=expected, actual=found)
 
@@ -40,7 +44,7 @@ def integral(comm, local, everyone) -> Verdict | None:
         verdict = _by_words(comm, local, everyone, "floats that hold integers", MASK + 1)
         if verdict is not None:
             return verdict
-        return passed(local, "exact (floats that hold integers; no sum rounds)")
+        return passed(local, everyone, "exact (floats that hold integers; no sum rounds)")
     detail = "contributions are integers whose sums cannot round, but the result is none"
     rank = int(np.flatnonzero(bad)[0]) if np.count_nonzero(bad) == 1 else None
     return sum_report.failure(local, "exact", detail, rank=rank)
@@ -73,7 +77,9 @@ def _by_words(comm, local, everyone, what, modulus, own=None, results=None) -> V
         blamed = sum_exact.blame_words(parts, int(results[q]), modulus)
     detail = f"the sum of {what} is wrong"
     elements = ()
-    if local.kind == "integer":
+    if local.kind == "integer" and (reused := local.reused(comm)):
+        detail += f"; {used_again(reused)}: which elements are wrong is not known"
+    elif local.kind == "integer":
         elements = sum_search.integer_elements(
             comm, local.blocks, local.held(q), q, local.tag, modulus
         )
@@ -97,12 +103,17 @@ def integers(comm, local, everyone) -> Verdict:
     failure = _by_words(comm, local, everyone, "integers", MASK + 1)
     if failure is not None:
         return failure
-    return disagreement_of(comm, local, everyone) or passed(local, "exact (integers)")
+    return disagreement_of(comm, local, everyone) or passed(local, everyone, "exact (integers)")
 
 
 def _wrapping(comm, local, everyone, modulus) -> Verdict:
     """Narrow integers whose sums may have wrapped: seventeen words modulo 2^bits."""
     blocks = local.blocks
+    if reused := local.reused(comm):
+        left_out = f"sums that may have wrapped are not covered: {used_again(reused)}"
+        return disagreement_of(comm, local, everyone) or passed(
+            local, everyone, "exact (integers)", [left_out], local.n_elements
+        )
     n = len(blocks.blocks)
     words = np.zeros((n + 1, sum_exact.N_WRAPPED), np.uint64)
     for q, (x, slab) in enumerate(zip(blocks.blocks, blocks.slabs)):
@@ -110,14 +121,34 @@ def _wrapping(comm, local, everyone, modulus) -> Verdict:
     words[n] = sum_exact.wrapped_words(blocks.result, local.tag, blocks.slabs[blocks.own])
     gathered = np.empty((comm.size, *words.shape), np.uint64)
     comm.Allgather(words, gathered)
+    strength, missing, n_left_out = f"exact (integers, modulo 2^{modulus.bit_length() - 1})", (), 0
     for j in range(sum_exact.N_WRAPPED):
-        failure = _by_words(
-            comm, local, everyone, "integers", modulus, gathered[:, :n, j], gathered[:, n, j]
-        )
-        if failure is not None:
-            return failure
-    strength = f"exact (integers, modulo 2^{modulus.bit_length() - 1})"
-    return disagreement_of(comm, local, everyone) or passed(local, strength)
+        words = modulus, gathered[:, :n, j], gathered[:, n, j]
+        if not _differing(local, everyone, *words):
+            continue
+        looked = saturation.look(comm, local, holders_of(local, everyone))
+        if looked.wrong:
+            return _wrong_narrow(local, everyone, looked, *words)
+        strength, missing, n_left_out = "exact (integers)", [looked.told(local.dtype)], looked.n
+        break
+    return disagreement_of(comm, local, everyone) or passed(
+        local, everyone, strength, missing, n_left_out
+    )
+
+
+def _wrong_narrow(local, everyone, looked, modulus, own, results) -> Verdict:
+    """The failure of narrow integers of which some are wrong whatever MPI does on overflow."""
+    q = min(looked.wrong)
+    detail = "the sum of integers is wrong"
+    if looked.saturates:
+        detail += f" ({looked.told(local.dtype)})"
+    culprits = wrong_ranks(local, everyone, looked.wrong)
+    return sum_report.found(
+        local, q, looked.wrong[q], detail, rank=culprits[0] if len(culprits) == 1 else None,
+        expected=sum(int(p) for p in own[:, local.held(q)]) % modulus,
+        actual=int(results[q]) % modulus,
+        n_wrong=looked.n_wrong if len(looked.wrong) == 1 else None,
+    )  # fmt: skip
 
 
 def bits(comm, local, everyone) -> Verdict:
@@ -133,11 +164,14 @@ def bits(comm, local, everyone) -> Verdict:
                 local, "exact", detail, rank=rank, expected=expected,
                 actual=int(everyone[q, LINEAR]),
             )  # fmt: skip
-    return disagreement_of(comm, local, everyone) or passed(local, "exact (XOR)")
+    return disagreement_of(comm, local, everyone) or passed(local, everyone, "exact (XOR)")
 
 
 def extreme(comm, local, everyone) -> Verdict:
-    """A maximum or minimum: nobody's is beyond it, and each element is somebody's."""
+    """A maximum or minimum: nobody's is beyond it, and each element is somebody's.
+
+    What becomes of an element with a NaN depends on the order: it is NaN, or somebody's.
+    """
     x, r = local.blocks.blocks[0].reshape(-1), local.blocks.result.reshape(-1)
     if local.dtype.kind not in "iu":
         x, r = sum_words.widened(x), sum_words.widened(r)
@@ -146,13 +180,22 @@ def extreme(comm, local, everyone) -> Verdict:
     maps = np.packbits(np.concatenate([x == r, x != x]) if is_float else x == r)
     comm.Allreduce(MPI.IN_PLACE, maps, op=MPI.BOR)
     owned = np.unpackbits(maps, count=n + n * is_float).astype(bool)
-    n_nan = 0
+    nan, n_nan, givers = None, 0, ()
     if is_float:
-        # What becomes of an element with a NaN depends on the order: nothing can be asked of it.
-        owned, nan = owned[:n] | owned[n:], owned[n:]
-        beyond &= ~nan
+        owned, nan = owned[:n], owned[n:]
         n_nan = int(np.count_nonzero(nan))
-    disagreement = disagreement_of(comm, local, everyone, nan if is_float else None)
+        beyond &= ~nan
+    if n_nan:
+        invented, givers = _beside_nan(comm, x, r, np.flatnonzero(nan))
+        if invented:
+            rank, place, many = invented
+            detail = (
+                f"{many} elements to which {ranks_text(givers)} gave NaN are neither NaN nor any "
+                f"rank's own on rank {rank}; the first at {list(local.blocks.index_of(0, place))}"
+            )
+            return sum_report.failure(local, "exact", detail)
+        owned = owned | nan
+    disagreement = disagreement_of(comm, local, everyone, nan)
     if disagreement is not None:
         return disagreement
     nobody = np.flatnonzero(~owned)
@@ -170,7 +213,27 @@ def extreme(comm, local, everyone) -> Verdict:
         detail += f"; the first at {list(local.blocks.index_of(0, place))}"
         return sum_report.failure(local, "exact", detail, rank=None)
     missing = [
-        f"{n_nan} elements to which a rank gave NaN are not covered (MPI does not say what becomes "
-        "of them)"
+        f"{n_nan} elements to which {ranks_text(givers)} gave NaN are not covered (they are NaN or "
+        "some rank's own: MPI does not say which)"
     ] * (n_nan > 0)
-    return passed(local, f"exact ({local.op})", missing)
+    return passed(local, everyone, f"exact ({local.op})", missing, n_nan)
+
+
+def _beside_nan(comm, x, r, places):
+    """((rank, place, how many) of a result that is neither NaN nor somebody's own, or None; the
+    ranks that gave NaN), at places to which somebody gave NaN. Collective."""
+    found = r[places]
+    odd = ~np.isnan(found) & (x[places] != found)
+    # All ranks' results may differ here: each looks among the addends of all.
+    for rank in range(comm.size):
+        for start in range(0, len(places), _PIECE):
+            part = slice(start, start + _PIECE)
+            theirs = np.ascontiguousarray(x[places[part]])
+            comm.Bcast(theirs.view(np.uint8), root=rank)
+            odd[part] &= theirs != found[part]
+    own = [np.isnan(x[places]).any(), np.count_nonzero(odd), places[np.argmax(odd)]]
+    counts = np.empty((comm.size, 3), np.int64)
+    comm.Allgather(np.array(own, np.int64), counts)
+    bad = np.flatnonzero(counts[:, 1])
+    invented = (int(bad[0]), int(counts[bad[0], 2]), int(counts[bad[0], 1])) if bad.size else None
+    return invented, np.flatnonzero(counts[:, 0]).tolist()

@@ -4,8 +4,11 @@
 collective: what is exchanged further depends on these words alone, so that all ranks do the same.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
+from spimpi.checks.failure import ranks_text, used_again
 from spimpi.checks.sums import float_bound, report as sum_report, search as sum_search
 from spimpi.checks.sums.agreement import disagreement_of, holders_of, passed, wrong_ranks
 from spimpi.checks.sums.call import HEADER, INTEGRAL, PIECES, RESULT, regions
@@ -37,14 +40,53 @@ def _within(comm, local, everyone) -> float:
 def floats(comm, local, everyone) -> Verdict:
     """The verdict on a sum of floats."""
     largest = _within(comm, local, everyone)
-    return _looked_into(comm, local, everyone) if largest < 0 else _passed(local, largest)
+    if largest < 0:
+        return _looked_into(comm, local, everyone)
+    return passed(local, everyone, _strength(largest))
 
 
-def _passed(local, largest, missing=()) -> Verdict:
-    return passed(
-        local, f"bound (one wrong element is always seen if off by more than {4 * largest:.2g})",
-        missing,
-    )  # fmt: skip
+def _strength(largest) -> str:
+    return f"bound (one wrong element is always seen if off by more than {4 * largest:.2g})"
+
+
+@dataclass
+class _LeftOut:
+    """Elements of which the bound says nothing: how many, and why, in numbers."""
+
+    n: int = 0
+    n_given: int = 0
+    givers: tuple[int, ...] = ()
+    n_overflowed: int = 0
+    reused: tuple[int, ...] = ()  # ranks whose arrays could not be read again for them
+
+    def plus(self, other, scattered) -> "_LeftOut":
+        """Of two holders' results: shards add up, replicas hold the same."""
+        join = sum if scattered else max
+        numbers = (
+            join((getattr(self, name), getattr(other, name)))
+            for name in ("n", "n_given", "n_overflowed")
+        )
+        n, n_given, n_overflowed = numbers
+        givers = tuple(sorted({*self.givers, *other.givers}))
+        return _LeftOut(n, n_given, givers, n_overflowed, other.reused)
+
+    def told(self) -> list[str]:
+        if self.reused:
+            return [
+                f"{self.n} elements in rows with NaN or Inf are not covered: "
+                f"{used_again(self.reused)}"
+            ]
+        said = []
+        if self.n_given:
+            said.append(
+                f"{self.n_given} elements to which {ranks_text(self.givers)} gave NaN or Inf are "
+                "not covered by the bound (they came out as IEEE 754 says)"
+            )
+        if self.n_overflowed:
+            said.append(
+                f"{self.n_overflowed} elements whose sum may have overflowed are not covered"
+            )
+        return said
 
 
 def _looked_into(comm, local, everyone) -> Verdict:
@@ -64,35 +106,26 @@ def _looked_into(comm, local, everyone) -> Verdict:
             unsure |= ~np.isfinite(own[:, :, bins]).all(axis=(0, 1))
             failing[q] = np.flatnonzero(wrong.any(axis=0) & ~unsure)
             odd[q] = np.flatnonzero(unsure)
-    left_out = {}
+    left_out = _LeftOut()
     for q, bins in odd.items():
         if bins.size:
-            failure, left_out[q] = _not_finite(comm, local, q, bins)
+            failure, more = _not_finite(comm, local, q, bins)
             if failure is not None:
                 return failure
+            left_out = left_out.plus(more, local.scattered)
     wrong = {q: bins for q, bins in failing.items() if bins.size}
     if wrong:
         return _too_far(comm, local, everyone, wrong, own, results, limit)
-    disagreement = disagreement_of(comm, local, everyone) if len(holders) > 1 else None
+    disagreement = None
+    if len(holders) > 1 and not left_out.reused:
+        disagreement = disagreement_of(comm, local, everyone)
     if disagreement is not None:
         return disagreement
     exact = integral(comm, local, everyone)
     if exact is not None:
         return exact
-    given = max((given for given, _ in left_out.values()), default=0)
-    overflowed = max((over for _, over in left_out.values()), default=0)
-    if local.scattered:
-        given, overflowed = (sum(n) for n in zip((0, 0), *left_out.values()))
-    missing = []
-    if given:
-        missing.append(
-            f"{given} elements to which a contribution gave NaN or Inf are not covered by the "
-            "bound (they came out as IEEE 754 says)"
-        )
-    if overflowed:
-        missing.append(f"{overflowed} elements whose sum may have overflowed are not covered")
     largest = float(limit.max(initial=0.0, where=np.isfinite(limit)))
-    return _passed(local, largest, missing)
+    return passed(local, everyone, _strength(largest), left_out.told(), left_out.n)
 
 
 def _ranges(local, q, bins) -> list[tuple[int, int]]:
@@ -110,23 +143,30 @@ def _search(comm, local, q, ranges, skip=(), scale=False):
 def _not_finite(comm, local, q, bins):
     """A failure among bins that hold numbers that are not finite, or (None, what is left out)."""
     ranges = _ranges(local, q, bins)
+    reused = local.reused(comm)
+    if reused:
+        return None, _LeftOut(n=sum(stop - start for start, stop in ranges), reused=reused)
     sorted_out = sum_search.sort_out(
         comm, local.blocks, local.held(q), q, local.dtype, ranges
     )
-    counts = (sorted_out.n_given, sorted_out.n_overflowed)
+    left_out = _LeftOut(
+        len(sorted_out.skip), sorted_out.n_given, sorted_out.givers, sorted_out.n_overflowed
+    )
     if sorted_out.wrong:
         n = len(sorted_out.wrong)
         detail = f"{n} element{'s' * (n > 1)} are not finite as the contributions say"
-        return sum_report.found(local, q, sorted_out.wrong, detail), counts
+        if sorted_out.givers:
+            detail += f" (NaN or Inf were given by {ranks_text(sorted_out.givers)})"
+        return sum_report.found(local, q, sorted_out.wrong, detail), left_out
     scale = local.dtype == np.float64
     floats, ranges = _search(comm, local, q, ranges, sorted_out.skip, scale)
     own, result = floats.exchange(comm, ranges)
     failing = [ranges[i] for i in np.flatnonzero(floats.failing(own, result, ranges))]
     if not failing:
-        return None, counts
+        return None, left_out
     elements = floats.elements(comm, failing[: sum_search.MOST_RANGES])
     detail = "beside elements that are not finite, others are off by more than rounding explains"
-    return sum_report.found(local, q, elements, detail), counts
+    return sum_report.found(local, q, elements, detail), left_out
 
 
 def _too_far(comm, local, everyone, wrong, own, results, limit) -> Verdict:
@@ -143,8 +183,12 @@ def _too_far(comm, local, everyone, wrong, own, results, limit) -> Verdict:
         f"{off[worst]:.3g}, where rounding explains {limit[at][bins][worst]:.3g}"
     )
     blamed = float_bound.blame(here, there, limit[at][bins])
-    floats, ranges = _search(comm, local, q, ranges[: sum_search.MOST_RANGES])
-    elements = floats.elements(comm, ranges)
+    elements = ()
+    if reused := local.reused(comm):
+        detail += f"; {used_again(reused)}: which elements are wrong is not known"
+    else:
+        floats, ranges = _search(comm, local, q, ranges[: sum_search.MOST_RANGES])
+        elements = floats.elements(comm, ranges)
     if blamed is not None:
         return sum_report.found(local, q, elements, f"{detail}; {blamed}", rank=blamed.rank)
     culprits = wrong_ranks(local, everyone, wrong)

@@ -12,15 +12,16 @@ def listed(ranks) -> str:
 
 
 def failure(
-    local, strength, detail, rank=None, elements=(), expected=None, actual=None, found=""
-) -> Verdict:
+    local, strength, detail, rank=None, elements=(), expected=None, actual=None, found="",
+    n_wrong=None,
+) -> Verdict:  # fmt: skip
     """A verdict that does not hold. ``rank``: of the communicator, None where none stands out."""
     tag = local.tag
     hexadecimal = ["" if word is None else f"{word:016x}" for word in (expected, actual)]
     where = Where(
         check=local.name, tensor=tag.name, step=tag.step, layer=tag.layer, microbatch=0, rank=rank,
         host="", recorded_by=0, expected=hexadecimal[0], found=found or hexadecimal[1],
-        detail=detail, elements=tuple(elements),
+        detail=detail, elements=tuple(elements), n_wrong=n_wrong,
     )  # fmt: skip
     return Verdict(
         holds=False, established=Established(0), where=where, check=local.name, expected=expected,
@@ -28,7 +29,9 @@ def failure(
     )  # fmt: skip
 
 
-def found(local, holder, elements, detail, rank=None, expected=None, actual=None) -> Verdict:
+def found(
+    local, holder, elements, detail, rank=None, expected=None, actual=None, n_wrong=None
+) -> Verdict:
     """The failure of some elements of a holder's result."""
     block = local.held(holder)
     errors, words = [], []
@@ -45,7 +48,7 @@ def found(local, holder, elements, detail, rank=None, expected=None, actual=None
         shown = 1 if errors else 3  # those with bytes are listed by Where
         detail += f"; element {'; '.join(words[:shown])}"
     strength = "bound" if local.kind == "float" and expected is None else "exact"
-    return failure(local, strength, detail, rank, errors, expected, actual)
+    return failure(local, strength, detail, rank, errors, expected, actual, n_wrong=n_wrong)
 
 
 def _bytes(value, local) -> bytes:

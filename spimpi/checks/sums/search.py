@@ -130,13 +130,14 @@ class NotFinite:
     """What non-finite numbers in some bins of a block came to.
 
     skip: places that the bound does not cover, in the bins looked at; wrong: those that are no
-    possible result; n_given: how many elements had NaN or Inf in a contribution; n_overflowed: in
-    how many finite contributions may have overflowed.
+    possible result; n_given: how many elements had NaN or Inf in a contribution, from the ranks
+    ``givers``; n_overflowed: in how many finite contributions may have overflowed.
     """
 
     skip: np.ndarray
     wrong: list[Element]
     n_given: int
+    givers: tuple[int, ...]
     n_overflowed: int
 
 
@@ -151,9 +152,11 @@ def sort_out(comm, blocks: Blocks, block: int, holder: int, dtype, ranges) -> No
     """Compare NaN and Inf in ranges (start, stop) of the result with what must come of them."""
     facts = float_bound.format_of(dtype)
     skip, wrong, n_given, n_overflowed = [], [], 0, 0
+    gives = np.zeros(comm.size, np.uint8)
     for start, stop in ranges:
         values = sum_words.flat(blocks.blocks[block], start, stop)
         codes = _classes(values)
+        gives[comm.rank] |= codes.any()
         comm.Allreduce(MPI.IN_PLACE, codes, op=MPI.BOR)
         found = np.zeros(stop - start, np.uint8)
         if comm.rank == holder:
@@ -162,17 +165,33 @@ def sort_out(comm, blocks: Blocks, block: int, holder: int, dtype, ranges) -> No
         both = _INF | _NEGATIVE_INF
         expected = np.where((codes & _NAN) | (codes & both == both), _NAN, codes)
         odd = np.flatnonzero(found != expected)
-        # A partial sum may have overflowed where the magnitudes add up to the largest number.
-        sums = np.abs(values[odd].astype(np.float64)) / facts.largest / comm.size
-        sums[~np.isfinite(sums)] = 0.0
-        comm.Allreduce(MPI.IN_PLACE, sums, op=MPI.SUM)
-        may = sums * comm.size >= 0.99
+        may = _may_overflow(comm, values[odd], facts.largest, codes[odd], found[odd])
         n_given += int(np.count_nonzero(codes))
         n_overflowed += int(np.count_nonzero(may))
         for i in odd[~may]:
             wrong.append(Element(start + int(i), _NAMES[int(expected[i])], _NAMES[int(found[i])]))
         skip.append(start + np.flatnonzero(codes | found))
-    return NotFinite(np.concatenate([np.zeros(0, int), *skip]), wrong, n_given, n_overflowed)
+    comm.Allreduce(MPI.IN_PLACE, gives, op=MPI.BOR)
+    skip = np.concatenate([np.zeros(0, int), *skip])
+    return NotFinite(skip, wrong, n_given, tuple(np.flatnonzero(gives).tolist()), n_overflowed)
+
+
+def _may_overflow(comm, values, largest, given, found) -> np.ndarray:
+    """Where partial sums that overflow explain what was found, beside what was given (classes).
+
+    An infinity may come of numbers of its sign that add up to the largest number, and stays unless
+    it meets the other: then NaN.
+    """
+    wide = values.astype(np.float64) / largest / comm.size
+    wide[~np.isfinite(wide)] = 0.0
+    sums = np.stack([np.maximum(wide, 0), np.maximum(-wide, 0)])
+    comm.Allreduce(MPI.IN_PLACE, sums, op=MPI.SUM)
+    up, down = sums * comm.size >= 0.99
+    has_up, has_down = (given & _INF) != 0, (given & _NEGATIVE_INF) != 0
+    only_up, only_down = (up | has_up) & ~has_down, (down | has_down) & ~has_up
+    both = (up | has_up) & (down | has_down)
+    explained = np.where(found == _INF, only_up, np.where(found == _NAN, both, only_down))
+    return explained & (found != 0) & ((given & _NAN) == 0)
 
 
 _NAMES = {0: "a finite number", _NAN: "NaN", _INF: "Inf", _NEGATIVE_INF: "-Inf"}

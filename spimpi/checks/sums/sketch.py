@@ -11,6 +11,7 @@ import numpy as np
 
 from spimpi.checks.sums import float_bound, words as sum_words
 from spimpi.checks.sums.exact import global_runs
+from spimpi.checks.verdict import NO_ELEMENTS
 from spimpi.distance import CERTAIN, ERROR, N_PROJECTIONS, distances, relative_distances
 from spimpi.errors import UsageError
 from spimpi.fingerprint import arrays, as_array, fingerprint, projections
@@ -48,7 +49,8 @@ class SketchComparison:
     ``distance`` estimates ‖x - y‖, ``relative`` is that over ‖x‖; both have a standard error of
     about a quarter (``error`` is that of ``relative``). ``limit``: the largest relative distance
     that reordered rounding explains, None where it is not known. ``verdict``: "same bits",
-    "reordered rounding", "different", or "" where none can be claimed.
+    "reordered rounding", "different", or "" where none can be claimed. ``missing``: what was not
+    compared, in words.
     """
 
     verdict: str
@@ -56,12 +58,14 @@ class SketchComparison:
     relative: float
     error: float
     limit: float | None
+    missing: str = ""
 
     def __str__(self):
-        if self.verdict == "same bits":
-            return self.verdict
+        if self.verdict == "same bits" or (self.missing and not self.verdict):
+            return self.verdict or self.missing
         size = f"relative {self.relative:.1g} ± {self.error:.1g}"
-        return f"{self.verdict} ({size})" if self.verdict else f"{size}, no limit is known"
+        text = f"{self.verdict} ({size})" if self.verdict else f"{size}, no limit is known"
+        return f"{text}; {self.missing}" if self.missing else text
 
 
 def sketch(array, tag: Tag, where=None) -> Sketch:
@@ -143,15 +147,21 @@ def compare_sketches(
     distance, norm = float(distances(a.projections, b.projections)), a.norm
     relative = float(relative_distances(distance, norm))
     limit = None if addends is None else _limit(a, addends)
+    if not a.n_elements:
+        return SketchComparison("", 0.0, 0.0, 0.0, limit, NO_ELEMENTS)
     if a.fingerprint == b.fingerprint and a.dtype == b.dtype:
         return SketchComparison("same bits", 0.0, 0.0, 0.0, limit)
+    if a.nonfinite == b.nonfinite == a.n_elements:
+        missing = "all elements are NaN or Inf, and their bits differ: nothing else was compared"
+        return SketchComparison("", 0.0, 0.0, 0.0, limit, missing)
+    missing = f"{a.nonfinite} elements are NaN or Inf: not compared" if a.nonfinite else ""
     if a.nonfinite != b.nonfinite:
         verdict = "different"
     elif limit is None:
         verdict = ""
     else:
         verdict = "different" if distance > limit * norm else "reordered rounding"
-    return SketchComparison(verdict, distance, relative, relative * ERROR, limit)
+    return SketchComparison(verdict, distance, relative, relative * ERROR, limit, missing)
 
 
 def _limit(a: Sketch, addends) -> float:

@@ -6,11 +6,13 @@ exchanged, is exchanged where something failed or is not finite, on every rank a
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from mpi4py import MPI
 
 from spimpi.checks.check import Check, Rule
+from spimpi.checks.failure import used_again
 from spimpi.checks.pending import require_comm, settle
 from spimpi.checks.sums import exact as sum_exact, judge_exact, words as sum_words
 from spimpi.checks.sums.call import (
@@ -42,7 +44,8 @@ def verify_allreduce(
     complex or integers; with MPI.MAX and MPI.MIN no complex ones; with MPI.BXOR integers and bools.
     ``verdict.strength`` says how strong the check was (docs/sums.md): agreement of all results,
     and a bound without false alarms for floats, exactness for all else. Establishes AGREED and
-    COMPUTED; ``missing`` counts elements that the check could not cover (NaN, Inf, overflow).
+    COMPUTED of what it covered; ``missing`` counts the elements that it could not cover (NaN, Inf,
+    overflow), and names who gave NaN. UsageError where result and contribution share memory.
     Collective. With ``check`` a failure raises CorruptionError on every rank; what cannot be
     checked raises UsageError on every rank.
     """
@@ -80,7 +83,24 @@ def sum_check(
     def build(c):
         local = prepare(comm, c, contribution, result, partition, op)
         _fill(local, c.words, threads, comm)
-        c.conclude = lambda session, everyone: JUDGES[local.kind](session.comm, local, everyone)
+
+        def unchanged():
+            again = np.zeros_like(c.words)
+            _fill(local, again, threads, comm)
+            return bool((again == c.words).all())
+
+        def conclude(session, everyone):
+            call = replace(local, unchanged=unchanged)
+            # A maximum is looked for in the arrays themselves, all else first in the words.
+            if c.waits and call.kind == "extreme" and (ranks := call.reused(session.comm)):
+                msg = (
+                    f"{c.name} of {c.tag.name!r}: {used_again(ranks)}, and MPI.{call.op} is "
+                    "compared when the batch ends: keep its arrays until then"
+                )
+                raise UsageError(msg)
+            return JUDGES[call.kind](session.comm, call, everyone)
+
+        c.conclude = conclude
 
     return c, build
 
@@ -108,7 +128,7 @@ def _fill(local: SumCall, words, threads: int, comm) -> None:
         words[LINEAR] = sum_exact.xor_word(blocks.result, tag, slab)
         for q, (x, place) in enumerate(zip(blocks.blocks, blocks.slabs)):
             words[HEADER + q] = sum_exact.xor_word(x, tag, place)
-    if local.kind == "one rank":
+    if local.kind in ("one rank", "extreme"):
         words[OWN] = fingerprint(blocks.blocks[0], tag, slab, threads)
     words[RESULT] = fingerprint(blocks.result, tag, slab, threads)
 
