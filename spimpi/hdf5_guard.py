@@ -109,19 +109,16 @@ def shown_dataset(file, name: str, kinds: str = "iuf", most_bytes: int = 8):
     return found
 
 
-def sources(name: str, found) -> list[tuple[str, str, int, int]]:
-    """What a virtual dataset of one dimension shows: (file, dataset, first row, rows) of each.
+def sources(found) -> list[tuple[str, str, int, int]]:
+    """What a dataset of one dimension shows of others: (file, dataset, first row, rows) of each.
 
     Names as they are written in the file, which HDF5 reads as formats ("%%" is a "%").
     """
     import h5py
 
-    facts = found.id.get_create_plist()
-    if facts.get_layout() != h5py.h5d.VIRTUAL:
-        msg = f"{name} is no virtual dataset"
-        raise ValueError(msg)
-    shown = []
-    for i in range(facts.get_virtual_count()):
+    facts, shown = found.id.get_create_plist(), []
+    n_sources = facts.get_virtual_count() if facts.get_layout() == h5py.h5d.VIRTUAL else 0
+    for i in range(n_sources):
         (first,), (last,) = facts.get_virtual_vspace(i).get_select_bounds()
         place = facts.get_virtual_filename(i), facts.get_virtual_dsetname(i).lstrip("/")
         shown.append((*place, first, last - first + 1))

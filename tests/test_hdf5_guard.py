@@ -178,7 +178,7 @@ def test_sources_are_told_as_they_are_written(made):
         file.create_virtual_dataset("shown", layout)
 
     found = shown_dataset(made(edit), "shown")
-    assert sources("shown", found) == [("p0", "x", 0, N), ("p1", "x", N, N)]
+    assert sources(found) == [("p0", "x", 0, N), ("p1", "x", N, N)]
 
 
 def test_a_pipe_is_refused_without_waiting(tmp_path):

@@ -1,15 +1,20 @@
 """Where the journals of a trace are, who holds them, and how they go."""
 
 import fcntl
+import os
+import re
 import time
 from pathlib import Path
 
 from spimpi.errors import UsageError
+from spimpi.regular_file import open_regular
 from spimpi.trace.journals.growing import table_path
 from spimpi.trace.journals.node_file import EXTENT, Stream, create, node_file, streams
 from spimpi.trace.journals.sketch_file import sketch_path
 
 RANKS_OWN, NODES = "rank-*.journal", "node-*.journal"
+# All that a run makes in the folder of its journals.
+OURS = re.compile(r"(rank|node)-\d{5,10}\.(journal|tensors|sketches)|sealing-[0-9a-f]{16}")
 REPLACE = "with `spimpi verify` use --overwrite"  # a program's trace has no such option
 
 
@@ -49,7 +54,7 @@ def lock(file: Path, shared: bool = False):
     A run holds it while it writes its journal, and whoever seals; the ranks of a node ``shared``
     where they share a file. On a file system without locks nobody has one.
     """
-    held = open(file, "r+b")  # NFS wants to be able to write
+    held = open_regular(file, follow=False, write=True)  # NFS wants to be able to write
     try:
         fcntl.flock(held, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -63,7 +68,11 @@ def lock(file: Path, shared: bool = False):
 def in_use(file: Path) -> bool:
     """Whether a process holds a journal's file open for writing (or seals it)."""
     kind = fcntl.LOCK_SH if file.match(RANKS_OWN) else fcntl.LOCK_EX
-    with file.open("rb") as opened:
+    try:
+        opened = open_regular(file, follow=False)
+    except OSError:  # a link, a FIFO: nobody's journal
+        return False
+    with opened:
         for wait in (0.01, 0.02, 0.04, 0):
             try:
                 fcntl.flock(opened, kind | fcntl.LOCK_NB)
