@@ -11,6 +11,7 @@ from spimpi.regular_file import open_regular
 from spimpi.trace.journals.growing import table_path
 from spimpi.trace.journals.node_file import EXTENT, Stream, create, node_file, streams
 from spimpi.trace.journals.sketch_file import sketch_path
+from spimpi.whole_file import no_ordinary_file
 
 RANKS_OWN, NODES = "rank-*.journal", "node-*.journal"
 # All that a run makes in the folder of its journals.
@@ -31,15 +32,20 @@ def journal_path(folder, rank: int) -> Path:
 
 def journals_in(folder: Path) -> tuple[list[Path | Stream], list[str], list[str]]:
     """All ranks' journals, in order; what is missing and what is damaged of nodes' files."""
-    found: list[Path | Stream] = list(folder.glob(RANKS_OWN))
+    found: list[Path | Stream] = []
     missing, damage = [], []
-    for file in folder.glob(NODES):
-        there, problem = streams(file)
-        found += there
-        if problem and file.stat().st_size < EXTENT:
-            missing.append(f"{file.name}: cut short, nothing was flushed")
-        elif problem:
-            damage.append(problem)
+    for file in (*folder.glob(RANKS_OWN), *folder.glob(NODES)):
+        if no_ordinary_file(file):
+            damage.append(f"{file.name}: it is {no_ordinary_file(file)}, and was not read")
+        elif file.match(RANKS_OWN):
+            found.append(file)
+        else:
+            there, problem = streams(file)
+            found += there
+            if problem and file.stat().st_size < EXTENT:
+                missing.append(f"{file.name}: cut short, nothing was flushed")
+            elif problem:
+                damage.append(problem)
     return sorted(found, key=lambda journal: journal.name), missing, damage
 
 
