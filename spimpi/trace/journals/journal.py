@@ -25,7 +25,7 @@ from spimpi.trace.checksum import RECORD, checksums, pack, text_digest
 from spimpi.trace.facts import END_STATES, is_rank, sound_facts, tensor_of
 from spimpi.trace.journals.appending import Appending
 from spimpi.trace.journals.growing import GrowingTable, read_table, table_path
-from spimpi.trace.journals.journal_files import already_there, journal_path
+from spimpi.trace.journals.journal_files import already_there, journal_path, make_folder
 from spimpi.trace.journals.node_file import Stream, opened
 from spimpi.trace.journals.records import Records, read_records
 from spimpi.trace.journals.sketch_file import SketchContents, SketchFile, read_sketches, sketch_path
@@ -77,10 +77,10 @@ class Journal:
         self.header = {"started": time.time(), "device": "cpu", **header, **own}
         self.tensors = list(tensors or ())
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
             self._file = Appending(self.path, sync)
-        except FileExistsError:
-            raise UsageError(already_there(self.path)) from None
+        except FileExistsError as error:
+            raise UsageError(already_there(error.filename or self.path)) from None
         except OSError as error:
             msg = f"cannot create the trace's journal {self.path}: {error.strerror}"
             raise UsageError(msg) from None

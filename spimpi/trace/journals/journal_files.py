@@ -1,8 +1,10 @@
 """Where the journals of a trace are, who holds them, and how they go."""
 
+import errno
 import fcntl
 import os
 import re
+import stat
 import time
 from pathlib import Path
 
@@ -28,6 +30,16 @@ def journal_folder(path, local=None) -> Path:
 def journal_path(folder, rank: int) -> Path:
     """The journal of a rank that has files of its own."""
     return Path(folder) / f"rank-{rank:05d}.journal"
+
+
+def make_folder(folder: Path) -> None:
+    """The folder of this run's journals, which another rank may have made. OSError; FileExistsError
+    where a link or a file stands there, or another user's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    facts, own = os.lstat(folder), os.geteuid()
+    # On a network's disk root's folder may be nobody's.
+    if not stat.S_ISDIR(facts.st_mode) or own not in (0, facts.st_uid):
+        raise FileExistsError(errno.EEXIST, "a link or another user's folder is there", str(folder))
 
 
 def journals_in(folder: Path) -> tuple[list[Path | Stream], list[str], list[str]]:
@@ -135,10 +147,10 @@ def own_journal(comm, together, folder, renew: bool = False) -> Path | Stream:
             clear_own(folder, comm.rank)
         if file is not None and comm.rank == min(ranks):
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                make_folder(folder)
                 create(file, ranks)
-            except FileExistsError:
-                raise UsageError(already_there(file)) from None
+            except FileExistsError as error:
+                raise UsageError(already_there(error.filename or file)) from None
             except OSError as error:
                 msg = f"cannot create the trace's journals {file}: {error.strerror}"
                 raise UsageError(msg) from None
@@ -146,4 +158,4 @@ def own_journal(comm, together, folder, renew: bool = False) -> Path | Stream:
 
 
 def already_there(file) -> str:
-    return f"a journal of an earlier run is there: {file}; remove it ({REPLACE})"
+    return f"a journal of an earlier run, or another's, is there: {file}; remove it ({REPLACE})"

@@ -1,7 +1,8 @@
 """A sealed trace: one HDF5 file, or one that shows a file a rank."""
 
+import os
 import re
-from contextlib import suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -99,42 +100,45 @@ class SealedTrace(Trace):
         if info.rank >= len(self._parts):
             msg = f"{where}: the table of parts was altered"
             raise DamageError(msg)
-        part, folder = self._parts[info.rank], self.path.parent.resolve()
+        part, folder = self._parts[info.rank], os.path.join(self._folder, "")
         named = PART.fullmatch(part)
         inside = named and int(named[1]) == info.rank
-        if not inside or not (folder / part).resolve().is_relative_to(folder):
+        if not inside or not os.path.realpath(folder + part).startswith(folder):
             msg = f"{where}: the part {part} is no file beside the trace, and is not read"
             raise DamageError(msg)
         return part
 
-    def _opened_part(self, info: RankInfo):
-        path = self.path.parent / self._part(info)
-        if not path.exists():
-            msg = f"rank {info.rank} on {info.host}: the part {self._part(info)} is missing"
-            raise IncompleteError(msg)
-        return open_hdf5(path)
+    @cached_property
+    def _folder(self) -> str:
+        return os.path.realpath(self.path.parent)
 
-    def _check_part(self, info: RankInfo) -> None:
-        """Cheap: the part is there, of this run, and as long as the table says."""
-        try:
-            with self._opened_part(info) as part:
+    @contextmanager
+    def _opened_part(self, info: RankInfo):
+        """A rank's part, which is there, of this run, and as long as the table says."""
+        where = f"rank {info.rank} on {info.host}: the part {self._part(info)}"
+        expected = (self.attributes.get("run_id", ""), info.rank, info.count)
+        with ExitStack() as held:
+            try:
+                part = held.enter_context(open_hdf5(self.path.parent / self._part(info)))
                 run_id, rank = own_attribute(part, "run_id"), int(own_attribute(part, "rank"))
                 found = (run_id, rank, len(layout.event_column(part, "step")))
-        except IncompleteError:
-            raise
-        except Exception as error:  # noqa: BLE001
-            msg = (
-                f"rank {info.rank} on {info.host}: the part {self._part(info)} is damaged: "
-                f"{one_line(error, 300)}"
-            )
-            raise DamageError(msg) from None
-        expected = (self.attributes.get("run_id", ""), info.rank, info.count)
-        if found != expected:
-            msg = (
-                f"rank {info.rank} on {info.host}: the part {self._part(info)} is not the one that "
-                f"was written: expected run, rank, events {expected}, found {found}"
-            )
-            raise DamageError(msg)
+            except FileNotFoundError:
+                msg = f"{where} is missing"
+                raise IncompleteError(msg) from None
+            except Exception as error:  # noqa: BLE001
+                msg = f"{where} is damaged: {one_line(error, 300)}"
+                raise DamageError(msg) from None
+            if found != expected:
+                msg = (
+                    f"{where} is not the one that was written: expected run, rank, events "
+                    f"{expected}, found {found}"
+                )
+                raise DamageError(msg)
+            yield part
+
+    def _check_part(self, info: RankInfo) -> None:
+        with self._opened_part(info):
+            pass
 
     def _column(self, name: str):
         for info in self.ranks if self.driver == "parts" else ():
@@ -179,7 +183,6 @@ class SealedTrace(Trace):
         self._require_open()
         if self.driver != "parts":
             return _intact(lambda: self._own, info, info.offset)
-        self._check_part(info)
         with self._opened_part(info) as part:
             return _intact(lambda: layout.event_columns(part), info, 0)
 
@@ -228,11 +231,10 @@ class SealedTrace(Trace):
             return {name: _slice(self._own[name], first, end) for name in names}
         read = {name: [] for name in names}
         for span in piece:
-            self._check_part(span.info)
             end = span.first + span.count
             with self._opened_part(span.info) as part:
-                for name, columns in read.items():
-                    columns.append(_slice(layout.event_column(part, name), span.first, end))
+                for name, column in layout.event_columns(part, names).items():
+                    read[name].append(_slice(column, span.first, end))
         return {name: np.concatenate(columns) for name, columns in read.items()}
 
     def check_columns(self, ranks: list[RankInfo]) -> None:

@@ -17,7 +17,7 @@ from dataclasses import astuple, fields
 
 import numpy as np
 
-from spimpi.hdf5_guard import own_attribute, own_numbers, own_texts
+from spimpi.hdf5_guard import own_attribute, own_group, own_numbers, own_texts
 from spimpi.trace.checksum import text_digest
 from spimpi.trace.facts import tensor_of
 from spimpi.trace.schema import (
@@ -200,14 +200,16 @@ def _rank_column(file, name: str, kind: type) -> list:
 
 def event_column(file, name: str, opened=own_numbers):
     """A column of /events of an open file, whose rows lie in the file; ``opened``: of hdf5_guard."""
-    dtype = EVENT[name]
-    kinds = "iu" if name in NARROWED else dtype.kind
-    return of_one_dimension(opened(file, f"events/{name}", kinds, dtype.itemsize))
+    return event_columns(file, (name,), opened)[name]
 
 
-def event_columns(file) -> dict:
-    """All columns of /events by name."""
-    return {name: event_column(file, name) for name in EVENT.names}
+def event_columns(file, names=EVENT.names, opened=own_numbers) -> dict:
+    """Columns of /events by name."""
+    events, columns = own_group(file, "events"), {}
+    for name in names:
+        kinds = "iu" if name in NARROWED else EVENT[name].kind
+        columns[name] = of_one_dimension(opened(events, name, kinds, EVENT[name].itemsize))
+    return columns
 
 
 def of_one_dimension(column):
