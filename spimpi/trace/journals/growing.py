@@ -87,7 +87,7 @@ def read_table(path) -> tuple[list[TensorInfo], str]:
                 return tensors, ""
             try:
                 _take(line, tensors)
-            except (ValueError, RecursionError):
+            except (ValueError, TypeError, RecursionError):
                 return tensors, f"{path.name}: line {number} is damaged or torn"
 
 

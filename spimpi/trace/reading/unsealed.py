@@ -82,7 +82,8 @@ class JournalTrace(Trace):
             if journal.sketches is not None:
                 self.missing += journal.sketches.missing
                 self.damage += journal.sketches.damage
-        self._name_absent(self.attributes.get("world", 0))
+        if "world" in self.attributes:
+            self._name_absent(self.attributes["world"])
 
     def _name_absent(self, world: int) -> None:
         absent = (rank for rank in range(world) if rank not in self._files)
