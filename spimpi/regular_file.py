@@ -5,18 +5,20 @@ import os
 import stat
 
 
-def open_regular(path):
-    """``open(path, "rb")`` of an ordinary file.
+def open_regular(path, follow: bool = True, write: bool = False):
+    """``open(path, "rb")`` of an ordinary file ("r+b": ``write``).
 
     Raises OSError, at once, where ``path`` is a FIFO, a device, a socket or a directory: to open
-    or to read these can wait for ever. A link is followed, and what it leads to is judged.
+    or to read these can wait for ever. A link is followed, and what it leads to is judged; OSError
+    where it is not to be followed.
     """
     # O_NONBLOCK: opening a FIFO would wait for whoever writes to it. It means nothing to files.
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    flags = os.O_NONBLOCK | os.O_CLOEXEC | (os.O_RDWR if write else os.O_RDONLY)
+    descriptor = os.open(path, flags | (0 if follow else os.O_NOFOLLOW))
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "it is no ordinary file", str(path))
-        return os.fdopen(descriptor, "rb")
+        return os.fdopen(descriptor, "r+b" if write else "rb")
     except BaseException:
         os.close(descriptor)
         raise

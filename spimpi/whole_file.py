@@ -1,6 +1,11 @@
-"""A file that is written as a whole or not at all: under another name, then renamed."""
+"""A file that is written as a whole or not at all: under another name, then renamed.
+
+Only ordinary files are ever replaced: a device, a FIFO, a socket, a link or a directory stays.
+"""
 
 import os
+import secrets
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,13 +17,10 @@ from spimpi.errors import UsageError
 def check_can_write(path, overwrite: bool = False) -> None:
     """Raise UsageError where a file can't be written; asked before the work for it is done."""
     path = Path(path)
-    if path.is_dir():
-        msg = f"cannot write {path}: it is a directory; name a file (-o)"
+    if other := no_ordinary_file(path):
+        msg = f"cannot write {path}: it is {other}; name another file (-o)"
         raise UsageError(msg)
-    if path.exists() and not path.is_file():  # a device must not be replaced
-        msg = f"cannot write {path}: it is no ordinary file; name another (-o)"
-        raise UsageError(msg)
-    if not overwrite and (path.exists() or path.is_symlink()):
+    if not overwrite and os.path.lexists(path):
         _refuse_existing(path)
     try:
         # Only writing tells: to root every directory looks writable.
@@ -41,14 +43,14 @@ def whole_file(path, overwrite: bool = False) -> Iterator:
     """
     path = Path(path)
     check_can_write(path, overwrite)
-    draft = path.with_name(f".{path.name}.{os.getpid()}.part")
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
     try:
         try:
             with open(draft, "xb") as file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            _publish(draft, path, overwrite)
+            publish(draft, path, overwrite)
         finally:
             draft.unlink(missing_ok=True)
     except OSError as error:
@@ -56,7 +58,22 @@ def whole_file(path, overwrite: bool = False) -> Iterator:
         raise UsageError(msg) from None
 
 
-def _publish(draft: Path, path: Path, overwrite: bool) -> None:
+def no_ordinary_file(path) -> str:
+    """What stands at ``path`` that is never to be replaced: "a directory", "a link" …; else ""."""
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return ""
+    if stat.S_ISREG(mode):
+        return ""
+    return "a directory" if stat.S_ISDIR(mode) else "a link" if stat.S_ISLNK(mode) else "no ordinary file"
+
+
+def publish(draft: Path, path: Path, overwrite: bool) -> None:
+    """Give a finished file its name. UsageError where what has it is not to be replaced."""
+    if other := no_ordinary_file(path):
+        msg = f"cannot write {path}: it is {other}"
+        raise UsageError(msg)
     if overwrite:
         os.replace(draft, path)
         return
@@ -65,9 +82,11 @@ def _publish(draft: Path, path: Path, overwrite: bool) -> None:
     except FileExistsError:
         _refuse_existing(path)
     except OSError:  # file systems without links
-        if path.exists():
+        if os.path.lexists(path):
             _refuse_existing(path)
         os.replace(draft, path)
+    else:
+        os.unlink(draft)
 
 
 def _refuse_existing(path: Path):

@@ -125,6 +125,11 @@ def test_other_numbers_are_refused(made, edit):
         own_numbers(file, "bad")
     
 
+def test_a_virtual_dataset_is_named_as_one(made):
+    with pytest.raises(ValueError, match="bad is a virtual dataset"):
+        own_numbers(made(lambda f: virtual_source(made, f)), "bad")
+
+
 def test_a_linked_group_is_not_followed(made):
     def edit(file):
         file["bad"] = h5py.SoftLink("/group")
@@ -178,7 +183,7 @@ def test_sources_are_told_as_they_are_written(made):
         file.create_virtual_dataset("shown", layout)
 
     found = shown_dataset(made(edit), "shown")
-    assert sources("shown", found) == [("p0", "x", 0, N), ("p1", "x", N, N)]
+    assert sources(found) == [("p0", "x", 0, N), ("p1", "x", N, N)]
 
 
 def test_a_pipe_is_refused_without_waiting(tmp_path):

@@ -1,6 +1,8 @@
 """``spimpi trace``: its commands, and ``check`` and ``recover``. Needs no MPI."""
 
 import json
+import os
+from contextlib import suppress
 from dataclasses import asdict
 
 from spimpi.cli.apart import apart
@@ -11,6 +13,9 @@ from spimpi.cli.trace_export import add_export
 from spimpi.cli.trace_locate import add_locate
 from spimpi.cli.trace_report import add_report
 from spimpi.cli.trace_show import add_show
+
+
+SMALL = 1 << 24  # bytes that a file may have of which the disk says that it takes none
 
 
 def add_arguments(parser):
@@ -46,8 +51,28 @@ def add_arguments(parser):
 @subcommand("trace", "look at the trace of a run, check it", add_arguments)
 def run(args) -> int:
     files = args.files if "files" in args else [args.file, getattr(args, "other", None)]
-    what = " or ".join(filter(None, files))
-    return apart(lambda: args.run_trace(args), what, args.crashed)
+    files = list(filter(None, files))
+    return apart(lambda: args.run_trace(args), " or ".join(files), args.crashed, _size(files))
+
+
+def _size(files) -> int:
+    """Bytes that reading these traces is to read: of files, their parts and their journals."""
+    places = [place for file in files for place in (file, f"{file}.parts", f"{file}.journal")]
+    return sum(map(_size_of, places))
+
+
+def _size_of(place: str) -> int:
+    with suppress(OSError):
+        if not os.path.isdir(place):
+            return _stored(os.stat(place))
+        with os.scandir(place) as there:
+            return sum(_stored(file.stat()) for file in there)
+    return 0
+
+
+def _stored(facts) -> int:
+    """What a file takes on the disk: one with a hole is longer than what there is to read."""
+    return max(512 * facts.st_blocks, min(facts.st_size, SMALL))
 
 
 def _check(args) -> int:

@@ -6,6 +6,7 @@ from enum import IntEnum, IntFlag
 import numpy as np
 
 SCHEMA_VERSION = 1
+MOST_RANKS = 1 << 22  # of a run: no job has had as many, and memory is taken by a rank's number
 
 
 class Stage(IntEnum):
@@ -126,6 +127,24 @@ SKETCH = np.dtype(
 # One rank's share of it, a row of /sketches. Shares are disjoint, so that they add up.
 SKETCH_SHARE = np.dtype([("rank", "<i4"), *SKETCH.descr, ("whole", "<i8")])
 
+RANK_DESCRIPTIONS = {
+    "rank": "world rank",
+    "host": "name of the host that the rank ran on",
+    "pid": "number of the rank's process on its host",
+    "device": "what the rank computed on",
+    "started": "start of the run on the rank, seconds since the epoch; the zero of t_start and t_end",
+    "offset": "the rank's first row in /events",
+    "count": "number of the rank's rows in /events",
+    "fingerprint": "fingerprint of the rank's rows",
+    "part": "file that holds the rank's rows, relative to this one",
+}
+
+TENSOR_DESCRIPTIONS = {
+    "name": "name of the tensor",
+    "shape": "global shape (JSON), -1 where it differs from step to step",
+    "dtype": "type of the elements",
+}
+
 SKETCH_DESCRIPTIONS = {
     "rank": "world rank whose share of the tensor the row is of",
     "repeat": "number of the repetition (--repeat), from 0",
@@ -140,6 +159,7 @@ SKETCH_DESCRIPTIONS = {
     "whole": "elements of the whole tensor",
 }
 
+MASKS = ("established",)  # of ENUMERATIONS: those whose members are bits that add up
 ENUMERATIONS = {"stage": Stage, "op": Op, "verdict": Status, "established": Established}
 
 NOTHING = {"microbatch": -1, "layer": -1, "peer": -1, "element": -1}

@@ -34,3 +34,9 @@ def traced(tmp_path_factory, run_ranks):
         return path
 
     return trace
+
+
+@pytest.fixture(autouse=True)
+def faults_show(monkeypatch):
+    """A fault of spimpi's own is not to pass for a damaged file here."""
+    monkeypatch.setenv("SPIMPI_DEBUG", "1")

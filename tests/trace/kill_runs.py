@@ -55,13 +55,13 @@ WRITING = {
 PHASES = {
     "before writing": (sealing, "_plan", 1), "in writing": None,
     "before reading back": (sealing, "_read_back", 1),
-    "in reading back": (layout, "read_rows", 1), "before renaming": (sealing.os, "replace", 1),
+    "in reading back": (layout, "read_rows", 1), "before renaming": (sealing, "publish", 1),
     "before removing": (sealing, "remove_journal", 1), "after removing": (sealing, "clear", 1),
 }  # fmt: skip
 RECOVERY = {
     "before writing": (recovery, "write_alone", 1),
     "before reading back": (recovery, "_read_back", 1),
-    "before renaming": (recovery.os, "replace", 1), "before removing": (recovery, "remove_file", 1),
+    "before renaming": (recovery, "publish", 1), "before removing": (recovery, "remove_file", 1),
     "in removing": (recovery, "remove_file", 2), "after removing": (recovery, "clear", 1),
 }  # fmt: skip
 

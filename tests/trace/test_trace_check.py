@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 from trace_samples import TENSORS, failing, header, some_events, write_journal, write_trace
 
@@ -218,3 +219,63 @@ def test_a_reader_that_closes_the_pipe_gives_no_traceback(tmp_path, one):
     command = f"{sys.executable} -m spimpi trace check --json {path} | true"
     done = subprocess.run(["sh", "-c", command], capture_output=True, text=True)
     assert "Traceback" not in done.stderr
+
+
+def test_a_reader_that_waits_is_ended_after_the_time_that_its_file_can_need(capfd, monkeypatch):
+    monkeypatch.setattr(module, "SECONDS", 0.5)
+    began = time.monotonic()
+    assert apart(lambda: time.sleep(600), "run.h5", crashed=1) == 3
+    assert time.monotonic() - began < 60
+    told = capfd.readouterr().err
+    assert told.startswith("spimpi: run.h5: not read within 0 s, which files of 0 bytes")
+
+
+def test_a_larger_file_has_more_time_and_more_memory(monkeypatch):
+    monkeypatch.setattr(module, "SECONDS", 0.2)
+    assert apart(lambda: time.sleep(1) or 5, "run.h5", 1, size=100 * module.BYTES_A_SECOND) == 5
+    monkeypatch.setattr(module, "MEMORY", 1 << 20)
+
+    def take():
+        return 5 if bytearray(1 << 27) else 6
+
+    assert apart(take, "run.h5", 1, size=1 << 27) == 5
+    assert apart(take, "run.h5", 1, size=0) == 3
+
+
+def test_memory_beyond_what_the_file_can_need_is_told_as_damage(capfd):
+    assert apart(lambda: len(bytearray(1 << 33)), "run.h5", crashed=1, size=1 << 20) == 3
+    assert "run.h5 is damaged: reading it takes more memory" in capfd.readouterr().err
+
+
+def test_time_in_which_nobody_takes_the_output_does_not_count(tmp_path):
+    """As in a pager."""
+    program = """
+import sys
+import time
+from spimpi.cli import apart
+apart.SECONDS = 0.5
+
+def command():
+    print("x" * 1_000_000)
+    return 5
+
+sys.exit(apart.apart(command, "run.h5", 3))
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as started:
+        time.sleep(4)
+        assert len(started.stdout.read()) == 1_000_001
+    assert started.returncode == 5
+
+
+def test_what_nobody_expected_is_damage_in_one_sentence_unless_it_is_looked_for(capfd, monkeypatch):
+    def fail():
+        raise KeyError("x" * 2000 + "\x1b[31m\n")
+
+    monkeypatch.delenv("SPIMPI_DEBUG")
+    assert apart(fail, "run.h5", crashed=1) == 3
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("spimpi: run.h5 cannot be read: KeyError") and len(line) <= 508
+    assert "\x1b" not in line and "SPIMPI_DEBUG=1" in line
+    monkeypatch.setenv("SPIMPI_DEBUG", "1")
+    assert apart(fail, "run.h5", crashed=1) == 4
+    assert "Traceback" in capfd.readouterr().err

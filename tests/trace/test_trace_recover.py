@@ -15,6 +15,7 @@ from spimpi.trace import open as open_trace
 from spimpi.trace.journals.journal import Journal
 from spimpi.trace.journals.journal_files import journal_folder, journal_path
 from spimpi.trace.reading.check import check
+from spimpi.trace.sealing.leftovers import Sealing, new_token, parts_folder
 from spimpi.trace.sealing.recover import recover
 
 
@@ -184,14 +185,49 @@ def test_sealing_that_does_not_read_back_keeps_the_journals(tmp_path, monkeypatc
 
 
 def test_what_interrupted_sealing_left_is_cleared(tmp_path):
+    """What it made, by its note: before its parts had their name, and after."""
+    for renamed in (False, True):
+        path = tmp_path / f"{renamed}.h5"
+        killed(path, closed=(0, 1, 2))
+        left = Sealing(path, journal_folder(path), new_token())
+        left.begin()
+        left.file.write_text("half")
+        left.building.mkdir()
+        (left.building / "rank-00000.h5").write_text("half")
+        left.made(left.building)
+        if renamed:
+            left.building.rename(parts_folder(path))
+        recover(path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["False.h5", "True.h5"]
+
+
+def test_an_interrupted_sealing_gives_back_the_parts_of_the_trace_that_it_was_to_replace(
+    tmp_path, one
+):
     path = tmp_path / "run.h5"
+    write_trace(one, path, some_events(5), "parts")
     killed(path, closed=(0, 1, 2))
-    (tmp_path / "run.h5.sealing").write_text("half")
-    for name in ("run.h5.parts", "run.h5.parts.sealing"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "rank-00000.h5").write_text("half")
+    left = Sealing(path, journal_folder(path), new_token())
+    left.begin()
+    parts_folder(path).rename(left.old)
+    parts_folder(path).mkdir()
+    (parts_folder(path) / "rank-00000.h5").write_text("new")
+    left.made(parts_folder(path))
+    left.undo()
+    shutil.rmtree(journal_folder(path))
+    with open_trace(path) as trace:
+        assert same(trace.events(), some_events(5)) and trace.complete
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.h5", "run.h5.parts"]
+
+
+@pytest.mark.parametrize("name", ["run.h5.sealing", "run.h5.parts.old/x", "run.h5.parts/x"])
+def test_what_the_run_did_not_make_stays(tmp_path, name):
+    path, mine = tmp_path / "run.h5", tmp_path / name
+    killed(path, closed=(0, 1, 2))
+    mine.parent.mkdir(exist_ok=True)
+    mine.write_text("mine")
     recover(path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["run.h5"]
+    assert mine.read_text() == "mine" and check(path).state == "intact"
 
 
 def test_an_interrupted_removal_is_finished_and_replaces_nothing(tmp_path, capfd):

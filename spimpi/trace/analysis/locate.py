@@ -93,7 +93,7 @@ def locate(trace, n: int = 10) -> Located:
     at = at_root[first]
     suspects = suspects_of(failures, at, flow, read.golden if trace.complete else set())
     told = _Teller(trace, failures)
-    verdict, exit_status = verdict_of(trace, read.n_failed)
+    verdict, exit_status = verdict_of(trace, read.n_failed, read.n_checks)
     ranks, hosts = places_of(suspects, read.named, read.recorded, told.hosts)
     return Located(
         verdict=verdict,

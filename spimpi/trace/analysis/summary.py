@@ -72,7 +72,9 @@ def summarise(trace, n_failures: int = 10, by: str = "stage") -> Summary:
         failures.add(block)
     summary.stages, summary.groups = totals["stage"].result(), totals[by].result()
     summary.n_failed, summary.failures = failures.n_failed, failures.first()
-    summary.verdict, summary.exit_status = verdict_of(trace, summary.n_failed)
+    summary.verdict, summary.exit_status = verdict_of(
+        trace, summary.n_failed, summary.n_checks
+    )
     return summary
 
 
@@ -110,12 +112,15 @@ def _first_failures(block: Block, room: int, n_failures: int) -> Block:
     return block.where(rows)
 
 
-def verdict_of(trace, n_failed: int) -> tuple[str, int]:
-    """A run's verdict and the exit status that tells it, where so many checks failed."""
+def verdict_of(trace, n_failed: int, n_checks: int) -> tuple[str, int]:
+    """A run's verdict and the exit status that tells it, where so many of its checks failed.
+
+    Where there is no check, nothing was verified.
+    """
     ended = trace.attributes.get("end_state", "verified")
     if n_failed or ended == "failed":
         return "corrupted", 1
-    if not trace.complete or ended != "verified":
+    if not trace.complete or ended != "verified" or not n_checks:
         return "incomplete", 3
     return "verified", 0
 

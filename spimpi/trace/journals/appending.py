@@ -17,7 +17,7 @@ class Appending:
     def __init__(self, path: Path | Stream, sync: bool = False):
         self._path, self._sync, self._position = path, sync, 0
         if isinstance(path, Stream):
-            self.fd = os.open(path.file, os.O_WRONLY)
+            self.fd = os.open(path.file, os.O_WRONLY | os.O_NOFOLLOW)
         else:
             self.fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
 

@@ -8,16 +8,20 @@ table of all ranks'.
 """
 
 import json
+from itertools import count
 
 import numpy as np
 
 from spimpi.errors import IncompleteError
 from spimpi.trace.checksum import text_digest
+from spimpi.trace.facts import tensor_of
 from spimpi.trace.journals.appending import Appending
+from spimpi.trace.journals.node_file import opened
 from spimpi.trace.schema import TensorInfo
 
 UNKNOWN = 0xFFFF  # the row of a tensor that no table names
 MOST = 65535  # rows; the last one stands for all tensors that have none of their own
+LONGEST = 1 << 20  # bytes of a line
 OTHERS = TensorInfo("(other tensors)", (-1,), "mixed")
 
 
@@ -71,18 +75,31 @@ def read_table(path) -> tuple[list[TensorInfo], str]:
     """The rows before the first line that is damaged or torn, and what is wrong with that."""
     tensors: list[TensorInfo] = []
     try:
-        text = path.read_text(encoding="utf-8", errors="replace")
+        file, _ = opened(path)
     except FileNotFoundError:
         return tensors, f"{path.name} is missing"
-    for number, line in enumerate(text.split("\n")):
-        digest, _, body = line.partition(" ")
-        if not line:
-            continue
-        if digest != text_digest(body.encode()):
-            return tensors, f"{path.name}: line {number + 1} is damaged or torn"
-        row, name, shape, dtype = json.loads(body)
-        tensors[row : row + 1] = [TensorInfo(name, shape, dtype)]
-    return tensors, ""
+    except OSError as error:
+        return tensors, f"{path.name} cannot be read: {error.strerror}"
+    with file:
+        for number in count(1):
+            line = file.readline(LONGEST).strip(b"\n\0")  # a stream ends at a whole word
+            if not line:
+                return tensors, ""
+            try:
+                _take(line, tensors)
+            except (ValueError, TypeError, RecursionError):
+                return tensors, f"{path.name}: line {number} is damaged or torn"
+
+
+def _take(line: bytes, tensors: list[TensorInfo]) -> None:
+    """Put a line's row into the table. ValueError where it is none."""
+    digest, _, body = line.partition(b" ")
+    if digest.decode() != text_digest(body):
+        raise ValueError
+    row, *tensor = json.loads(body)
+    if type(row) is not int or not 0 <= row <= min(len(tensors), MOST - 1):
+        raise ValueError
+    tensors[row : row + 1] = [tensor_of(tensor)]
 
 
 def merged(tables) -> tuple[list[TensorInfo], list[np.ndarray]]:

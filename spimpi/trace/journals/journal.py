@@ -21,17 +21,20 @@ from pathlib import Path
 import numpy as np
 
 from spimpi.errors import IncompleteError, UsageError
-from spimpi.trace.checksum import BLOCK, RECORD, checksums, pack, text_digest, unpack
+from spimpi.trace.checksum import RECORD, checksums, pack, text_digest
+from spimpi.trace.facts import END_STATES, is_rank, sound_facts, tensor_of
 from spimpi.trace.journals.appending import Appending
 from spimpi.trace.journals.growing import GrowingTable, read_table, table_path
-from spimpi.trace.journals.journal_files import already_there, journal_path
-from spimpi.trace.journals.node_file import Stream
+from spimpi.trace.journals.journal_files import already_there, journal_path, make_folder
+from spimpi.trace.journals.node_file import Stream, opened
+from spimpi.trace.journals.records import Records, read_records
 from spimpi.trace.journals.sketch_file import SketchContents, SketchFile, read_sketches, sketch_path
 from spimpi.trace.journals.synced import sync as sync_path
-from spimpi.trace.schema import EVENT, SCHEMA_VERSION, TensorInfo
+from spimpi.trace.schema import EVENT, SCHEMA_VERSION, RankInfo, TensorInfo
 
 MAGIC = "spimpi-journal"
 FIRST_LINE = 64
+LONGEST = 1 << 26  # bytes of a header
 END = 0xFFFFFFFF
 # Of a journal's header, what is one rank's own and not the run's.
 OWN_HEADER = ("schema_version", "rank", "host", "pid", "device", "started")
@@ -74,10 +77,10 @@ class Journal:
         self.header = {"started": time.time(), "device": "cpu", **header, **own}
         self.tensors = list(tensors or ())
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
             self._file = Appending(self.path, sync)
-        except FileExistsError:
-            raise UsageError(already_there(self.path)) from None
+        except FileExistsError as error:
+            raise UsageError(already_there(error.filename or self.path)) from None
         except OSError as error:
             msg = f"cannot create the trace's journal {self.path}: {error.strerror}"
             raise UsageError(msg) from None
@@ -196,13 +199,15 @@ def read_journal(path) -> JournalContents:
     """Read one journal, also one that is cut short, damaged or still being written.
 
     Never raises because of what the file holds, except UsageError for a newer schema: what is
-    wrong is named in ``problems``, and everything before it is kept.
+    wrong is named in ``problems``, and everything before it is kept. OSError where no ordinary file
+    stands there; a link is not followed.
     """
     path = path if isinstance(path, Stream) else Path(path)
     contents = JournalContents(path)
-    with path.open("rb") as file:
-        if _read_header(file, contents):
-            _read_records(file, contents)
+    file, size = opened(path)
+    with file:
+        if header := _read_header(file, size, contents):
+            _judge(read_records(file, size - header, RECORD), contents)
     if contents.grows:
         contents.tensors, problem = read_table(table_path(path))
         if problem:
@@ -216,82 +221,79 @@ def read_journal(path) -> JournalContents:
     return contents
 
 
-def _read_header(file, contents: JournalContents) -> bool:
+def _read_header(file, size: int, contents: JournalContents) -> int:
+    """Bytes of the header, which is taken; 0 where it cannot be."""
     name, line = contents.path.name, file.read(FIRST_LINE)
-    wanted = FIRST_LINE
+    wanted, sound = FIRST_LINE, False
     try:
         _, version, length, _ = line.split()
-        wanted += int(length)
-        body = file.read(int(length))
-        sound = line == _first_line(int(version), body)
-    except (ValueError, OverflowError, MemoryError):
-        sound = False
-    if not sound and _size(contents.path) < wanted:
+        version, length = int(version), int(length)
+        wanted += length
+        if FIRST_LINE <= wanted <= min(size, LONGEST):
+            body = file.read(length)
+            sound = line == _first_line(version, body)
+    except ValueError:
+        pass
+    if not sound and size < wanted:
         contents.missing.append(f"{name}: its header is cut short, nothing was flushed")
-        return False
-    if not sound:
-        contents.damage.append(f"{name}: its header is damaged, so none of it was read")
-        return False
-    if int(version) > SCHEMA_VERSION:
+        return 0
+    if sound and version > SCHEMA_VERSION:
         msg = (
-            f"{contents.path} has schema {int(version)}, this spimpi reads up to schema "
+            f"{contents.path} has schema {version}, this spimpi reads up to schema "
             f"{SCHEMA_VERSION}: read it with a newer spimpi"
         )
         raise UsageError(msg)
-    content = json.loads(body)
-    contents.header = content["header"]
-    contents.grows = content["tensors"] is None
-    contents.tensors = [TensorInfo(*row) for row in content["tensors"] or ()]
+    if not (sound and _take_header(body, contents)):
+        contents.damage.append(f"{name}: its header is damaged, so none of it was read")
+        return 0
+    return wanted
+
+
+def _take_header(body: bytes, contents: JournalContents) -> bool:
+    """What a header says, where it is of the kinds that a journal writes."""
+    try:
+        content = json.loads(body)
+        header, tensors = content["header"], content["tensors"]
+        own = [header[name] for name in OWN_HEADER[1:]]
+        table = [tensor_of(row) for row in tensors or ()]
+        header["started"] = float(header["started"])
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        return False
+    if not is_rank(RankInfo(*own, offset=0, count=0, fingerprint=0)):
+        return False
+    contents.header, others = sound_facts(header)
+    contents.damage += [
+        f"{contents.path.name}: the field {name} of its header is not what spimpi writes"
+        for name in others
+    ]
+    contents.grows, contents.tensors = tensors is None, table
     return True
 
 
-def _size(path) -> int:
-    return path.size() if isinstance(path, Stream) else path.stat().st_size
-
-
-def _read_records(file, contents: JournalContents) -> None:
-    name = contents.path.name
-    blocks, count = [], 0
-    size = RECORD.itemsize
-    while data := file.read(size * BLOCK):
-        records = np.frombuffer(data[: len(data) // size * size], RECORD)
-        numbers = np.arange(count, count + len(records), dtype=np.uint32)
-        good = (checksums(records) == records["checksum"]) & (records["number"] == numbers)
-        n = len(records) if good.all() else int(np.argmin(good))
-        blocks.append(unpack(records[:n]).view(np.uint8))  # numpy joins events field by field
-        contents.fingerprint ^= int(np.bitwise_xor.reduce(records["checksum"][:n]))
-        count += n
-        if n < len(records):
-            left = len(data) - n * size + len(file.read())
-            _read_end(records[n : n + 1], count, left, contents)
-            break
-        if len(data) % size:
+def _judge(records: Records, contents: JournalContents) -> None:
+    """Take the rows, and what follows them: the end record, or damage."""
+    name, size, count = contents.path.name, RECORD.itemsize, len(records)
+    contents.events, contents.fingerprint = records.rows, records.fingerprint
+    if records.next is None:
+        if records.left:
             contents.missing.append(
-                f"{name}: record {count} is torn, {len(data) % size} of its {size} bytes are there"
+                f"{name}: record {count} is torn, {records.left} of its {size} bytes are there"
             )
-            break
-    if blocks:
-        contents.events = np.concatenate(blocks).view(EVENT)
-
-
-def _read_end(record: np.ndarray, count: int, left: int, contents: JournalContents) -> None:
-    """Judge a record that is not the next event: the end record, or damage."""
-    name = contents.path.name
-    end = record.view(END_RECORD)[0]
-    if end["number"] != END or checksums(record)[0] != record["checksum"][0]:
-        after = left // RECORD.itemsize - 1
+        return
+    end = records.next.view(END_RECORD)[0]
+    state = end["state"].decode("utf-8", "replace")
+    if end["number"] != END or not records.sound or state not in END_STATES:
+        after = records.left // size - 1
         contents.damage.append(
             f"{name}: record {count} is damaged; it and the {after} records after it are left out"
         )
         return
-    contents.end_state = end["state"].decode("utf-8", "replace")
+    contents.end_state = state
     if end["count"] != count:
         contents.damage.append(
             f"{name}: {count} records are there, {end['count']} were written"
         )
-    elif left > RECORD.itemsize:
-        contents.damage.append(
-            f"{name}: {left - RECORD.itemsize} bytes stand after its end"
-        )
+    elif records.left > size:
+        contents.damage.append(f"{name}: {records.left - size} bytes stand after its end")
     else:
         contents.complete = True

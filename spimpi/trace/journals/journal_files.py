@@ -1,15 +1,23 @@
 """Where the journals of a trace are, who holds them, and how they go."""
 
+import errno
 import fcntl
+import os
+import re
+import stat
 import time
 from pathlib import Path
 
 from spimpi.errors import UsageError
+from spimpi.regular_file import open_regular
 from spimpi.trace.journals.growing import table_path
 from spimpi.trace.journals.node_file import EXTENT, Stream, create, node_file, streams
 from spimpi.trace.journals.sketch_file import sketch_path
+from spimpi.whole_file import no_ordinary_file
 
 RANKS_OWN, NODES = "rank-*.journal", "node-*.journal"
+# All that a run makes in the folder of its journals.
+OURS = re.compile(r"(rank|node)-\d{5,10}\.(journal|tensors|sketches)|sealing-[0-9a-f]{16}")
 REPLACE = "with `spimpi verify` use --overwrite"  # a program's trace has no such option
 
 
@@ -24,17 +32,32 @@ def journal_path(folder, rank: int) -> Path:
     return Path(folder) / f"rank-{rank:05d}.journal"
 
 
+def make_folder(folder: Path) -> None:
+    """The folder of this run's journals, which another rank may have made. OSError; FileExistsError
+    where a link or a file stands there, or another user's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    facts, own = os.lstat(folder), os.geteuid()
+    # On a network's disk root's folder may be nobody's.
+    if not stat.S_ISDIR(facts.st_mode) or own not in (0, facts.st_uid):
+        raise FileExistsError(errno.EEXIST, "a link or another user's folder is there", str(folder))
+
+
 def journals_in(folder: Path) -> tuple[list[Path | Stream], list[str], list[str]]:
     """All ranks' journals, in order; what is missing and what is damaged of nodes' files."""
-    found: list[Path | Stream] = list(folder.glob(RANKS_OWN))
+    found: list[Path | Stream] = []
     missing, damage = [], []
-    for file in folder.glob(NODES):
-        there, problem = streams(file)
-        found += there
-        if problem and file.stat().st_size < EXTENT:
-            missing.append(f"{file.name}: cut short, nothing was flushed")
-        elif problem:
-            damage.append(problem)
+    for file in (*folder.glob(RANKS_OWN), *folder.glob(NODES)):
+        if no_ordinary_file(file):
+            damage.append(f"{file.name}: it is {no_ordinary_file(file)}, and was not read")
+        elif file.match(RANKS_OWN):
+            found.append(file)
+        else:
+            there, problem = streams(file)
+            found += there
+            if problem and file.stat().st_size < EXTENT:
+                missing.append(f"{file.name}: cut short, nothing was flushed")
+            elif problem:
+                damage.append(problem)
     return sorted(found, key=lambda journal: journal.name), missing, damage
 
 
@@ -49,7 +72,7 @@ def lock(file: Path, shared: bool = False):
     A run holds it while it writes its journal, and whoever seals; the ranks of a node ``shared``
     where they share a file. On a file system without locks nobody has one.
     """
-    held = open(file, "r+b")  # NFS wants to be able to write
+    held = open_regular(file, follow=False, write=True)  # NFS wants to be able to write
     try:
         fcntl.flock(held, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -63,7 +86,11 @@ def lock(file: Path, shared: bool = False):
 def in_use(file: Path) -> bool:
     """Whether a process holds a journal's file open for writing (or seals it)."""
     kind = fcntl.LOCK_SH if file.match(RANKS_OWN) else fcntl.LOCK_EX
-    with file.open("rb") as opened:
+    try:
+        opened = open_regular(file, follow=False)
+    except OSError:  # a link, a FIFO: nobody's journal
+        return False
+    with opened:
         for wait in (0.01, 0.02, 0.04, 0):
             try:
                 fcntl.flock(opened, kind | fcntl.LOCK_NB)
@@ -120,10 +147,10 @@ def own_journal(comm, together, folder, renew: bool = False) -> Path | Stream:
             clear_own(folder, comm.rank)
         if file is not None and comm.rank == min(ranks):
             try:
-                folder.mkdir(parents=True, exist_ok=True)
+                make_folder(folder)
                 create(file, ranks)
-            except FileExistsError:
-                raise UsageError(already_there(file)) from None
+            except FileExistsError as error:
+                raise UsageError(already_there(error.filename or file)) from None
             except OSError as error:
                 msg = f"cannot create the trace's journals {file}: {error.strerror}"
                 raise UsageError(msg) from None
@@ -131,4 +158,4 @@ def own_journal(comm, together, folder, renew: bool = False) -> Path | Stream:
 
 
 def already_there(file) -> str:
-    return f"a journal of an earlier run is there: {file}; remove it ({REPLACE})"
+    return f"a journal of an earlier run, or another's, is there: {file}; remove it ({REPLACE})"

@@ -15,7 +15,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from spimpi.regular_file import open_regular, size_of
 from spimpi.trace.checksum import text_digest
+from spimpi.trace.schema import MOST_RANKS
 
 MAGIC = "spimpi-journals"
 SEPARATE = 16  # ranks of a node up to which each has files of its own
@@ -71,34 +73,27 @@ class Stream:
         with self.open() as file:
             return bool(file.raw.length)
 
-    def size(self) -> int:
-        with self.open() as file:
-            return file.raw.length
-
-    def read_bytes(self) -> bytes:
-        with self.open() as file:
-            return file.read()
-
-    def read_text(self, encoding=None, errors=None) -> str:
-        return self.read_bytes().rstrip(b"\0").decode(encoding or "utf-8", errors or "strict")
-
 
 class _Reader(io.RawIOBase):
     """The bytes of a stream, those that are there when it is opened."""
 
     def __init__(self, stream: Stream):
         self._stream, self._position = stream, 0
-        self._fd = os.open(stream.file, os.O_RDONLY)
+        self._file = open_regular(stream.file, follow=False)
+        self._fd = self._file.fileno()
         self.length = self._end()
 
     def _end(self) -> int:
         """After the last byte that is not 0, at a whole word."""
-        size = os.fstat(self._fd).st_size
-        extent = max(0, size // (EXTENT * len(self._stream.ranks) * len(SUFFIXES)))
-        for start in range(extent * EXTENT, -1, -EXTENT):
-            there = os.pread(self._fd, EXTENT, self._stream.offset(start)).rstrip(b"\0")
-            if there:
-                return start + -(-len(there) // ALIGNED) * ALIGNED
+        streams = len(self._stream.ranks) * len(SUFFIXES)
+        own = (self._stream.offset(0) // EXTENT) % streams
+        for first, last in reversed(_data(self._fd)):
+            # The extents of this stream among those that hold data, from the last one back.
+            for extent in range(last - (last - own) % streams, max(first, 1) - 1, -streams):
+                there = os.pread(self._fd, EXTENT, extent * EXTENT).rstrip(b"\0")
+                if there:
+                    start = (extent - 1) // streams * EXTENT
+                    return start + -(-len(there) // ALIGNED) * ALIGNED
         return 0
 
     def readable(self) -> bool:
@@ -114,9 +109,33 @@ class _Reader(io.RawIOBase):
         return n
 
     def close(self) -> None:
-        if not self.closed:
-            os.close(self._fd)
+        self._file.close()
         super().close()
+
+
+def _data(fd: int) -> list[tuple[int, int]]:
+    """The first and the last extent of each region of a file that is no hole, in order."""
+    size, at, found = os.fstat(fd).st_size, 0, []
+    while at < size:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError:  # a hole to the end
+            break
+        at = os.lseek(fd, start, os.SEEK_HOLE)
+        found.append((start // EXTENT, (at - 1) // EXTENT))
+    return found
+
+
+def opened(path):
+    """A journal's file, or one beside it, open for reading, and how many bytes it has.
+
+    ``path``: a Path or a Stream. OSError where no ordinary file stands there; no link is followed.
+    """
+    if isinstance(path, Stream):
+        file = path.open()
+        return file, file.raw.length
+    file = open_regular(path, follow=False)
+    return file, size_of(file)
 
 
 def node_file(folder, ranks) -> Path | None:
@@ -138,17 +157,22 @@ def create(path: Path, ranks) -> None:
 
 def streams(path: Path) -> tuple[list[Stream], str]:
     """The journals in a node's file, in the order of ranks, and what is wrong where there are none."""
-    with path.open("rb") as file:
+    with open_regular(path, follow=False) as file:
         start = file.read(EXTENT)
     for copy in (start[: EXTENT // 2], start[EXTENT // 2 :]):
         try:
             length = int(copy[:FIRST_LINE].split()[2])
             ranks = tuple(json.loads(copy[FIRST_LINE : FIRST_LINE + length])["ranks"])
-        except (ValueError, IndexError, KeyError, TypeError):
+        except (ValueError, IndexError, KeyError, TypeError, RecursionError):
             continue
-        if copy.startswith(_directory(ranks)):
+        if copy.startswith(_directory(ranks)) and _are_ranks(ranks):
             return [Stream(path, ranks, rank) for rank in sorted(ranks)], ""
     return [], f"{path.name}: its list of ranks is damaged, so none of it was read"
+
+
+def _are_ranks(ranks) -> bool:
+    numbers = all(type(rank) is int and 0 <= rank < MOST_RANKS for rank in ranks)
+    return numbers and 0 < len(ranks) == len(set(ranks))
 
 
 def _directory(ranks) -> bytes:

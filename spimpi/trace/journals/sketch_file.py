@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from spimpi.errors import IncompleteError, UsageError
-from spimpi.trace.checksum import SKETCH_RECORD, checksums, pack, text_digest, unpack
+from spimpi.trace.checksum import SKETCH_RECORD, checksums, pack, text_digest
 from spimpi.trace.journals.appending import Appending
+from spimpi.trace.journals.node_file import opened
+from spimpi.trace.journals.records import read_records
 from spimpi.trace.schema import SCHEMA_VERSION, SKETCH_SHARE
 
 MAGIC = "spimpi-sketches"
@@ -96,31 +98,38 @@ def read_sketches(path, rank: int, run_id: str, ended: bool) -> SketchContents:
     found = SketchContents()
     name = path.name
     try:
-        data = path.read_bytes()
+        file, length = opened(path)
     except FileNotFoundError:
         found.missing.append(f"{name}: is not there, though this run took sketches")
         return found
-    if len(data) < FIRST_LINE:
-        found.missing.append(f"{name}: its first line is cut short, no sketch is there")
+    except OSError as error:
+        found.damage.append(f"{name}: cannot be read: {error.strerror}")
         return found
-    if data[:FIRST_LINE] != _first_line(rank, run_id):
-        msg = f"{name}: its first line is damaged or of another run, so none of it was read"
+    with file:
+        first = file.read(FIRST_LINE)
+        if len(first) < FIRST_LINE:
+            found.missing.append(f"{name}: its first line is cut short, no sketch is there")
+            return found
+        if first != _first_line(rank, run_id):
+            msg = f"{name}: its first line is damaged or of another run, so none of it was read"
+            found.damage.append(msg)
+            return found
+        records = read_records(file, length - FIRST_LINE, SKETCH_RECORD)
+    found.rows = records.rows
+    n, size = len(records), SKETCH_RECORD.itemsize
+    after = records.next
+    if after is not None and records.sound and after["number"][0] == END:
+        _judge_end(found, name, n, int(after["share"]["size"][0]), records.left - size)
+    elif after is not None:
+        msg = (
+            f"{name}: record {n} is damaged; it and the {records.left // size - 1} records after "
+            "it are left out"
+        )
         found.damage.append(msg)
-        return found
-    size = SKETCH_RECORD.itemsize
-    whole, torn = divmod(len(data) - FIRST_LINE, size)
-    records = np.frombuffer(data, SKETCH_RECORD, whole, FIRST_LINE)
-    sound = checksums(records) == records["checksum"]
-    good = sound & (records["number"] == np.arange(whole, dtype=np.uint32))
-    n = whole if good.all() else int(np.argmin(good))
-    found.rows = unpack(records[:n])
-    if n < whole and sound[n] and records["number"][n] == END:
-        _judge_end(found, name, n, int(records["share"]["size"][n]), (whole - n - 1) * size + torn)
-    elif n < whole:
-        msg = f"{name}: record {n} is damaged; it and the {whole - n - 1} records after it are left out"
-        found.damage.append(msg)
-    elif torn:
-        found.missing.append(f"{name}: record {n} is torn, {torn} of its {size} bytes are there")
+    elif records.left:
+        found.missing.append(
+            f"{name}: record {n} is torn, {records.left} of its {size} bytes are there"
+        )
     elif ended:
         found.missing.append(f"{name}: its end is missing, {n} sketches are there")
     return found

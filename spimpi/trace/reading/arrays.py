@@ -6,7 +6,7 @@ import numpy as np
 
 from spimpi.errors import MissingDependency
 from spimpi.trace.schema import DESCRIPTIONS, ENUMERATIONS, EVENT
-from spimpi.trace.sealing.layout import EVENT_DIMENSION
+from spimpi.trace.sealing.layout import EVENT_DIMENSION, flags_of
 
 
 def to_xarray(trace):
@@ -47,14 +47,9 @@ def to_xarray(trace):
 
 
 def _attributes(name: str) -> dict:
-    """Names of numbers as CF has them (flag_values, flag_meanings; flag_masks where bits add up)."""
-    attributes = {"description": DESCRIPTIONS[name]}
-    if name in ENUMERATIONS:
-        members = list(ENUMERATIONS[name])
-        flags = "flag_masks" if name == "established" else "flag_values"
-        attributes[flags] = np.array([int(member) for member in members], EVENT[name])
-        attributes["flag_meanings"] = " ".join(member.name for member in members)
-    return attributes
+    """Names of numbers as CF has them, of the type that this column has here."""
+    flags = flags_of(name, EVENT[name]) if name in ENUMERATIONS else {}
+    return {"description": DESCRIPTIONS[name], **flags}
 
 
 class _RankOfRow:

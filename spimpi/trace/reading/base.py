@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from spimpi.errors import IncompleteError, UsageError
+from spimpi.printable import one_line
 from spimpi.trace.reading.sketches import combined
 from spimpi.trace.schema import EVENT, RankInfo, TensorInfo
 
@@ -32,6 +33,19 @@ class Block:
         """The rows that a mask or positions choose."""
         columns = {name: column[chosen] for name, column in self.columns.items()}
         return Block(self.rank[chosen], columns)
+
+
+LATEST = 1e10  # seconds from a run's start
+
+
+def check_times(rows, where: str = "") -> None:
+    """DamageError where times of ``rows`` (columns by name) are none that a run can have."""
+    for name in ("t_start", "t_end"):
+        times = rows[name]
+        # Written so that a NaN, which compares with nothing, is found as well.
+        if len(times) and not (-LATEST < times.min() and times.max() < LATEST):
+            msg = f"{where}: its events have times ({name}) that no run can have"
+            raise DamageError(msg)
 
 
 def joined(blocks: Sequence[Block]) -> Block:
@@ -60,6 +74,13 @@ class Trace:
         self.path = path
         self.missing: list[str] = []
         self.damage: list[str] = []
+
+    def __repr__(self):
+        run = one_line(self.attributes.get("run_id", "without a name"), 80)
+        state = self.attributes.get("end_state", "not ended")
+        state = "damaged" if self.damage else "incomplete" if self.missing else state
+        held = f"{len(self.ranks):,} ranks, {len(self):,} events"
+        return f"<spimpi trace {one_line(self.path.name, 80)}: run {run}, {state}, {held}>"
 
     @property
     def problems(self) -> list[str]:

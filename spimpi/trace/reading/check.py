@@ -8,7 +8,7 @@ from spimpi.trace.journals.journal_files import journal_folder
 from spimpi.trace.reading.base import DamageError
 from spimpi.trace.reading.reader import open as open_trace
 from spimpi.trace.reading.sealed import SealedTrace
-from spimpi.trace.sealing.drivers import parts_folder
+from spimpi.trace.sealing.leftovers import parts_folder
 
 EXIT_STATUS = {"intact": 0, "damaged": 1, "incomplete": 3}
 

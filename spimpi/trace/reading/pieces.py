@@ -30,11 +30,11 @@ def groups(ranks) -> Iterator[list[RankInfo]]:
         yield group
 
 
-def pieces(group: list[RankInfo]) -> list[list[Span]]:
+def pieces(group: list[RankInfo]) -> Iterator[list[Span]]:
     """The pieces in which a group is read."""
     if len(group) > 1 or group[0].count <= ROWS:
-        return [[Span(info, 0, info.count) for info in group]]
+        yield [Span(info, 0, info.count) for info in group]
+        return
     (info,) = group
-    return [
-        [Span(info, first, min(ROWS, info.count - first))] for first in range(0, info.count, ROWS)
-    ]
+    for first in range(0, info.count, ROWS):
+        yield [Span(info, first, min(ROWS, info.count - first))]

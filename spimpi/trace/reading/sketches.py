@@ -6,6 +6,7 @@ file says how many rows there are and their fingerprint; without it none were ta
 
 import numpy as np
 
+from spimpi.hdf5_guard import own_numbers
 from spimpi.trace.checksum import rows_fingerprint
 from spimpi.trace.schema import SKETCH, SKETCH_DESCRIPTIONS, SKETCH_SHARE
 
@@ -30,9 +31,17 @@ def write_group(file, rows: np.ndarray) -> None:
 
 def read_group(file) -> np.ndarray:
     """The rows of /sketches, dtype SKETCH_SHARE. Raises whatever h5py raises."""
-    rows = np.empty(len(file["sketches/step"]), SKETCH_SHARE)
+    columns = {}
     for name in SKETCH_SHARE.names:
-        rows[name] = file[f"sketches/{name}"][:]
+        dtype = SKETCH_SHARE[name]
+        columns[name] = own_numbers(file, f"sketches/{name}", dtype.base.kind, dtype.base.itemsize)
+    shape = columns["step"].shape
+    rows = np.empty(shape, SKETCH_SHARE)
+    for name, column in columns.items():
+        if column.shape != shape + SKETCH_SHARE[name].shape or len(shape) != 1:
+            msg = f"sketches/{name} has shape {column.shape}"
+            raise ValueError(msg)
+        rows[name] = column[:]
     return rows
 
 

@@ -1,5 +1,6 @@
 """The journals of a run that was never sealed, read as a trace."""
 
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,8 @@ from spimpi.trace.journals.growing import merged, renumbered
 from spimpi.trace.journals.journal import OWN_HEADER, JournalContents, read_journal
 from spimpi.trace.journals.journal_files import files_of, in_use, journals_in
 from spimpi.trace.journals.node_file import Stream
-from spimpi.trace.reading.base import Trace
-from spimpi.trace.schema import SKETCH_SHARE, RankInfo
+from spimpi.trace.reading.base import Trace, check_times
+from spimpi.trace.schema import MOST_RANKS, SKETCH_SHARE, RankInfo
 
 
 class JournalTrace(Trace):
@@ -81,17 +82,25 @@ class JournalTrace(Trace):
             if journal.sketches is not None:
                 self.missing += journal.sketches.missing
                 self.damage += journal.sketches.damage
-        world = self.attributes.get("world")
-        missing = [r for r in range(world if isinstance(world, int) else 0) if r not in self._files]
-        if missing:
-            some = ", ".join(map(str, missing[:10])) + (", …" if len(missing) > 10 else "")
-            self.missing.append(f"no journal of {len(missing)} of {world} ranks: {some}")
+        if "world" in self.attributes:
+            self._name_absent(self.attributes["world"])
+
+    def _name_absent(self, world: int) -> None:
+        absent = (rank for rank in range(world) if rank not in self._files)
+        if n_absent := world - len(self._files):
+            first = list(islice(absent, 11))
+            some = ", ".join(map(str, first[:10])) + (", …" if len(first) > 10 else "")
+            self.missing.append(f"no journal of {n_absent} of {world} ranks: {some}")
 
     def _one_a_rank(self, journals: list[JournalContents]) -> list[JournalContents]:
         """The first of each rank: what was copied from several nodes may hold one twice."""
         of_rank: dict[int, JournalContents] = {}
+        world = journals[0].header.get("world", MOST_RANKS)
         for journal in journals:
             rank = journal.header["rank"]
+            if rank >= world:
+                self.damage.append(f"{journal.path.name}: of rank {rank} of {world}; left out")
+                continue
             first = of_rank.setdefault(rank, journal)
             if first is not journal:
                 said = f"{journal.path.name}: of rank {rank}, as {first.path.name} is; left out"
@@ -102,7 +111,9 @@ class JournalTrace(Trace):
         return self.events()[name]
 
     def _rows(self, info: RankInfo) -> np.ndarray:
-        rows = read_journal(self._files[info.rank]).events[: info.count]
+        journal = self._files[info.rank]
+        rows = read_journal(journal).events[: info.count]
+        check_times(rows, journal.name)
         numbers = self._numbers.get(info.rank)
         return rows if numbers is None else renumbered(rows, numbers)
 

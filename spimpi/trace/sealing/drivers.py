@@ -15,6 +15,7 @@ from spimpi.trace.reading import sketches
 from spimpi.trace.schema import EVENT, SCHEMA_VERSION, RankInfo
 from spimpi.trace.sealing import layout
 from spimpi.trace.sealing.agreed import agreed, kept
+from spimpi.trace.sealing.leftovers import Sealing, parts_folder, remove_parts
 
 PIECE = 1 << 24  # rows a transfer: MPI counts bytes in an int
 
@@ -37,10 +38,12 @@ class Plan:
     tensors: list
     temporary: Path
     sketches: np.ndarray | None = None
+    sealing: Sealing | None = None
 
-
-def parts_folder(path) -> Path:
-    return Path(f"{path}.parts")
+    def made(self, place: Path) -> None:
+        """Note what this sealing made, where there is a note."""
+        if self.sealing is not None:
+            self.sealing.made(place)
 
 
 def write_mpio(comm, plan: Plan, events, undo: ExitStack) -> None:
@@ -75,9 +78,10 @@ def _lay_out(plan: Plan, driver: str, undo: ExitStack) -> None:
     """
     import h5py
 
-    undo.callback(plan.temporary.unlink, missing_ok=True)
     _check_room(plan)
-    with h5py.File(plan.temporary, "w", libver=layout.LIBVER) as file:
+    with h5py.File(plan.temporary, "x", libver=layout.LIBVER) as file:
+        undo.callback(plan.temporary.unlink, missing_ok=True)
+        plan.made(plan.temporary)
         layout.write_tables(file, driver, plan.attributes, plan.ranks, plan.tensors)
         layout.create_columns(file, plan.total, plan.types)
         if plan.sketches is not None:
@@ -170,20 +174,20 @@ def _write_blocks(plan: Plan, blocks) -> None:
 
 def write_parts(comm, plan: Plan, events, undo: ExitStack) -> None:
     """Each rank writes a file of its own, then rank 0 the file that shows them. Collective."""
-    path = plan.path
-    building = building_parts(path)
+    path, building = plan.path, plan.sealing.building
     with agreed(comm, path):
         if comm.rank == 0:
-            shutil.rmtree(building, ignore_errors=True)
-            undo.callback(shutil.rmtree, building, ignore_errors=True)
             building.mkdir()
+            undo.callback(remove_parts, building)
+            plan.made(building)
     with agreed(comm, path):
         write_part(plan, building, comm.rank, events)
     with agreed(comm, path):
         if comm.rank == 0:
-            _swap_in(path, building, undo)
-            undo.callback(plan.temporary.unlink, missing_ok=True)
+            _swap_in(plan, undo)
             write_shown_parts(plan)
+            undo.callback(plan.temporary.unlink, missing_ok=True)
+            plan.made(plan.temporary)
 
 
 def write_part(plan: Plan, folder: Path, rank: int, events) -> None:
@@ -228,26 +232,22 @@ def _written_plainly(path: Path):
     image = io.BytesIO()
     with h5py.File(image, "w", libver=layout.LIBVER) as file:
         yield file
-    path.write_bytes(image.getbuffer())
+    with open(path, "xb") as file:
+        try:
+            file.write(image.getbuffer())
+        except BaseException:
+            path.unlink()
+            raise
 
 
 def _part_name(rank: int) -> str:
     return f"rank-{rank:05d}.h5"
 
 
-def building_parts(path) -> Path:
-    return Path(f"{path}.parts.sealing")
-
-
-def old_parts(path) -> Path:
-    return Path(f"{path}.parts.old")
-
-
-def _swap_in(path: Path, building: Path, undo: ExitStack) -> None:
+def _swap_in(plan: Plan, undo: ExitStack) -> None:
     """Give the new parts their name; those of a trace that is overwritten wait until the end."""
-    folder, old = parts_folder(path), old_parts(path)
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
+    folder, building, old = parts_folder(plan.path), plan.sealing.building, plan.sealing.old
+    if os.path.lexists(folder):
         os.rename(folder, old)
         undo.callback(os.rename, old, folder)
     os.rename(building, folder)

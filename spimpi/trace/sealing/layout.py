@@ -17,15 +17,13 @@ from dataclasses import astuple, fields
 
 import numpy as np
 
+from spimpi.hdf5_guard import own_attribute, own_group, own_numbers, own_texts
 from spimpi.trace.checksum import text_digest
+from spimpi.trace.facts import tensor_of
 from spimpi.trace.schema import (
-    DESCRIPTIONS,
-    ENUMERATIONS,
-    EVENT,
-    SCHEMA_VERSION,
-    RankInfo,
-    TensorInfo,
-)
+    DESCRIPTIONS, ENUMERATIONS, EVENT, MASKS, RANK_DESCRIPTIONS, SCHEMA_VERSION,
+    TENSOR_DESCRIPTIONS, RankInfo, TensorInfo,
+)  # fmt: skip
 
 OWN_ATTRIBUTES = ("schema_version", "driver", "json", "digest")
 MISSING = "missing"  # the attribute of a recovered trace: what its journals lacked, a list
@@ -82,13 +80,20 @@ def write_tables(file, driver: str, attributes: dict, ranks, tensors, parts=None
         table.create_dataset(column.name, data=np.array(values, dtype=dtype))
     if parts is not None:
         table.create_dataset("part", data=np.array(parts, dtype=text))
+    _describe_table(table, RANK_DESCRIPTIONS)
     _name_dimension(table, table["rank"])
     table = file.create_group("tensors")
     for name in ("name", "shape", "dtype"):
         values = [getattr(tensor, name) for tensor in tensors]
         values = [json.dumps(v) if name == "shape" else v for v in values]
         table.create_dataset(name, data=np.array(values, dtype=text))
+    _describe_table(table, TENSOR_DESCRIPTIONS)
     _name_dimension(table, table["name"])
+
+
+def _describe_table(table, descriptions: dict) -> None:
+    for name, column in table.items():
+        column.attrs["description"] = descriptions[name]
 
 
 def _name_dimension(group, scale, name: str | None = None) -> None:
@@ -112,6 +117,16 @@ def describe(dataset, name: str) -> None:
         members = list(ENUMERATIONS[name])
         dataset.attrs["names"] = [member.name for member in members]
         dataset.attrs["values"] = [int(member) for member in members]
+        dataset.attrs.update(flags_of(name, dataset.dtype))
+
+
+def flags_of(name: str, dtype) -> dict:
+    """Names of an enumeration's numbers as CF has them: flag_values (flag_masks where bits add
+    up), of the column's own type, and flag_meanings."""
+    members = list(ENUMERATIONS[name])
+    flags = "flag_masks" if name in MASKS else "flag_values"
+    meanings = " ".join(member.name for member in members)
+    return {flags: np.array(list(map(int, members)), dtype), "flag_meanings": meanings}
 
 
 def create_columns(file, total: int, types: dict) -> None:
@@ -155,38 +170,60 @@ def read_tables(file) -> tuple[dict, list[RankInfo], list[TensorInfo], list[str]
 
     Raises whatever h5py raises where the file is not a sealed trace.
     """
-    in_json = set(json.loads(file.attrs["json"]))
-    attributes = {}
-    for name, value in file.attrs.items():
+    in_json = set(json.loads(own_attribute(file, "json")))
+    driver, attributes = own_attribute(file, "driver"), {}
+    for name in file.attrs:
         if name in OWN_ATTRIBUTES:
             continue
+        value = own_attribute(file, name)
         value = value.item() if isinstance(value, np.generic) else value
         attributes[name] = json.loads(value) if name in in_json else value
-    text = {"host", "device"}
-    columns = [
-        file[f"ranks/{c.name}"].asstr()[:] if c.name in text else file[f"ranks/{c.name}"][:]
-        for c in fields(RankInfo)
-    ]
-    ranks = [
-        RankInfo(*(v.item() if isinstance(v, np.generic) else v for v in row))
-        for row in zip(*columns, strict=True)
-    ]
+    columns = [_rank_column(file, column.name, column.type) for column in fields(RankInfo)]
+    ranks = [RankInfo(*row) for row in zip(*columns, strict=True)]
+    names, shapes, dtypes = (own_texts(file, f"tensors/{c}") for c in ("name", "shape", "dtype"))
     tensors = [
-        TensorInfo(name, json.loads(shape), dtype)
-        for name, shape, dtype in zip(
-            *(file[f"tensors/{c}"].asstr()[:] for c in ("name", "shape", "dtype")), strict=True
-        )
+        tensor_of([name, json.loads(shape), dtype])
+        for name, shape, dtype in zip(names, shapes, dtypes, strict=True)
     ]
-    parts = list(file["ranks/part"].asstr()[:]) if "part" in file["ranks"] else []
-    digest = tables_digest(file.attrs["driver"], attributes, ranks, tensors)
-    return attributes, ranks, tensors, parts, digest == file.attrs["digest"]
+    parts = own_texts(file, "ranks/part") if driver == "parts" else []
+    digest = tables_digest(driver, attributes, ranks, tensors)
+    return attributes, ranks, tensors, parts, digest == own_attribute(file, "digest")
 
 
-def read_rows(group, start: int, count: int) -> np.ndarray:
-    """Rows of /events of an open file, as they were recorded (dtype EVENT)."""
+def _rank_column(file, name: str, kind: type) -> list:
+    """A column of /ranks, as Python's own numbers or texts."""
+    if kind is str:
+        return own_texts(file, f"ranks/{name}")
+    kinds = "u" if name == "fingerprint" else "f" if kind is float else "i"
+    return of_one_dimension(own_numbers(file, f"ranks/{name}", kinds))[:].tolist()
+
+
+def event_column(file, name: str, opened=own_numbers):
+    """A column of /events of an open file, whose rows lie in the file; ``opened``: of hdf5_guard."""
+    return event_columns(file, (name,), opened)[name]
+
+
+def event_columns(file, names=EVENT.names, opened=own_numbers) -> dict:
+    """Columns of /events by name."""
+    events, columns = own_group(file, "events"), {}
+    for name in names:
+        kinds = "iu" if name in NARROWED else EVENT[name].kind
+        columns[name] = of_one_dimension(opened(events, name, kinds, EVENT[name].itemsize))
+    return columns
+
+
+def of_one_dimension(column):
+    if len(column.shape) != 1:
+        msg = f"{column.name} has shape {column.shape}, expected one dimension"
+        raise ValueError(msg)
+    return column
+
+
+def read_rows(columns, start: int, count: int) -> np.ndarray:
+    """Rows of /events, as they were recorded (dtype EVENT); ``columns`` by name."""
     events = np.empty(count, EVENT)
     for name in EVENT.names:
-        events[name] = group[f"events/{name}"][start : start + count]
+        events[name] = columns[name][start : start + count]
     return events
 
 

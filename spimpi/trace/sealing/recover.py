@@ -1,6 +1,5 @@
 """Sealing what is intact of a killed run's journals. One process, no MPI."""
 
-import os
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +18,9 @@ from spimpi.trace.reading.sealed import SealedTrace, sealed_run_id
 from spimpi.trace.reading.unsealed import JournalTrace
 from spimpi.trace.sealing import layout
 from spimpi.trace.sealing.drivers import Plan, write_alone
-from spimpi.trace.sealing.seal import clear
+from spimpi.trace.sealing.leftovers import Sealing, killed_sealings, new_token
+from spimpi.trace.sealing.seal import check_place, clear, clear_folder
+from spimpi.whole_file import publish
 
 REPLACES = "--overwrite (overwrite=True) replaces it by what the journals hold"
 
@@ -55,6 +56,7 @@ def recover(path, overwrite: bool = False) -> Recovered:
                 there = f"{path} is sealed"
         msg = f"nothing to recover: {there}, and there are no journals {folder}"
         raise UsageError(msg)
+    check_place(path)
     trace = JournalTrace(path, folder)
     refuse_running(trace)
     if not trace.journals and not trace.damage and path.is_file():
@@ -67,8 +69,15 @@ def recover(path, overwrite: bool = False) -> Recovered:
             held.enter_context(_locked(path, file))
         if path.is_file() and not overwrite:
             return _already_sealed(trace, folder)
-        sealed = _seal(trace)
-        return _remove(trace, folder, sealed)
+        _undo_killed(path, folder)
+        sealing = Sealing(path, folder, new_token())
+        sealed = _seal(trace, sealing, overwrite)
+        return _remove(trace, sealing, sealed, overwrite)
+
+
+def _undo_killed(path: Path, folder: Path) -> None:
+    for sealing in killed_sealings(path, folder):
+        sealing.undo()
 
 
 def _locked(path: Path, journal: Path):
@@ -101,11 +110,12 @@ def _already_sealed(trace: JournalTrace, folder: Path) -> Recovered:
         raise UsageError(msg)
     for file in files_of(trace.journals):
         remove_file(file)
-    clear(path, folder, keep_parts=found.driver == "parts")
+    _undo_killed(path, folder)
+    clear_folder(path, folder)
     return Recovered(str(path), found.ranks, found.events, found.missing, [], was_sealed=True)
 
 
-def _seal(trace: JournalTrace) -> SealedTrace:
+def _seal(trace: JournalTrace, sealing: Sealing, overwrite: bool) -> SealedTrace:
     """Write the file, read it back, give it its name."""
     ranks, ranges = [], []
     for info, rows in trace.intact_events():
@@ -134,19 +144,22 @@ def _seal(trace: JournalTrace) -> SealedTrace:
         ranks=ranks,
         attributes=attributes,
         tensors=trace.tensors,
-        temporary=Path(f"{trace.path}.sealing"),
+        temporary=sealing.file,
         sketches=taken,
+        sealing=sealing,
     )
     blocks = ((info.offset, trace.events(info.rank)[: info.count]) for info in ranks)
     with ExitStack() as undo:
         try:
+            sealing.begin()
+            undo.callback(sealing.note.unlink, missing_ok=True)
             write_alone(plan, blocks, undo)
         except OSError as error:
             msg = f"cannot write {plan.temporary}: {error.strerror or error}; the journals are kept"
             raise IncompleteError(msg) from error
         sync(plan.temporary)
         sealed = _read_back(plan)
-        os.replace(plan.temporary, plan.path)
+        publish(plan.temporary, plan.path, overwrite)
         sync(plan.path.parent)
         undo.pop_all()
     return sealed
@@ -166,7 +179,7 @@ def _read_back(plan: Plan) -> SealedTrace:
     return sealed
 
 
-def _remove(trace: JournalTrace, folder: Path, sealed: SealedTrace) -> Recovered:
+def _remove(trace: JournalTrace, sealing: Sealing, sealed: SealedTrace, overwrite) -> Recovered:
     damaged = [
         journal for journal in trace.journals
         if any(line.startswith(f"{journal.stem}.") for line in trace.damage)
@@ -175,6 +188,6 @@ def _remove(trace: JournalTrace, folder: Path, sealed: SealedTrace) -> Recovered
     for file in files_of(trace.journals):
         if file not in kept:
             remove_file(file)
-    clear(trace.path, folder)
+    clear(sealing, overwrite)
     events = sum(info.count for info in sealed.ranks)
     return Recovered(str(trace.path), len(sealed.ranks), events, sealed.missing, list(map(str, kept)))

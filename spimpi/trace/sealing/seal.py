@@ -4,12 +4,11 @@
 ``parts``   a serial file a rank in ``PATH.parts/``, and ``PATH`` that shows them as one.
 ``gather``  one file; the ranks send their rows to rank 0, which writes it.
 
-Everything is written under a temporary name and read back before it gets its own; the journals
-go only after that. Whatever goes wrong on one rank is agreed on, and raised on all of them.
+Everything is written under temporary names of its own and read back before it gets its own; the
+journals go only after that. Whatever goes wrong on one rank is agreed on, and raised on all of them.
 """
 
 import os
-import shutil
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from spimpi.trace.checksum import rows_fingerprint
 from spimpi.trace.journals.growing import merged, renumbered
 from spimpi.trace.journals.journal import OWN_HEADER, Journal, read_journal
 from spimpi.trace.journals.journal_files import (
-    NODES, RANKS_OWN, REPLACE, in_use, journal_folder, lock, remove_journal,
+    NODES, OURS, RANKS_OWN, REPLACE, in_use, journal_folder, lock, remove_journal,
 )  # fmt: skip
 from spimpi.trace.journals.node_file import Stream
 from spimpi.trace.journals.synced import sync
@@ -28,10 +27,11 @@ from spimpi.trace.reading import sketches
 from spimpi.trace.schema import EVENT, SKETCH_SHARE, RankInfo
 from spimpi.trace.sealing import layout
 from spimpi.trace.sealing.agreed import agreed
-from spimpi.trace.sealing.drivers import (
-    Plan, building_parts, old_parts, parts_folder, sync_written, write_gather, write_mpio,
-    write_parts,
+from spimpi.trace.sealing.drivers import Plan, sync_written, write_gather, write_mpio, write_parts
+from spimpi.trace.sealing.leftovers import (
+    PART, Sealing, killed_sealings, new_token, parts_folder, remove_parts, strangers,
 )  # fmt: skip
+from spimpi.whole_file import no_ordinary_file, publish
 
 DRIVERS = ("auto", "mpio", "parts", "gather")
 WRITERS = {"mpio": write_mpio, "parts": write_parts, "gather": write_gather}
@@ -62,10 +62,15 @@ def choose_driver(driver: str = "auto") -> str:
 
 def check_can_write(path, overwrite: bool = False, local=None) -> None:
     """Raise UsageError where a trace can't be written to ``path``. For one rank; writes nothing."""
-    _check_place(Path(path))
+    check_place(Path(path))
+    link, folder = journal_folder(path), journal_folder(path, local)
     if not overwrite:
-        there = (journal_folder(path), journal_folder(path, local), parts_folder(path))
-        _check_free(Path(path), *there)
+        _check_free(Path(path), link, folder, parts_folder(path))
+    _check_ours(parts_folder(path))
+    if not (link.is_symlink() and link.readlink().name == link.name):  # of a run with --journal
+        _check_ours(link, OURS)
+    if local is not None:
+        _check_ours(folder, OURS)
 
 
 def prepare(path, overwrite: bool = False, local=None) -> Path:
@@ -81,10 +86,14 @@ def prepare(path, overwrite: bool = False, local=None) -> Path:
             if any(map(in_use, (*place.glob(RANKS_OWN), *place.glob(NODES)))):
                 msg = f"the trace {path} is being written by a running job; choose another name"
                 raise UsageError(msg)
+        for sealing in killed_sealings(path, link):
+            sealing.undo()
         if link.is_symlink():
             link.unlink()
         if folder.exists():
-            shutil.rmtree(folder)
+            for file in folder.iterdir():
+                file.unlink()
+            folder.rmdir()
         folder.mkdir(parents=local is not None)
         if local is not None:
             link.symlink_to(folder.absolute())
@@ -117,11 +126,17 @@ def seal(comm, journal, path, attributes=None, driver="auto", overwrite=False) -
             if contents.sketches is not None and contents.sketches.problems:
                 raise IncompleteError("; ".join(contents.sketches.problems))
             if comm.rank == 0:
-                _check_place(path)
+                check_place(path)
                 if not overwrite:
                     _check_free(path, *([parts_folder(path)] if driver == "parts" else []))
-        plan = _plan(comm, contents, path, attributes or {}, driver)
+                _check_ours(parts_folder(path))
+        sealing = Sealing(path, journal.parent, comm.bcast(new_token()))
+        plan = _plan(comm, contents, sealing, attributes or {})
         with ExitStack() as undo:
+            with agreed(comm, path):
+                if comm.rank == 0:
+                    sealing.begin()
+                    undo.callback(sealing.note.unlink, missing_ok=True)
             WRITERS[driver](comm, plan, contents.events, undo)
             with agreed(comm, path):
                 if synced:
@@ -129,24 +144,25 @@ def seal(comm, journal, path, attributes=None, driver="auto", overwrite=False) -
                 _read_back(plan)
             with agreed(comm, path):
                 if comm.rank == 0:
-                    os.replace(plan.temporary, path)
+                    publish(plan.temporary, path, overwrite)
                     if synced:
                         sync(path.parent)
             undo.pop_all()
         with agreed(comm, path):
             remove_journal(journal)
-            with suppress(OSError):
-                journal.parent.rmdir()  # the last one on its node
     if comm.rank == 0:
-        clear(path, journal.parent, keep_parts=driver == "parts")
+        clear(sealing, overwrite and driver != "parts")
+    with suppress(OSError):
+        journal.parent.rmdir()  # the last one on its node
 
 
-def clear(path: Path, folder: Path, keep_parts: bool = False) -> None:
-    """After sealing: the journals' folder, if it is empty, and what interrupted ones left."""
-    clear_folder(path, folder)
-    left = [old_parts(path), building_parts(path)] + ([] if keep_parts else [parts_folder(path)])
-    for name in left:
-        shutil.rmtree(name, ignore_errors=True)
+def clear(sealing: Sealing, replaces_parts: bool) -> None:
+    """After sealing: its own names, the journals' folder if it is empty, and what it
+    ``replaces``: the parts of the trace that was there before."""
+    sealing.clear()
+    if replaces_parts:
+        remove_parts(parts_folder(sealing.path))
+    clear_folder(sealing.path, sealing.note.parent)
 
 
 def clear_folder(path: Path, folder: Path) -> None:
@@ -154,7 +170,7 @@ def clear_folder(path: Path, folder: Path) -> None:
     with suppress(OSError):
         folder.resolve().rmdir()
     link = journal_folder(path)
-    if link.is_symlink() and not link.exists():
+    if link.is_symlink() and not link.exists() and link.readlink().name == link.name:
         link.unlink(missing_ok=True)
 
 
@@ -167,9 +183,9 @@ def _locked(journal: Path | Stream):
     return held
 
 
-def _plan(comm, contents, path, attributes, driver) -> Plan:
+def _plan(comm, contents, sealing: Sealing, attributes) -> Plan:
     """Agree on where each rank's rows go and how they are stored. Collective."""
-    header = contents.header
+    header, path = contents.header, sealing.path
     run_id = header.get("run_id", "")
     grows, theirs = comm.bcast((contents.grows, (run_id, contents.tensors)))
     with agreed(comm, path):
@@ -210,8 +226,9 @@ def _plan(comm, contents, path, attributes, driver) -> Plan:
         ranks=comm.gather(own),
         attributes=attributes,
         tensors=contents.tensors,
-        temporary=Path(f"{path}.sealing"),
+        temporary=sealing.file,
         sketches=taken,
+        sealing=sealing,
     )
 
 
@@ -240,8 +257,8 @@ def _read_back(plan: Plan) -> None:
     own, found = plan.own, 0
     with h5py.File(plan.temporary, "r", locking=False) as file:
         # Opened once: a virtual dataset opens its sources anew each time.
-        columns = {f"events/{name}": file[f"events/{name}"] for name in EVENT.names}
-        total = len(columns["events/step"])
+        columns = {name: file[f"events/{name}"] for name in EVENT.names}
+        total = len(columns["step"])
         for start in range(0, own.count, layout.ROWS_AT_ONCE):
             n = min(layout.ROWS_AT_ONCE, own.count - start)
             found ^= rows_fingerprint(layout.read_rows(columns, own.offset + start, n), start)
@@ -256,24 +273,40 @@ def _read_back(plan: Plan) -> None:
         raise IncompleteError(msg)
 
 
-def _check_place(path: Path) -> None:
+def check_place(path: Path) -> None:
+    """UsageError where no file can be made at ``path``, or something that is none stands there."""
     if not path.parent.is_dir():
         msg = f"cannot write the trace {path}: there is no directory {path.parent}"
         raise UsageError(msg)
     if not os.access(path.parent, os.W_OK | os.X_OK):
         msg = f"cannot write the trace {path}: the directory {path.parent} is not writable"
         raise UsageError(msg)
-    if path.is_dir():
-        msg = f"cannot write the trace {path}: it is a directory"
+    if other := no_ordinary_file(path):
+        msg = f"cannot write the trace {path}: it is {other}; choose another name"
+        raise UsageError(msg)
+
+
+def _check_ours(folder: Path, known=PART) -> None:
+    """UsageError where something in a folder that is to go was not made by spimpi."""
+    try:
+        others = strangers(folder, known)
+    except OSError as error:
+        msg = f"cannot read {folder}: {error.strerror}"
+        raise UsageError(msg) from None
+    if others:
+        msg = (
+            f"{folder} holds what is of no trace ({', '.join(others[:3])}), and is not removed: "
+            "choose another name, or move it away"
+        )
         raise UsageError(msg)
 
 
 def _check_free(path: Path, *folders: Path) -> None:
-    if path.exists():
+    if os.path.lexists(path):
         msg = f"the trace {path} exists; choose another name or remove it ({REPLACE})"
         raise UsageError(msg)
     for folder in folders:
-        if folder.exists() or folder.is_symlink():
+        if os.path.lexists(folder):
             msg = (
                 f"{folder} exists: it belongs to a run that has not ended, that was killed, or "
                 f"to a trace that was renamed; choose another name or remove it ({REPLACE})"
