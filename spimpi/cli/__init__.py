@@ -9,19 +9,19 @@ from spimpi import __version__
 from spimpi.cli.registry import COMMANDS
 from spimpi.errors import SpimpiError
 from spimpi.launch import launcher_rank, let_rank_0_speak, set_thread_limits, wait_asleep
+from spimpi.printable import one_line
 
 
 class _Parser(argparse.ArgumentParser):
-    """Usage errors are said once, by rank 0, and end every rank with status 2."""
+    """Usage errors are said once, by rank 0, in one line, and end every rank with status 2."""
+
+    def error(self, message):
+        self.exit(2, one_line(f"{self.prog}: error: {message} (see {self.prog} --help)") + "\n")
 
     def exit(self, status=0, message=None):
         if message and launcher_rank() == 0:
             sys.stderr.write(message)
         sys.exit(status)
-
-    def print_usage(self, file=None):
-        if launcher_rank() == 0:
-            super().print_usage(file)
 
     def print_help(self, file=None):
         if launcher_rank() == 0:

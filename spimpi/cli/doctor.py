@@ -104,13 +104,13 @@ def _hdf5_facts(errors: list) -> dict:
 def _computing_facts(errors: list) -> dict:
     facts = {"digest": None, "denormals": None, "cache": None}
     try:
-        from spimpi.jit import cache_folder
+        from spimpi.kernel_cache import cache_folder, count, usable_folder
 
-        folder = cache_folder()
+        folder, problem = usable_folder()
         facts["cache"] = {
-            "folder": str(folder),
-            "writable": _writable(folder),
-            "compiled": len(list(folder.rglob("*.nbi"))),
+            "folder": str(cache_folder()),
+            "problem": problem or _not_writable(folder),
+            "compiled": count(folder),
         }
 
         from spimpi.inference.elementary import digest
@@ -133,9 +133,8 @@ def _denormals_kept() -> bool:
     return all((np.array([x]) * x.dtype.type(1))[0] > 0 for x in smallest)
 
 
-def _writable(folder: Path) -> bool:
-    existing = next(p for p in (folder, *folder.parents) if p.exists())
-    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+def _not_writable(folder: Path) -> str:
+    return "" if os.access(folder, os.W_OK | os.X_OK) else f"{folder} cannot be written"
 
 
 def _cpu_name() -> str:
@@ -177,17 +176,17 @@ def findings(facts: list[dict]) -> tuple[int, list[str], list[str]]:
     status = 1 if computing else status
 
     notes = [
-        f"the kernel cache {folder} is not writable on {host}: every start compiles anew; set "
-        "SPIMPI_CACHE_DIR to a folder that is"
-        for host, folder in sorted(
-            {(r["host"], r["cache"]["folder"]) for r in facts if _cache_is_closed(r)}
+        f"compiled kernels are not kept on {host}: {problem}; set SPIMPI_CACHE_DIR to a folder that "
+        "you alone can write"
+        for host, problem in sorted(
+            {(r["host"], r["cache"]["problem"]) for r in facts if _cache_is_closed(r)}
         )
     ]
     return status, computing + problems, notes
 
 
 def _cache_is_closed(rank: dict) -> bool:
-    return rank["cache"] is not None and not rank["cache"]["writable"]
+    return rank["cache"] is not None and bool(rank["cache"]["problem"])
 
 
 def _differences(facts: list[dict], key: str, name: str) -> list[str]:
