@@ -16,7 +16,7 @@ class _Told:
     """What this process has said."""
 
     def __init__(self):
-        self.began = self.last = 0.0
+        self.began = self.last = None  # when compiling was announced, when anything was said of it
         self.kernels = 0
         self.not_kept = False
 
@@ -27,13 +27,13 @@ _told = _Told()
 def announce_cold_start() -> None:
     """Say that kernels will be compiled, where none are kept. Quick: before numba is imported."""
     folder, _ = usable_folder()
-    if not _told.began and not count(folder):
+    if _told.began is None and not count(folder):
         _announce()
 
 
 def compile_begins(name: str) -> None:
     """A kernel was not to be had and is compiled now."""
-    if not _told.began:
+    if _told.began is None:
         _announce()
     now = time.monotonic()
     if now - _told.last >= PERIOD:

@@ -59,7 +59,7 @@ def status_of(command) -> int:
         return command()
     except SpimpiError as error:
         if launcher_rank() == 0:
-            print(f"spimpi: {error}", file=sys.stderr)
+            print(one_line(f"spimpi: {error}"), file=sys.stderr)
         return error.exit_status
     except Exception:  # Python's own status for it is 1, which says that corruption was found
         traceback.print_exc()
