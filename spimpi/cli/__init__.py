@@ -29,7 +29,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from spimpi.cli import bench, doctor, golden, manifest, trace, verify  # noqa: F401  they register
+    from spimpi.cli import bench, completion, doctor, golden, manifest, trace, verify  # noqa: F401  they register
 
     parser = _Parser(
         prog="spimpi",
