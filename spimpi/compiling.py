@@ -28,13 +28,13 @@ def announce_cold_start() -> None:
     """Say that kernels will be compiled, where none are kept. Quick: before numba is imported."""
     folder, _ = usable_folder()
     if _told.began is None and not count(folder):
-        _announce()
+        _announce(f"once a machine, {LONG}")
 
 
 def compile_begins(name: str) -> None:
     """A kernel was not to be had and is compiled now."""
     if _told.began is None:
-        _announce()
+        _announce("which this machine has not yet")
     now = time.monotonic()
     if now - _told.last >= PERIOD:
         _told.last = now
@@ -49,14 +49,14 @@ def say_not_kept(why: str) -> None:
         _say(f"compiled kernels are not kept ({why}), so that every start compiles them; {ADVICE}")
 
 
-def _announce() -> None:
+def _announce(which: str) -> None:
     _told.began = _told.last = time.monotonic()
     folder, problem = usable_folder()
     if problem:
         _told.not_kept = True
         _say(f"compiling kernels, {LONG}, at every start: none are kept, {problem}; {ADVICE}")
     else:
-        _say(f"compiling kernels, once a machine, {LONG}; they are kept in {folder}")
+        _say(f"compiling kernels, {which}; they are kept in {folder}")
 
 
 def _say(text: str) -> None:

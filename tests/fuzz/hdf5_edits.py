@@ -11,6 +11,10 @@ KINDS = (
     "element", "retype", "reshape", "delete", "group", "huge", "soft link", "external link",
     "external storage", "virtual", "text",
 )  # fmt: skip
+# What h5py raises where an edit cannot be made, or its place went with an earlier one.
+IMPOSSIBLE = (
+    LookupError, ValueError, TypeError, OverflowError, OSError, RuntimeError, MemoryError, AttributeError,
+)  # fmt: skip
 TYPES = ("<i1", "<i8", "<u8", "<f4", "<f8", ">i4", "S8", "complex128", "bool", "V5")
 
 
@@ -36,9 +40,7 @@ def apply(file, edit) -> None:
     how, name, place, value = edit
     try:
         _apply(file, how, name, place, value)
-    except (KeyError, ValueError, TypeError, OverflowError, OSError, RuntimeError, MemoryError):
-        pass
-    except UnicodeEncodeError:
+    except IMPOSSIBLE:
         pass
 
 
@@ -120,15 +122,15 @@ def reseal(file) -> None:
         if any(np.prod(d.shape) > SMALL for g in ("events", "ranks", "tensors") for d in file[g].values()):
             return
         words = file["ranks/fingerprint"][:]
-        for i, (start, count) in enumerate(zip(file["ranks/offset"][:], file["ranks/count"][:], strict=True)):
+        for i, (start, count) in enumerate(zip(file["ranks/offset"][:].tolist(), file["ranks/count"][:].tolist(), strict=True)):
             if 0 <= start and 0 <= count and start + count <= len(file["events/step"]):
                 rows = np.zeros(count, EVENT)
                 for column in EVENT.names:
-                    rows[column] = file["events/" + column][start : start + count]
+                    rows[column] = file["events/" + column][start : start + count].astype(EVENT[column])
                 words[i] = rows_fingerprint(rows)
         file["ranks/fingerprint"][:] = words
         file.attrs["digest"] = text_digest(_tables(file).encode())
-    except (KeyError, ValueError, TypeError, OverflowError, OSError, RuntimeError, AttributeError, RecursionError):
+    except IMPOSSIBLE:
         pass
 
 
