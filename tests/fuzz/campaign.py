@@ -29,6 +29,8 @@ import trace_kinds  # noqa: F401
 from cases import KINDS, draw
 from running import MEMORY, SECONDS, Outside, judge, load, run
 
+TELL = 500  # a worker says at every so many cases where it is
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -79,10 +81,10 @@ def _kinds(wrong) -> list[str]:
     return [one.split(":")[0] for one in wrong]
 
 
-def one(seed: int, number: int, root: Path, worker: str) -> Failure | None:
+def one(seed: int, number: int, root: Path, worker: Path) -> Failure | None:
     """Case ``number`` of a campaign; None where nothing is wrong."""
-    outside = Outside(root, "cases")
-    folder = root / "cases" / worker
+    outside = Outside(worker, root / "sound", but="cases")
+    folder = worker / "cases" / "case"
     case = draw(seed, number, root / "sound")
     outcome, wrong = attempt(case, case.changes, folder, outside)
     if not wrong:
@@ -105,35 +107,42 @@ def _short(value) -> str:
 
 
 def prepared(folder: Path | None = None) -> Path:
-    """A folder with the sound inputs, what must not be touched, and one for the cases."""
+    """A folder with the sound inputs."""
     root = Path(folder or tempfile.mkdtemp(prefix="spimpi-fuzz-")).resolve()
-    for name in ("sound", "cases", "outside"):
-        (root / name).mkdir(parents=True)
-    (root / "outside/secret").write_text("the content of another file\n" * 10)
-    import h5py
-
-    with h5py.File(root / "outside/secret.h5", "w") as file:
-        file["secret"] = [42] * 4096
+    (root / "sound").mkdir(parents=True)
     sound.make(root / "sound")
     return root
 
 
+def place_of(root: Path, name: str) -> Path:
+    """A worker's folder: one for its cases, and beside it what these try to lead to."""
+    import h5py
+
+    worker = root / name
+    (worker / "cases").mkdir(parents=True)
+    (worker / "outside").mkdir()
+    (worker / "outside/secret").write_text("the content of another file\n" * 10)
+    with h5py.File(worker / "outside/secret.h5", "w") as file:
+        file["secret"] = [42] * 4096
+    return worker
+
+
 def campaign(seed: int, n: int, jobs: int, root: Path, report) -> list[Failure]:
     """Run cases 0 to n - 1 in ``jobs`` worker processes; ``report`` is called with each failure."""
-    readers, pids = [], []
+    read, write = os.pipe()
+    pids = []
     for worker in range(jobs):
-        read, write = os.pipe()
+        place = place_of(root, f"worker-{worker}")
         pid = os.fork()
         if pid == 0:
             os.close(read)
-            _work(seed, range(worker, n, jobs), root, f"worker-{worker}", write)
-        os.close(write)
-        readers.append(os.fdopen(read))
+            _work(seed, range(worker, n, jobs), root, place, write)
         pids.append(pid)
+    os.close(write)
     failures = []
     try:
-        for reader in readers:
-            for line in reader:
+        with os.fdopen(read) as results:  # lines of all workers, each written in one piece
+            for line in results:
                 failures.append(Failure(**json.loads(line)))
                 report(failures[-1])
         for pid in pids:
@@ -154,11 +163,12 @@ def campaign(seed: int, n: int, jobs: int, root: Path, report) -> list[Failure]:
 def _work(seed, numbers, root, worker, write) -> None:
     status = 1
     try:
-        with os.fdopen(write, "w") as results:
-            for number in numbers:
-                failure = one(seed, number, root, worker)
-                if failure is not None:
-                    print(json.dumps(asdict(failure)), file=results, flush=True)
+        for number in numbers:
+            failure = one(seed, number, root, worker)
+            if failure is not None:  # less than a pipe takes at once
+                os.write(write, json.dumps(asdict(failure)).encode() + b"\n")
+            if number // TELL > (number - numbers.step) // TELL:
+                print(f"case {number} of {numbers.stop}", file=sys.stderr, flush=True)
         status = 0
     except BaseException:
         import traceback
@@ -182,8 +192,9 @@ def tell(failure: Failure) -> None:
 def replay(seed: int, number: int, root: Path) -> int:
     """One case again, whole; its folder stays."""
     case = draw(seed, number, root / "sound")
-    folder = root / "cases" / f"case-{number}"
-    outcome, wrong = attempt(case, case.changes, folder, Outside(root, "cases"))
+    worker = place_of(root, "replayed")
+    folder = worker / "cases" / f"case-{number}"
+    outcome, wrong = attempt(case, case.changes, folder, Outside(worker, root / "sound", but="cases"))
     argv, environ = _command(case, case.changes)
     print(f"cd {folder}")
     print(" ".join(f"{k}={ascii(v)}" for k, v in environ.items()), "spimpi", ascii(argv))

@@ -55,6 +55,8 @@ def _apply(file, how, name, place, value):
     if how == "delete attribute":
         del file.attrs[name]
         return
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+        return  # an earlier edit's: to follow it would touch another file
     old = file[name]
     n = old.shape[0] if old.shape else 0
     if how in ("fill", "element", "text"):
@@ -62,14 +64,15 @@ def _apply(file, how, name, place, value):
             value = str(value) if h5py.check_string_dtype(old.dtype) else int(place * 100)
         elif h5py.check_string_dtype(old.dtype):
             value = str(value)
-        value = _fitting(value, old.dtype)
+        value = fitting(value, old.dtype)
         if how == "fill":
             old[...] = value
         elif n:
             old[int(place * n)] = value
         return
     attributes = {k: v for k, v in old.attrs.items() if k not in ("REFERENCE_LIST", "DIMENSION_LIST", "CLASS", "NAME")}
-    data = None if h5py.check_string_dtype(old.dtype) or n > SMALL else old[...]
+    numbers = how in ("retype", "reshape") and not h5py.check_string_dtype(old.dtype) and n <= SMALL
+    data = old[...] if numbers else None
     dtype, path = old.dtype, name
     del file[name]
     if how == "delete":
@@ -103,7 +106,7 @@ def _apply(file, how, name, place, value):
     new.attrs.update(attributes)
 
 
-def _fitting(value, dtype):
+def fitting(value, dtype):
     """The value as near as an integer type can hold it."""
     if dtype.kind in "iu" and isinstance(value, (int, float)):
         low, high = np.iinfo(dtype).min, np.iinfo(dtype).max

@@ -15,6 +15,7 @@ SECONDS = 20.0
 MEMORY = 2 << 30  # bytes resident
 MOST_MAPPED = 6 << 30  # beyond what this process has mapped: protects the machine
 MESSAGE = 500  # characters of a line on standard error
+MEANWHILE = re.compile(r"spimpi: (\d+ s: |compiling kernels)")  # where a run is, on a slow machine
 # Control characters (but for newline and tab), and what turns the direction of reading.
 STEERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
@@ -144,7 +145,7 @@ def judge(outcome: Outcome, may_find_corruption: bool, memory=MEMORY) -> list[st
         wrong.append("traceback")
     if outcome.peak > memory:
         wrong.append(f"memory: {outcome.peak >> 20} MiB")
-    lines = [line for line in outcome.err.splitlines() if line.strip()]
+    lines = [line for line in outcome.err.splitlines() if line.strip() and not MEANWHILE.match(line)]
     if "traceback" not in wrong and outcome.status is not None and outcome.status >= 0:
         if outcome.status == 2 and len(lines) > 1:
             wrong.append(f"lines on standard error: {len(lines)}")
@@ -160,25 +161,26 @@ def judge(outcome: Outcome, may_find_corruption: bool, memory=MEMORY) -> list[st
 
 
 class Outside:
-    """Everything below a folder but one subfolder: whether anything there was touched."""
+    """Everything below some folders, but one subfolder: whether anything there was touched."""
 
-    def __init__(self, root: Path, but: str):
-        self.root, self.but = root, but
+    def __init__(self, *roots: Path, but: str):
+        self.roots, self.but = roots, but
         self.before = self._look()
 
     def _look(self) -> dict:
         found = {}
-        for path in self.root.iterdir():
-            if path.name.startswith(self.but):
-                continue
-            for each in (path, *path.rglob("*")) if path.is_dir() else (path,):
-                facts = each.lstat()
-                found[each] = (facts.st_mode, facts.st_size, facts.st_mtime_ns, facts.st_ino)
+        for root in self.roots:
+            for path in root.iterdir():
+                if path.name == self.but:
+                    continue
+                for each in (path, *path.rglob("*")) if path.is_dir() else (path,):
+                    facts = each.lstat()
+                    mark = facts.st_mode, facts.st_size, facts.st_mtime_ns, facts.st_ino
+                    found[f"{path.parent.name}/{each.relative_to(root)}"] = mark
         return found
 
     def touched(self) -> list[str]:
         """Names of what was made, changed or removed since the last look."""
         now = self._look()
         old, self.before = self.before, now
-        changed = [p for p in {*old, *now} if old.get(p) != now.get(p)]
-        return sorted(str(path.relative_to(self.root)) for path in changed)
+        return sorted(name for name in {*old, *now} if old.get(name) != now.get(name))

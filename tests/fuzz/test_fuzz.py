@@ -21,7 +21,7 @@ root = Path({root!r})
 (root / "cases" / "x").mkdir(parents=True)
 (root / "outside").mkdir()
 (root / "outside" / "file").write_text("before")
-outside = Outside(root, "cases")
+outside = Outside(root, but="cases")
 def command():
 {body}
 wrong = judge(run((), root / "cases" / "x", seconds=2, memory=300 << 20, main=command), {may}, memory=300 << 20)

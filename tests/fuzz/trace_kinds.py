@@ -176,7 +176,7 @@ def _journal_bytes(content, rows, end) -> bytes:
     events["stage"], events["op"], events["t_end"], events["bytes"] = 3, 2, 1.0, 8
     for _, column, new, all_rows in rows:
         dtype = events.dtype[column]
-        fitting = hdf5_edits._fitting(new, dtype)
+        fitting = hdf5_edits.fitting(new, dtype)
         if dtype.kind != "f" and not isinstance(fitting, int):
             fitting = 0
         events[column][slice(None) if all_rows else slice(1)] = fitting
