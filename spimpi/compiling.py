@@ -2,6 +2,8 @@
 
 import sys
 import time
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError
 
 from spimpi.kernel_cache import count, usable_folder
 from spimpi.launch import launcher_rank
@@ -26,15 +28,16 @@ _told = _Told()
 
 def announce_cold_start() -> None:
     """Say that kernels will be compiled, where none are kept. Quick: before numba is imported."""
-    folder, _ = usable_folder()
-    if _told.began is None and not count(folder):
-        _announce(f"once a machine, {LONG}")
+    with suppress(PackageNotFoundError):  # of numba: whoever imports it says so
+        folder, _ = usable_folder()
+        if _told.began is None and not count(folder):
+            _announce()
 
 
 def compile_begins(name: str) -> None:
     """A kernel was not to be had and is compiled now."""
     if _told.began is None:
-        _announce("which this machine has not yet")
+        _announce()
     now = time.monotonic()
     if now - _told.last >= PERIOD:
         _told.last = now
@@ -49,13 +52,14 @@ def say_not_kept(why: str) -> None:
         _say(f"compiled kernels are not kept ({why}), so that every start compiles them; {ADVICE}")
 
 
-def _announce(which: str) -> None:
+def _announce() -> None:
     _told.began = _told.last = time.monotonic()
     folder, problem = usable_folder()
     if problem:
         _told.not_kept = True
         _say(f"compiling kernels, {LONG}, at every start: none are kept, {problem}; {ADVICE}")
     else:
+        which = "which this machine has not yet" if count(folder) else f"once a machine, {LONG}"
         _say(f"compiling kernels, {which}; they are kept in {folder}")
 
 

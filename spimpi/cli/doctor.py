@@ -10,6 +10,7 @@ from pathlib import Path
 
 from spimpi.cli.registry import subcommand
 from spimpi.cli.session import initialised_mpi
+from spimpi.compiling import announce_cold_start
 from spimpi.launch import (
     THREAD_VARIABLES,
     check_world,
@@ -46,6 +47,7 @@ HELP = "what this environment can do, and whether all ranks compute alike"
 @subcommand("doctor", HELP, add_arguments)
 def run(args) -> int:
     """Collective over the world. 0: fit; 1: ranks compute differently; 2: unfit environment."""
+    announce_cold_start()
     comm = initialised_mpi().COMM_WORLD
     check_world(comm, args.expect_ranks)
     facts = comm.allgather(rank_facts(comm))

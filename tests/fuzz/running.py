@@ -130,8 +130,11 @@ def _mapped() -> int:
         return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def judge(outcome: Outcome, may_find_corruption: bool, memory=MEMORY) -> list[str]:
-    """What is wrong with how a command ended, whatever it was given; [] where nothing is."""
+def judge(outcome: Outcome, may_find_corruption: bool, most_lines=1, memory=MEMORY) -> list[str]:
+    """What is wrong with how a command ended, whatever it was given; [] where nothing is.
+
+    ``most_lines``: of errors, on standard error.
+    """
     wrong = []
     if outcome.status is None:
         wrong.append(f"hang: still running after {outcome.seconds:.0f} s")
@@ -147,7 +150,7 @@ def judge(outcome: Outcome, may_find_corruption: bool, memory=MEMORY) -> list[st
         wrong.append(f"memory: {outcome.peak >> 20} MiB")
     lines = [line for line in outcome.err.splitlines() if line.strip() and not MEANWHILE.match(line)]
     if "traceback" not in wrong and outcome.status is not None and outcome.status >= 0:
-        if outcome.status == 2 and len(lines) > 1:
+        if outcome.status == 2 and len(lines) > most_lines:
             wrong.append(f"lines on standard error: {len(lines)}")
         if strange := [line for line in lines if not line.startswith("spimpi")]:
             wrong.append(f"not spimpi's own words on standard error: {strange[0][:80]!r}")

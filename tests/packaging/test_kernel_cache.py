@@ -7,6 +7,7 @@ import pickle
 import stat
 import subprocess
 import sys
+from importlib.metadata import PackageNotFoundError
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -293,6 +294,16 @@ def test_a_cold_start_is_told_before_anything_slow_is_imported(tmp_path):
     )  # fmt: skip
     assert done.stderr.startswith("spimpi: compiling kernels, once a machine"), done.stderr
     assert done.stdout.startswith("then ")
+
+
+def test_without_numba_nothing_is_said_of_compiling(start, monkeypatch, capsys):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    forget(monkeypatch)
+    monkeypatch.setattr(kernel_cache.metadata, "version", missing)
+    compiling.announce_cold_start()
+    assert capsys.readouterr().err == ""
 
 
 def test_ranks_other_than_0_say_nothing_of_compiling(start, tmp_path, monkeypatch):
