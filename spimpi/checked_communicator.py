@@ -16,6 +16,7 @@ from spimpi.checks.requests import CheckedRequest, Queue, RecordCheck
 from spimpi.checks.session import request_session_of, session_of
 from spimpi.checks.unchecked import SYNCHRONISING, UNCHECKED, name_of, note
 from spimpi.fingerprint.tag import DEFAULT_SEED, Tag
+from spimpi.one_traceback import told_by_rank_0
 
 SUMS = (MPI.SUM, MPI.BXOR)  # what the check of a reduction to some ranks knows
 EXTREMES = (MPI.MAX, MPI.MIN)  # and of one to all
@@ -246,4 +247,5 @@ class CheckedComm(CheckedMessages):
     def _keep(self, verdict) -> None:
         self.verdict = verdict
         if not self._in_batch:  # its end raises
-            enforce(verdict, self.check)
+            with told_by_rank_0(self.comm.rank):
+                enforce(verdict, self.check)

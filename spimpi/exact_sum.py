@@ -18,6 +18,7 @@ from spimpi.checks.verdict import NO_ELEMENTS, Verdict
 from spimpi.errors import CorruptionError, UsageError
 from spimpi.fingerprint import arrays, as_array, fingerprint, linear_fingerprint
 from spimpi.fingerprint.tag import MASK, Tag
+from spimpi.one_traceback import told_by_rank_0
 from spimpi.reduction import minority, together
 from spimpi.trace.schema import Established
 
@@ -64,7 +65,8 @@ def exact_allreduce(comm, sendbuf, recvbuf=None, tag=None, *, ctx=None) -> np.nd
     c = Check("exact_allreduce", tag, Rule.GATHERED, kinds)
     c.tracer = None if ctx is None else ctx.tracer
     try:
-        result = _summed(comm, sendbuf, recvbuf, c)
+        with told_by_rank_0(comm.rank):
+            result = _summed(comm, sendbuf, recvbuf, c)
     except CorruptionError as error:
         if c.tracer is not None:
             c.tracer.record(c, error.verdict, comm)

@@ -1,54 +1,26 @@
 """How numba kernels are compiled here: ahead of use, once a node, cached on disk.
 
 Every kernel carries explicit signatures, so importing its module compiles it or loads it from
-the cache; nothing is compiled in the middle of a run. The cache folder is named after the
-sources of all kernels, because numba looks only at the file of the kernel itself when it decides
-whether a cached kernel is stale, and kernels here inline helpers from other files.
+the cache; nothing is compiled in the middle of a run. spimpi/kernel_cache.py says where compiled
+kernels lie and when they are believed. Where they cannot be kept, they are compiled in memory.
 """
 
-import hashlib
-import os
-from pathlib import Path
+from spimpi import compiling
 
-import numba
+compiling.announce_cold_start()  # before numba's import, which takes seconds on a cold machine
 
-KERNEL_FILES = (
-    "jit.py",
-    "fingerprint/tag.py",
-    "fingerprint/cpu.py",
-    "fingerprint/words.py",
-    "fingerprint/lanes.py",
-    "fingerprint/painting_cpu.py",
-    "fingerprint/projections.py",
-    "inference/elementary.py",
-    "inference/kernels.py",
-    "inference/exact.py",
-    "inference/product.py",
-    "inference/attention.py",
-    "inference/sequence_kernels.py",
-    "inference/qk_norm.py",
-    "inference/checkpoint_seeded.py",
-    "inference/tensors.py",
-    "trace/checksum_kernel.py",
-)
+import hashlib  # noqa: E402
+import os  # noqa: E402
+import pickle  # noqa: E402
+import sys  # noqa: E402
+from functools import cache  # noqa: E402
+from pathlib import Path  # noqa: E402
 
+import numba  # noqa: E402
+from numba.core.compiler import CompileResult  # noqa: E402
+from numba.core.serialize import dumps  # noqa: E402
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: $SPIMPI_CACHE_DIR, else the user's cache folder."""
-    package = Path(__file__).parent
-    digest = hashlib.sha256(numba.__version__.encode())
-    for name in KERNEL_FILES:
-        path = package / name
-        if path.exists():
-            digest.update(name.encode() + path.read_bytes())
-    root = os.environ.get("SPIMPI_CACHE_DIR")
-    if not root:
-        base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-        root = os.path.join(base, "spimpi")
-    return Path(root) / digest.hexdigest()[:16]
-
-
-numba.config.CACHE_DIR = str(cache_folder())
+from spimpi import kernel_cache  # noqa: E402
 
 
 def kernel(*signatures, reassociate=False):
@@ -58,11 +30,81 @@ def kernel(*signatures, reassociate=False):
     operation rounds (all values are integers of at most 2**53), for there it cannot change a bit.
     """
     fastmath = {"reassoc", "contract", "nsz"} if reassociate else False
-    return numba.njit(
-        list(signatures), cache=True, nogil=True, error_model="numpy", fastmath=fastmath
-    )
+    jit = numba.njit(nogil=True, error_model="numpy", fastmath=fastmath)
+
+    def compiled(function):
+        dispatcher = jit(function)
+        if dispatcher is function:  # NUMBA_DISABLE_JIT
+            return function
+        dispatcher._cache = _Cache(function)  # in the place of what cache=True makes
+        for signature in signatures:
+            dispatcher.compile(signature)
+        dispatcher.disable_compile()
+        return dispatcher
+
+    return compiled
 
 
 def inlined(function):
     """A helper that becomes part of each kernel that calls it."""
     return numba.njit(function, inline="never", nogil=True, error_model="numpy")
+
+
+@cache
+def _source_digest(file: str) -> str:
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+class _Cache:
+    """What a dispatcher asks for compiled code of a signature, and gives it to be kept.
+
+    One file a signature, of a name that says all that its code depends on: processes that keep
+    kernels at the same time can only write the same.
+    """
+
+    def __init__(self, function):
+        code = function.__code__
+        self._name = f"{Path(code.co_filename).stem}.{function.__qualname__}"
+        self._facts = (
+            function.__module__, function.__qualname__, code.co_firstlineno,
+            _source_digest(code.co_filename), numba.__version__, sys.version,
+        )  # fmt: skip
+
+    @property
+    def cache_path(self):
+        return str(kernel_cache.usable_folder()[0] or "")
+
+    def _file(self, signature, codegen) -> Path | None:
+        folder, _ = kernel_cache.usable_folder()
+        if folder is None:
+            return None
+        facts = repr((*self._facts, str(signature), codegen.magic_tuple()))
+        name = self._name.replace("<", "").replace(">", "")
+        digest = hashlib.sha256(facts.encode()).hexdigest()[:24]
+        return folder / f"{name}-{digest}{kernel_cache.SUFFIX}"
+
+    def load_overload(self, signature, target):
+        """The compiled code, or None: it is then compiled."""
+        target.refresh()
+        path = self._file(signature, target.codegen())
+        content = None if path is None else kernel_cache.read(path)
+        if content is not None:
+            try:
+                return CompileResult._rebuild(target, *pickle.loads(content))
+            except Exception:  # noqa: BLE001  of another build of numba or Python: compile anew
+                pass
+        compiling.compile_begins(self._name)
+        return None
+
+    def save_overload(self, signature, result) -> None:
+        """Keep compiled code. A disk that is full or cannot be written costs the next start time."""
+        path = self._file(signature, result.codegen)
+        if path is None or result.lifted or result.library.has_dynamic_globals:
+            return
+        try:
+            kernel_cache.write(path, dumps(result._reduce()))
+        except OSError as error:
+            compiling.say_not_kept(f"{path.parent}: {os.strerror(error.errno or 0)}")
+
+    def flush(self) -> None:
+        """``recompile()`` of a dispatcher: its files are written again."""

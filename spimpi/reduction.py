@@ -14,6 +14,7 @@ from mpi4py import MPI
 
 from spimpi.errors import SpimpiError, UsageError
 from spimpi.launch import wait_asleep
+from spimpi.one_traceback import mark
 
 ALL_ONES = np.uint64(0xFFFFFFFFFFFFFFFF)
 
@@ -218,7 +219,7 @@ def together(comm, patience: float | None = None):
     kind, text = said
     if first[0] != 0 and comm.size > 1:
         text += f" (found by rank {first[0]})"
-    raise _same_kind(kind, text)
+    raise mark(_same_kind(kind, text), comm.rank)
 
 
 def _within(request, seconds) -> bool:

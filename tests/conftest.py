@@ -46,9 +46,9 @@ def pytest_unconfigure(config):
 
 def import_kernels():
     """Test modules import kernels while they are collected, which is when these are compiled."""
-    from spimpi.jit import KERNEL_FILES
+    from spimpi.kernel_cache import KERNEL_FILES
 
-    package = Path(import_module("spimpi.jit").__file__).parent
+    package = Path(import_module("spimpi.kernel_cache").__file__).parent
     for name in KERNEL_FILES:
         if (package / name).exists():
             import_module("spimpi." + name.removesuffix(".py").replace("/", "."))

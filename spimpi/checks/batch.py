@@ -13,6 +13,7 @@ from spimpi.checks.check import HANDOFFS, Check, Rule
 from spimpi.checks.pending import Group, PendingVerdict, error_of
 from spimpi.errors import CorruptionError, SpimpiError, UsageError
 from spimpi.fingerprint.tag import MASK, Tag
+from spimpi.one_traceback import mark
 from spimpi.trace.schema import Established
 
 
@@ -108,7 +109,7 @@ class Batch:
             elsewhere = self._first_elsewhere(next((e for e in errors[1:] if e), None))
         first = errors[0] or elsewhere
         if first:
-            raise first
+            raise mark(first, self.ctx.session.rank)
 
     def _first_elsewhere(self, own):
         """The error of the lowest rank that met one over another communicator. Collective."""

@@ -17,6 +17,7 @@ from spimpi.checks.session import Session, session_of
 from spimpi.checks.verdict import Verdict
 from spimpi.errors import CorruptionError, IncompleteError, SpimpiError, UsageError
 from spimpi.fingerprint.tag import MASK, Tag
+from spimpi.one_traceback import told_by_rank_0
 from spimpi.reduction import merged_here
 
 
@@ -143,7 +144,8 @@ def settle(comm, check: Check, build: Callable, raises: bool, ctx):
     built(check, build)
     if ctx is not None and ctx.open_batch is not None:
         return ctx.open_batch.add(session, check, raises)
-    return enforce(Group(session, [check]).merge()[0], raises)
+    with told_by_rank_0(session.rank):
+        return enforce(Group(session, [check]).merge()[0], raises)
 
 
 def require_comm(comm) -> None:

@@ -20,6 +20,7 @@ from spimpi.checks.pending import Group, built
 from spimpi.checks.turns import InTurn, NotYetError, Turns
 from spimpi.errors import CorruptionError, SpimpiError, UsageError
 from spimpi.launch import LONGEST_NAP, SHORTEST_NAP
+from spimpi.one_traceback import mark
 
 LOOKS_AWAKE = 200  # before the first nap: most waits end sooner
 
@@ -205,7 +206,7 @@ class CheckedCollective(CheckedRequest):
     def _take(self, status) -> None:
         error, self._error = self._error, None
         if error is not None:
-            raise error
+            raise mark(error, self._check.session.rank)
 
     def _judge(self, turns) -> None:
         try:

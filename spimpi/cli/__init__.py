@@ -12,19 +12,19 @@ from spimpi.launch import (
     launcher_rank, let_rank_0_speak, require_numbers, set_thread_limits, wait_asleep,
 )  # fmt: skip
 from spimpi.optional import optional_packages
+from spimpi.printable import one_line
 
 
 class _Parser(argparse.ArgumentParser):
-    """Usage errors are said once, by rank 0, and end every rank with status 2."""
+    """Usage errors are said once, by rank 0, in one line, and end every rank with status 2."""
+
+    def error(self, message):
+        self.exit(2, one_line(f"{self.prog}: error: {message} (see {self.prog} --help)") + "\n")
 
     def exit(self, status=0, message=None):
         if message and launcher_rank() == 0:
             sys.stderr.write(message)
         sys.exit(status)
-
-    def print_usage(self, file=None):
-        if launcher_rank() == 0:
-            super().print_usage(file)
 
     def print_help(self, file=None):
         if launcher_rank() == 0:
@@ -32,7 +32,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from spimpi.cli import bench, doctor, golden, manifest, trace, verify  # noqa: F401  they register
+    from spimpi.cli import bench, completion, doctor, golden, manifest, trace, verify  # noqa: F401  they register
 
     parser = _Parser(
         prog="spimpi",
@@ -68,7 +68,7 @@ def status_of(command) -> int:
             return command()
     except SpimpiError as error:
         if launcher_rank() == 0:
-            print(f"spimpi: {error}", file=sys.stderr)
+            print(one_line(f"spimpi: {error}"), file=sys.stderr)
         return error.exit_status
     except Exception:  # Python's own status for it is 1, which says that corruption was found
         traceback.print_exc()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from spimpi.cli.registry import subcommand
 from spimpi.cli.session import initialised_mpi
+from spimpi.compiling import announce_cold_start
 from spimpi.launch import (
     THREAD_VARIABLES,
     check_world,
@@ -18,6 +19,7 @@ from spimpi.launch import (
     mpi_library,
     usable_cores,
 )
+from spimpi.printable import printable
 
 PACKAGES = ("spimpi", "numpy", "numba", "h5py", "mpi4py", "safetensors")
 
@@ -45,6 +47,7 @@ HELP = "what this environment can do, and whether all ranks compute alike"
 @subcommand("doctor", HELP, add_arguments)
 def run(args) -> int:
     """Collective over the world. 0: fit; 1: ranks compute differently; 2: unfit environment."""
+    announce_cold_start()
     comm = initialised_mpi().COMM_WORLD
     check_world(comm, args.expect_ranks)
     facts = comm.allgather(rank_facts(comm))
@@ -54,7 +57,7 @@ def run(args) -> int:
             report = {"status": status, "problems": problems, "notes": notes, "ranks": facts}
             print(json.dumps(report, indent=1))
         else:
-            print("\n".join(report_lines(facts, status, problems, notes)))
+            print("\n".join(map(printable, report_lines(facts, status, problems, notes))))
         sys.stdout.flush()
     return status
 
@@ -104,13 +107,13 @@ def _hdf5_facts(errors: list) -> dict:
 def _computing_facts(errors: list) -> dict:
     facts = {"digest": None, "denormals": None, "cache": None}
     try:
-        from spimpi.jit import cache_folder
+        from spimpi.kernel_cache import cache_folder, count, usable_folder
 
-        folder = cache_folder()
+        folder, problem = usable_folder()
         facts["cache"] = {
-            "folder": str(folder),
-            "writable": _writable(folder),
-            "compiled": len(list(folder.rglob("*.nbi"))),
+            "folder": str(cache_folder()),
+            "problem": problem or _not_writable(folder),
+            "compiled": count(folder),
         }
 
         from spimpi.inference.elementary import digest
@@ -133,9 +136,8 @@ def _denormals_kept() -> bool:
     return all((np.array([x]) * x.dtype.type(1))[0] > 0 for x in smallest)
 
 
-def _writable(folder: Path) -> bool:
-    existing = next(p for p in (folder, *folder.parents) if p.exists())
-    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+def _not_writable(folder: Path) -> str:
+    return "" if os.access(folder, os.W_OK | os.X_OK) else f"{folder} cannot be written"
 
 
 def _cpu_name() -> str:
@@ -177,17 +179,17 @@ def findings(facts: list[dict]) -> tuple[int, list[str], list[str]]:
     status = 1 if computing else status
 
     notes = [
-        f"the kernel cache {folder} is not writable on {host}: every start compiles anew; set "
-        "SPIMPI_CACHE_DIR to a folder that is"
-        for host, folder in sorted(
-            {(r["host"], r["cache"]["folder"]) for r in facts if _cache_is_closed(r)}
+        f"compiled kernels are not kept on {host}: {problem}; set SPIMPI_CACHE_DIR to a folder that "
+        "you alone can write"
+        for host, problem in sorted(
+            {(r["host"], r["cache"]["problem"]) for r in facts if _cache_is_closed(r)}
         )
     ]
     return status, computing + problems, notes
 
 
 def _cache_is_closed(rank: dict) -> bool:
-    return rank["cache"] is not None and not rank["cache"]["writable"]
+    return rank["cache"] is not None and bool(rank["cache"]["problem"])
 
 
 def _differences(facts: list[dict], key: str, name: str) -> list[str]:

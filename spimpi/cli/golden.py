@@ -30,6 +30,7 @@ def golden(args) -> int:
 
 
 def _golden(args):
+    from spimpi.cli.progress_lines import ProgressLines
     from spimpi.inference import golden as golden_runs
     from spimpi.verification.job import Request, prepare
     from spimpi.verification.run import make_golden
@@ -40,6 +41,10 @@ def _golden(args):
         model=args.model, config=args.config, layers=args.layers, prompts=tuple(args.prompt),
         prompt_ids=tuple(args.prompt_ids), tokens=args.tokens, seed=args.seed,
     )  # fmt: skip
-    made = make_golden(prepare(request, 1))
+    job, lines = prepare(request, 1), ProgressLines()
+    try:
+        made = make_golden(job, lambda place: setattr(lines, "place", place))
+    finally:
+        lines.stop()
     golden_runs.write(args.output, made, args.overwrite)
     return made

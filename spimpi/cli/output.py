@@ -4,6 +4,7 @@ import os
 import sys
 
 from spimpi.checks.verdict import Verdict
+from spimpi.cli.progress_lines import ProgressLines
 from spimpi.trace.schema import Stage
 from spimpi.units import in_bytes
 
@@ -28,11 +29,14 @@ PROMISES = {
 
 
 class Reporter:
-    """Speaks on rank 0 only; a live line on a terminal; silent but for the end with ``as_json``."""
+    """Speaks on rank 0 only; a live line on a terminal; silent but for the end with ``as_json``.
+
+    Where there is no live line, a line on standard error says every 10 s where the run is.
+    """
 
     def __init__(self, speaks: bool, as_json: bool):
         self.speaks, self.as_json = speaks, as_json
-        self.status = None
+        self.status = self.lines = None
         if speaks:
             import rich.table  # noqa: F401  needed at the end
             from rich.console import Console
@@ -43,10 +47,14 @@ class Reporter:
             )
             if terminal and not as_json:
                 self.status = self.console.status("starting")
+            else:
+                self.lines = ProgressLines()
 
     def progress(self, place: str) -> None:
         if self.status is not None:
             self.status.update(place)
+        elif self.lines is not None:
+            self.lines.place = place
 
     def found(self, comm, job) -> None:
         """MPI, ranks, nodes, topology and model. Collective."""
@@ -79,10 +87,13 @@ class Reporter:
             self.status.start()
 
     def stop(self) -> None:
-        """Take the live line away."""
+        """Take the live line away; no more lines of progress."""
         if self.status is not None:
             self.status.stop()
             self.status = None
+        if self.lines is not None:
+            self.lines.stop()
+            self.lines = None
 
     def concluded(self, job, outcome, tracer) -> None:
         """The end: on a failure first of all where; then the table, the text, the verdict."""

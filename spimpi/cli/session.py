@@ -7,7 +7,9 @@ import traceback
 import warnings
 from contextlib import contextmanager
 
+from spimpi.compiling import announce_cold_start
 from spimpi.errors import MissingDependency, SpimpiError, UsageError
+from spimpi.printable import one_line
 
 PATIENCE = 5.0  # seconds for every rank to raise an error that concerns all
 INTERRUPTED = 130  # as a shell reports SIGINT
@@ -18,13 +20,14 @@ def session(
     timeout: float, expect_ranks: int | None, seeded: bool = False, sequence: bool = False,
     sketches: bool = False,
 ):  # fmt: skip
-    """Yields (the world, a watchdog). Kernels are compiled once a node before that; ``seeded``:
-    those that make weights from a seed too; ``sequence``: those of several sequence ranks;
-    ``sketches``: those of sketches.
+    """Yields (the world, a watchdog). Kernels are compiled once a node before that, which is told
+    at once; ``seeded``: those that make weights from a seed too; ``sequence``: those of several
+    sequence ranks; ``sketches``: those of sketches.
 
     A SpimpiError that all ranks raise passes on. One that some raise alone ends the whole job by
     MPI_Abort, with its own status, since the others would wait; any other exception with status 4.
     """
+    announce_cold_start()
     MPI = initialised_mpi()
     from spimpi.launch import check_world
     from spimpi.watchdog import Watchdog
@@ -41,7 +44,7 @@ def session(
         ending.Free()
     except SpimpiError as error:
         if not _all_come(ending):
-            print(f"spimpi: {error}", file=sys.stderr)
+            print(one_line(f"spimpi: {error}"), file=sys.stderr)
             _end_job(world, host, error.exit_status)
         raise
     except KeyboardInterrupt:

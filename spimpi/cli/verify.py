@@ -6,44 +6,58 @@ import sys
 
 from spimpi.cli.registry import subcommand
 from spimpi.errors import UsageError
+from spimpi.launch import launcher_rank
 
 
 def add_model_arguments(parser) -> None:
     """What to run: shared by verify and golden."""
-    parser.add_argument("--model", metavar="DIR", help="Hugging Face directory (default: the embedded model)")
-    parser.add_argument("--config", metavar="NAME", help="published shapes with seeded weights: llama-3.2-1b, llama-3.2-3b, olmo-2-1b, olmo-2-7b, olmo-3-7b")
-    parser.add_argument("--layers", type=int, metavar="N", help="with --config: only the first N layers")
-    parser.add_argument("--prompt", action="append", default=[], metavar="TEXT", help="repeatable (default: built-in prompts)")
-    parser.add_argument("--prompt-ids", action="append", default=[], metavar="IDS", help="token ids, comma-separated; repeatable")
-    parser.add_argument("--tokens", type=int, metavar="N", help="new tokens a prompt (default: 16)")
-    parser.add_argument("--seed", type=int, help="of fingerprints and seeded weights (default: 1069)")
+    add = parser.add_argument_group("what to run").add_argument
+    add("--model", metavar="DIR", help="Hugging Face directory (default: the embedded model)")
+    add("--config", metavar="NAME", help="published shapes, seeded weights: llama-3.2-1b, llama-3.2-3b, olmo-2-1b, olmo-2-7b, olmo-3-7b")
+    add("--layers", type=int, metavar="N", help="with --config: only the first N layers")
+    add("--prompt", action="append", default=[], metavar="TEXT", help="repeatable (default: built-in prompts)")
+    add("--prompt-ids", action="append", default=[], metavar="IDS", help="token ids, comma-separated; repeatable")
+    add("--tokens", type=int, metavar="N", help="new tokens a prompt (default: 16)")
+    add("--seed", type=int, metavar="N", help="of fingerprints and seeded weights (default: 1069)")
+
+
+class _HelpFaults(argparse.Action):
+    """--help-faults: as --help, of the faults alone."""
+
+    def __call__(self, parser, *_):
+        from spimpi.faults import help_text
+
+        if launcher_rank() == 0:
+            print(help_text())
+        parser.exit()
 
 
 def add_arguments(parser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.usage = "spimpi verify [OPTION …]"  # every option's form stands below, once
     add_model_arguments(parser)
-    parser.add_argument("--topology", metavar="SPEC", help="tp=2,sp=2,pp=2,dp=2 (sp: sequence) or exo (default: chosen from world size and model)")
-    parser.add_argument("--memory", metavar="GB,GB,…", help="with --topology exo: memory of each rank")
-    parser.add_argument("--exo-rule", default="exo", choices=("exo", "exo-1.0", "exo-0", "gay"), help="how exo gives out layers (default: exo)")
-    parser.add_argument("--arith", default="exact", choices=("exact", "blas"), help="exact arithmetic, or plain float32 BLAS for comparison")
-    parser.add_argument("--golden", metavar="FILE", help="fingerprints that every tensor must reproduce (spimpi golden)")
-    parser.add_argument("--manifest", metavar="FILE", help="fingerprints that the weights must equal, in place of a second read (spimpi manifest make)")
-    parser.add_argument("--inject", action="append", default=[], metavar="FAULT", help="KIND:key=value,…; repeatable; see below")
-    parser.add_argument("--repeat", type=int, default=1, metavar="N", help="run the inference N times in this job")
-    parser.add_argument("--sketch", action="store_true", help="put a sketch of every tensor of the first run into the trace, to tell rounding from corruption; takes time")
-    trace = parser.add_mutually_exclusive_group()
-    trace.add_argument("--trace", metavar="FILE", help="HDF5 trace (default: a name of its own in this directory)")
+    add = parser.add_argument_group("over which ranks").add_argument
+    add("--topology", metavar="SPEC", help="tp=2,sp=2,pp=2,dp=2 (sp: sequence) or exo (default: chosen)")
+    add("--memory", metavar="GB,GB,…", help="with --topology exo: memory of each rank")
+    add("--exo-rule", default="exo", metavar="RULE", choices=("exo", "exo-1.0", "exo-0", "gay"), help="exo's way: exo (default), exo-1.0, exo-0, gay")
+    add("--expect-ranks", type=int, metavar="N", help="refuse to run on another world size")
+    add("--timeout", type=float, default=120, metavar="S", help="end the job after S s without progress; 0: never (120)")
+    add = parser.add_argument_group("what to compare with").add_argument
+    add("--arith", default="exact", metavar="KIND", choices=("exact", "blas"), help="exact (default) or blas: plain float32")
+    add("--golden", metavar="FILE", help="what tensors must reproduce (spimpi golden)")
+    add("--manifest", metavar="FILE", help="what weights must equal (spimpi manifest make)")
+    add("--repeat", type=int, default=1, metavar="N", help="run the inference N times in this job")
+    add("--inject", action="append", default=[], metavar="FAULT", help="KIND:key=value,…; repeatable; see --help-faults")
+    add("--help-faults", action=_HelpFaults, nargs=0, help="list the faults of --inject and exit")
+    group = parser.add_argument_group("what to write")
+    add, trace = group.add_argument, group.add_mutually_exclusive_group()
+    trace.add_argument("--trace", metavar="FILE", help="HDF5 trace (default: a name of its own, here)")
     trace.add_argument("--no-trace", action="store_true", help="write no trace")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing trace")
-    parser.add_argument("--trace-driver", default="auto", choices=("auto", "mpio", "parts", "gather"), help="how the trace is written")
-    parser.add_argument("--journal", metavar="DIR", help="where each node keeps its ranks' journals while the run goes on (default: beside the trace)")
-    parser.add_argument("--sync", action="store_true", help="wait until the disk has what is flushed, against a loss of power")
-    parser.add_argument("--timeout", type=float, default=120, metavar="S", help="end the job after S seconds without progress; 0: never (default: 120)")
-    parser.add_argument("--expect-ranks", type=int, metavar="N", help="refuse to run on another world size")
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
-    from spimpi.faults import help_text
-
-    parser.epilog = help_text()
+    add("--overwrite", action="store_true", help="replace an existing trace")
+    add("--trace-driver", default="auto", metavar="KIND", choices=("auto", "mpio", "parts", "gather"), help="auto (default), mpio, parts or gather")
+    add("--journal", metavar="DIR", help="each node's own folder for journals meanwhile")
+    add("--sync", action="store_true", help="wait for the disk, against a loss of power")
+    add("--sketch", action="store_true", help="sketches too, to tell rounding from corruption")
+    add("--json", action="store_true", help="print one JSON object instead of text")
 
 
 @subcommand("verify", "run a distributed inference and verify every part of it", add_arguments)

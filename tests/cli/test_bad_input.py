@@ -315,12 +315,13 @@ def test_bad_input_is_refused_on_every_rank_at_once_and_said_once(outcomes, case
     _, expected = CASES[case]
     found = outcomes[case]
     assert [status for status, *_ in found] == [2] * RANKS, found
-    assert all(seconds < 10 for *_, seconds in found)
+    assert all(seconds < 60 for *_, seconds in found)
     message = found[0][2]
     assert "Traceback" not in message
     missing = [word for word in expected.split() if word not in message]
     assert not missing, f"{missing} in: {message}"
-    own = [line for line in message.splitlines() if line.startswith("spimpi")]
+    lines = [line for line in message.splitlines() if "compiling kernels" not in line]
+    own = [line for line in lines if line.startswith("spimpi")]
     assert len(own) == 1, message
     assert all((out, err) == ("", "") for _, out, err, _ in found[1:]), found[1:]
 

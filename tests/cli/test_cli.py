@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from spimpi.faults.places import PLACES
-from spimpi.faults.spec import KINDS
 from spimpi.inference.config import EMBEDDED_MODEL
 
 KNOWN = json.loads((EMBEDDED_MODEL / "greedy.json").read_text())
@@ -241,15 +239,10 @@ def test_published_shapes_run_with_seeded_weights(spimpi):
     assert all(0 <= token < 128256 for token in found["tokens"][0])
 
 
-def test_help_is_printed_once_and_lists_kinds_tensors_and_places(spimpi):
+def test_help_is_printed_once(spimpi):
     done = spimpi(2, "verify", "--help")
     assert done.returncode == 0
     assert done.stdout.count("usage: spimpi verify") == 1
-    words = done.stdout.split()
-    assert not set(KINDS) - set(words)
-    assert not set(PLACES) - set(words)
-    for place in ("rank=", "layer=", "tensor=", "step=", "element=", "bit="):
-        assert place in done.stdout
 
 
 def test_the_commands_are_listed(spimpi):

@@ -56,7 +56,7 @@ def test_a_missing_package_is_named_with_the_way_to_get_it(four_ranks):
 
 
 def test_a_cache_that_cannot_be_written_is_a_note_not_a_problem(four_ranks):
-    four_ranks[0]["cache"]["writable"] = False
+    four_ranks[0]["cache"]["problem"] = "its folder belongs to another user"
     status, problems, notes = doctor.findings(four_ranks)
     assert (status, problems) == (0, []) and "SPIMPI_CACHE_DIR" in notes[0]
 
