@@ -102,13 +102,13 @@ class CheckedComm(CheckedMessages):
         self._move("Allgather", calls.allgather, (sendbuf, recvbuf), tag)
 
     def Allgatherv(self, sendbuf, recvbuf, *, tag=None):
-        self._move("Allgatherv", calls.allgather, (sendbuf, recvbuf), tag)
+        self._move("Allgatherv", calls.allgatherv, (sendbuf, recvbuf), tag)
 
     def Iallgather(self, sendbuf, recvbuf, *, tag=None) -> CheckedRequest:
         return self._imove("Iallgather", calls.allgather, (sendbuf, recvbuf), tag)
 
     def Iallgatherv(self, sendbuf, recvbuf, *, tag=None) -> CheckedRequest:
-        return self._imove("Iallgatherv", calls.allgather, (sendbuf, recvbuf), tag)
+        return self._imove("Iallgatherv", calls.allgatherv, (sendbuf, recvbuf), tag)
 
     def Bcast(self, buf, root=0, *, tag=None):
         self._move("Bcast", calls.broadcast, (buf, root), tag)
@@ -120,37 +120,37 @@ class CheckedComm(CheckedMessages):
         self._move("Gather", calls.gather, (sendbuf, recvbuf, root), tag)
 
     def Gatherv(self, sendbuf, recvbuf, root=0, *, tag=None):
-        self._move("Gatherv", calls.gather, (sendbuf, recvbuf, root), tag)
+        self._move("Gatherv", calls.gatherv, (sendbuf, recvbuf, root), tag)
 
     def Igather(self, sendbuf, recvbuf, root=0, *, tag=None) -> CheckedRequest:
         return self._imove("Igather", calls.gather, (sendbuf, recvbuf, root), tag)
 
     def Igatherv(self, sendbuf, recvbuf, root=0, *, tag=None) -> CheckedRequest:
-        return self._imove("Igatherv", calls.gather, (sendbuf, recvbuf, root), tag)
+        return self._imove("Igatherv", calls.gatherv, (sendbuf, recvbuf, root), tag)
 
     def Scatter(self, sendbuf, recvbuf, root=0, *, tag=None):
         self._move("Scatter", calls.scatter, (sendbuf, recvbuf, root), tag)
 
     def Scatterv(self, sendbuf, recvbuf, root=0, *, tag=None):
-        self._move("Scatterv", calls.scatter, (sendbuf, recvbuf, root), tag)
+        self._move("Scatterv", calls.scatterv, (sendbuf, recvbuf, root), tag)
 
     def Iscatter(self, sendbuf, recvbuf, root=0, *, tag=None) -> CheckedRequest:
         return self._imove("Iscatter", calls.scatter, (sendbuf, recvbuf, root), tag)
 
     def Iscatterv(self, sendbuf, recvbuf, root=0, *, tag=None) -> CheckedRequest:
-        return self._imove("Iscatterv", calls.scatter, (sendbuf, recvbuf, root), tag)
+        return self._imove("Iscatterv", calls.scatterv, (sendbuf, recvbuf, root), tag)
 
     def Alltoall(self, sendbuf, recvbuf, *, tag=None):
         self._move("Alltoall", calls.alltoall, (sendbuf, recvbuf), tag)
 
     def Alltoallv(self, sendbuf, recvbuf, *, tag=None):
-        self._move("Alltoallv", calls.alltoall, (sendbuf, recvbuf), tag)
+        self._move("Alltoallv", calls.alltoallv, (sendbuf, recvbuf), tag)
 
     def Ialltoall(self, sendbuf, recvbuf, *, tag=None) -> CheckedRequest:
         return self._imove("Ialltoall", calls.alltoall, (sendbuf, recvbuf), tag)
 
     def Ialltoallv(self, sendbuf, recvbuf, *, tag=None) -> CheckedRequest:
-        return self._imove("Ialltoallv", calls.alltoall, (sendbuf, recvbuf), tag)
+        return self._imove("Ialltoallv", calls.alltoallv, (sendbuf, recvbuf), tag)
 
     # Sums.
 
