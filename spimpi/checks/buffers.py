@@ -134,8 +134,6 @@ def _one_each(given, n, what, of_number) -> list[int]:
 
 def _elements(data, datatype) -> tuple[np.ndarray, int]:
     """All whole elements in the order of memory, without a copy, and the bytes left over."""
-    if isinstance(datatype, str):
-        datatype = MPI._typedict[datatype]
     if data is None or data is MPI.BOTTOM:
         return np.empty(0, _dtype_of(datatype)), 0
     data = np.asarray(memoryview(data)) if isinstance(data, bytes) else as_array(data)
@@ -154,6 +152,11 @@ def _elements(data, datatype) -> tuple[np.ndarray, int]:
 
 def _dtype_of(datatype) -> np.dtype:
     """The dtype of what MPI moves, or adds up, as elements of a predefined datatype."""
+    if not isinstance(datatype, MPI.Datatype):
+        if datatype not in MPI._typedict:
+            msg = f"expected an MPI datatype or a code that mpi4py knows, found {datatype!r}"
+            raise UsageError(msg)
+        datatype = MPI._typedict[datatype]
     if not datatype.is_predefined:
         msg = f"checked collectives take predefined datatypes, found {datatype.name or 'a derived one'}"
         raise UsageError(msg)
