@@ -14,6 +14,7 @@ from mpi4py import MPI
 from spimpi.checks.session import Session
 from spimpi.errors import SpimpiError, UsageError
 from spimpi.fingerprint.tag import DEFAULT_SEED
+from spimpi.launch import require_world
 from spimpi.reduction import RecordReduction, agree
 from spimpi.topology.grid import Grid
 
@@ -41,6 +42,7 @@ class DistributedContext:
         self, comm, grid: Grid | None = None, seed: int = DEFAULT_SEED, trace=None, *,
         journal=None, sync: bool = False,
     ):  # fmt: skip
+        require_world()
         self.grid = grid = grid or Grid(comm.size, 1, 1, (1,))
         self.seed, self.tracer = seed, None
         self._given = comm

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from mpi4py import MPI
 
+from spimpi.launch import require_world
 from spimpi.reduction import RECORD, RecordReduction, empty_records
 
 REMEMBERED = 64  # fingerprints of earlier contributions, for "shard of step 6 in step 7"
@@ -133,6 +134,7 @@ _keyval = None
 def _kept(comm) -> dict:
     """What hangs on a communicator; made empty where nothing does yet."""
     global _keyval
+    require_world()
     if _keyval is None:
         _keyval = MPI.Comm.Create_keyval(delete_fn=_discard)
     kept = comm.Get_attr(_keyval)
