@@ -5,12 +5,14 @@ The receiver checks, and raises alone: the sender has gone on. Where both ends m
 sent, for the other end would wait: what has no fingerprint travels as its packed bytes.
 """
 
+from contextlib import contextmanager
+
 import numpy as np
 from mpi4py import MPI
 
 from spimpi.checks.buffers import elements_of
 from spimpi.checks.pending import enforce
-from spimpi.checks.requests import CheckedRequest, look, under_way, wait
+from spimpi.checks.requests import CheckedRequest, lock, look, under_way, wait
 from spimpi.checks.verdict import Verdict, Where
 from spimpi.errors import UsageError
 from spimpi.fingerprint import fingerprint
@@ -55,10 +57,11 @@ class CheckedMessages:
 
     def Recv(self, buf, source=MPI.ANY_SOURCE, tag=MPI.ANY_TAG, status=None):
         status = MPI.Status() if status is None else status
-        if under_way():
-            wait(self.comm.Irecv(buf, source, tag), status)
-        else:
-            self.comm.Recv(buf, source, tag, status)
+        with self._record_taken(status):
+            if under_way():
+                wait(self.comm.Irecv(buf, source, tag), status)
+            else:
+                self.comm.Recv(buf, source, tag, status)
         self._check_received(buf, status)
 
     def Sendrecv(
@@ -67,10 +70,11 @@ class CheckedMessages:
     ):  # fmt: skip
         status = MPI.Status() if status is None else status
         self._send_record(sendbuf, dest, sendtag)
-        if under_way():
-            self._exchange(sendbuf, dest, sendtag, recvbuf, source, recvtag, status)
-        else:
-            self.comm.Sendrecv(sendbuf, dest, sendtag, recvbuf, source, recvtag, status)
+        with self._record_taken(status):
+            if under_way():
+                self._exchange(sendbuf, dest, sendtag, recvbuf, source, recvtag, status)
+            else:
+                self.comm.Sendrecv(sendbuf, dest, sendtag, recvbuf, source, recvtag, status)
         self._check_received(recvbuf, status)
 
     def Sendrecv_replace(
@@ -78,12 +82,13 @@ class CheckedMessages:
     ):
         status = MPI.Status() if status is None else status
         self._send_record(buf, dest, sendtag)
-        if under_way():
-            sent, packed = elements_of(buf)
-            sent = [sent, MPI.PACKED] if packed else sent.copy()
-            self._exchange(sent, dest, sendtag, buf, source, recvtag, status)
-        else:
-            self.comm.Sendrecv_replace(buf, dest, sendtag, source, recvtag, status)
+        with self._record_taken(status):
+            if under_way():
+                sent, packed = elements_of(buf)
+                sent = [sent, MPI.PACKED] if packed else sent.copy()
+                self._exchange(sent, dest, sendtag, buf, source, recvtag, status)
+            else:
+                self.comm.Sendrecv_replace(buf, dest, sendtag, source, recvtag, status)
         self._check_received(buf, status)
 
     def Irecv(self, buf, source=MPI.ANY_SOURCE, tag=MPI.ANY_TAG):
@@ -95,12 +100,13 @@ class CheckedMessages:
         if source == MPI.PROC_NULL:
             return CheckedSend(self.comm.Irecv(buf, source, tag))
         record = np.zeros(1, MESSAGE)
-        requests = [
-            self.comm.Irecv(buf, source, tag),
-            self._requests.comm.Irecv([record.view(np.uint8), MPI.BYTE], source, tag),
-        ]
         # Messages match receives in the order of posting, whichever is waited for first.
-        return CheckedReceive(self, buf, record, requests, self._next_received(source, tag))
+        with lock:
+            requests = [
+                self.comm.Irecv(buf, source, tag),
+                self._requests.comm.Irecv([record.view(np.uint8), MPI.BYTE], source, tag),
+            ]
+            return CheckedReceive(self, buf, record, requests, self._next_received(source, tag))
 
     # A rank that waits looks after its collectives meanwhile, by the non-blocking calls.
 
@@ -112,8 +118,9 @@ class CheckedMessages:
         getattr(self.comm, name)(buf, dest, tag)
 
     def _isend(self, name, buf, dest, tag) -> CheckedRequest:
-        self._send_record(buf, dest, tag)
-        return CheckedSend(getattr(self.comm, name)(buf, dest, tag))
+        with lock:
+            self._send_record(buf, dest, tag)
+            return CheckedSend(getattr(self.comm, name)(buf, dest, tag))
 
     def _exchange(self, sendbuf, dest, sendtag, recvbuf, source, recvtag, status) -> None:
         receive = self.comm.Irecv(recvbuf, source, recvtag)
@@ -123,29 +130,46 @@ class CheckedMessages:
 
     def _send_record(self, buf, dest, tag) -> None:
         """Start sending the record; small, so that it does not wait for the receiver."""
-        self._records_sent[:] = [kept for kept in self._records_sent if not kept[0].Test()]
-        if dest == MPI.PROC_NULL:
-            return
-        data, packed = elements_of(buf)
-        sequence = self._sent.get((dest, tag), 0) + 1
-        record = np.zeros(1, MESSAGE)
-        word = fingerprint(data, self._message_tag(sequence), None, self.threads)
-        record[0] = (sequence, data.size, PACKED if packed else _name(data), word)
-        request = self._requests.comm.Isend([record.view(np.uint8), MPI.BYTE], dest, tag)
-        self._sent[dest, tag] = sequence
-        self._records_sent.append((request, record))
+        with lock:
+            self._records_sent[:] = [kept for kept in self._records_sent if not kept[0].Test()]
+            if dest == MPI.PROC_NULL:
+                return
+            data, packed = elements_of(buf)
+            sequence = self._sent.get((dest, tag), 0) + 1
+            record = np.zeros(1, MESSAGE)
+            word = fingerprint(data, self._message_tag(sequence), None, self.threads)
+            record[0] = (sequence, data.size, PACKED if packed else _name(data), word)
+            request = self._requests.comm.Isend([record.view(np.uint8), MPI.BYTE], dest, tag)
+            self._sent[dest, tag] = sequence
+            self._records_sent.append((request, record))
 
-    def _check_received(self, buf, status) -> None:
+    @contextmanager
+    def _record_taken(self, status):
+        """A message that does not fit is gone as in MPI, and its record with it."""
+        try:
+            yield
+        except MPI.Exception as error:
+            if error.Get_error_class() == MPI.ERR_TRUNCATE and status.Get_source() >= 0:
+                self._take_record(status)
+            raise
+
+    def _take_record(self, status) -> tuple:
+        """The record of a message that has been received, and the number that it should have."""
         source, tag = status.Get_source(), status.Get_tag()
-        if source == MPI.PROC_NULL:
-            return
         record = np.zeros(1, MESSAGE)
         self._requests.comm.Recv([record.view(np.uint8), MPI.BYTE], source, tag)
-        self.verdict = self._judge(buf, record[0], status, self._next_received(source, tag))
+        return record[0], self._next_received(source, tag)
+
+    def _check_received(self, buf, status) -> None:
+        if status.Get_source() == MPI.PROC_NULL:
+            return
+        record, sequence = self._take_record(status)
+        self.verdict = self._judge(buf, record, status, sequence)
         enforce(self.verdict, self.check)
 
     def _next_received(self, source, tag) -> int:
-        sequence = self._received[source, tag] = self._received.get((source, tag), 0) + 1
+        with lock:
+            sequence = self._received[source, tag] = self._received.get((source, tag), 0) + 1
         return sequence
 
     def _message_tag(self, sequence) -> Tag:
@@ -223,8 +247,14 @@ class CheckedReceive(CheckedRequest):
 
     def _take(self, status) -> None:
         status = MPI.Status() if status is None else status
-        wait(self._requests[0], status)
+        try:
+            wait(self._requests[0], status)
+        except MPI.Exception as error:  # see _record_taken
+            if error.Get_error_class() == MPI.ERR_TRUNCATE:
+                wait(self._requests[1])
+            raise
         wait(self._requests[1])
         comm = self._comm
-        self.verdict = comm._judge(self._buf, self._record[0], status, self._sequence)
+        judged = comm._judge(self._buf, self._record[0], status, self._sequence)
+        self.verdict = comm.verdict = judged
         enforce(self.verdict, comm.check)
