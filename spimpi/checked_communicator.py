@@ -39,13 +39,13 @@ class CheckedComm(CheckedMessages):
     What is not checked is the communicator's own: where it moves data, the first call of each kind
     warns (UncheckedWarning), and ``unchecked`` counts them by name. Every checked method takes
     ``tag=``, a ``spimpi.Tag``, besides mpi4py's arguments; the point-to-point ones have mpi4py's
-    tag instead. ``verdict``: that of the last blocking call, or of the last request that was waited
-    for, None where it was not checked.
+    tag instead. ``verdict``: that of the last call that is complete, in the order of the calls; None
+    where it was not checked.
     """
 
     def __init__(self, comm, ctx, check, threads):
         self.comm, self.ctx, self.check, self.threads = comm, ctx, check, threads
-        self.verdict, self._given = None, comm
+        self._given = comm
         self._session = session_of(comm, ctx)
         self._seed = DEFAULT_SEED if ctx is None else ctx.seed
         self._tag, self._calls = None, 0
@@ -74,7 +74,7 @@ class CheckedComm(CheckedMessages):
         return passed
 
     def _note(self, what, depth):
-        self.verdict = None
+        self.completed(self.next_call(), None)
         note(self.unchecked, what, depth)
 
     @contextmanager
@@ -250,7 +250,7 @@ class CheckedComm(CheckedMessages):
             return
         self._note(f"{name} by {name_of(op)}", 5)
         self._run(name, args, operation_check(self._session.comm, name, op, tag), _nothing)
-        self.verdict = None
+        self.completed(self.next_call(), None)
 
     def _isum(self, name, describe, args, op, tag, known=SUMS) -> CheckedRequest:
         tag = self._next_tag(name, tag)
@@ -274,7 +274,7 @@ class CheckedComm(CheckedMessages):
         return self.ctx is not None and self.ctx.open_batch is not None
 
     def _keep(self, verdict) -> None:
-        self.verdict = verdict
+        self.completed(self.next_call(), verdict)
         if not self._in_batch:  # its end raises
             enforce(verdict, self.check)
 

@@ -50,7 +50,7 @@ class Attendance:
         self._main, self._left = threading.get_ident(), ""
         self._answers: dict[int, tuple] = {}
         self._number, self._sends = 0, []
-        self._stop = threading.Event()
+        self._stop, self._taking = threading.Event(), threading.Lock()
         self._comm = comm.Dup()
         self._thread = threading.Thread(target=self._attend, daemon=True, name="spimpi-attendance")
         self._thread.start()
@@ -76,6 +76,7 @@ class Attendance:
         """Inside, this thread waits for the ranks of ``comm``; ``require_time`` is to be called."""
         thread = threading.get_ident()
         before = self._waits.get(thread)
+        self._take_messages()  # the others may have given up what this rank is late for
         self.require_time()
         self._waits[thread] = Wait(what, self._ranks_of(comm), monotonic(), breakable)
         try:
@@ -121,16 +122,25 @@ class Attendance:
 
     def _take_messages(self) -> None:
         status = MPI.Status()
-        self._sends = [send for send in self._sends if not send.Test()]
-        while self._comm.iprobe(status=status):
-            source, kind = status.source, status.tag
-            said = self._comm.recv(source=source, tag=kind)
-            if kind == ASK:
-                self._send((said, self._own_waits(), self._place()), source, ANSWER)
-            elif kind == ANSWER and said[0] == self._number:
-                self._answers[source] = said[1:]
-            elif kind == GIVE_UP:
-                self.error = self.error or said
+        with self._taking:
+            self._sends = [send for send in self._sends if not send.Test()]
+            while self._comm.iprobe(status=status):
+                source, kind = status.source, status.tag
+                self._take(self._comm.recv(source=source, tag=kind), source, kind)
+
+    def _take(self, said, source, kind) -> None:
+        if kind == ASK:
+            self._send((said, self._own_waits(), self._place()), source, ANSWER)
+        elif kind == ANSWER and said[0] == self._number:
+            self._answers[source] = said[1:]
+        elif kind == GIVE_UP:
+            self.error = self.error or said
+
+    def _tell(self, ranks, what, kind) -> None:
+        with self._taking:
+            for rank in ranks:
+                if rank != self._comm.rank:
+                    self._send(what, rank, kind)
 
     def _send(self, what, rank, kind) -> None:
         self._sends.append(self._comm.isend(what, rank, kind))
@@ -152,11 +162,10 @@ class Attendance:
 
     def _give_up(self, late: Wait) -> None:
         """Ask the others, and tell those who wait that they wait in vain."""
-        self._number += 1
-        self._answers = {self._comm.rank: (self._own_waits(), self._place())}
-        for rank in late.ranks:
-            if rank != self._comm.rank:
-                self._send(self._number, rank, ASK)
+        with self._taking:
+            self._number += 1
+            self._answers = {self._comm.rank: (self._own_waits(), self._place())}
+        self._tell(late.ranks, self._number, ASK)
         start = monotonic()
         while len(self._answers) < len(late.ranks) and monotonic() - start < GRACE:
             sleep(0.01)
@@ -164,9 +173,7 @@ class Attendance:
         if self.error is not None or late not in self._waits.values():
             return  # another rank was faster, or the last one has come meanwhile
         self.error = self._in_words(late)
-        for rank in late.ranks:
-            if rank != self._comm.rank:
-                self._send(self.error, rank, GIVE_UP)
+        self._tell(late.ranks, self.error, GIVE_UP)
         if late.breakable:
             return
         print(f"spimpi: {self.error}", file=sys.stderr, flush=True)
@@ -179,8 +186,8 @@ class Attendance:
         more = len(missing) - SHOWN
         told += [f"… ({len(missing)} in all)"] * (more > 0)
         return one_line(
-            f"{late.what}: given up by rank {self._comm.rank} after {self.timeout:g} s; "
-            f"{_ranks(came)} wait in it; not in it: {'; '.join(told) or 'none'}"
+            f"{late.what}: given up after {self.timeout:g} s; {_ranks(came)} "
+            f"wait{'s' * (len(came) == 1)} in it; not in it: {'; '.join(told) or 'none'}"
         )
 
     def _about(self, rank) -> str:

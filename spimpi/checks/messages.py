@@ -27,9 +27,21 @@ PACKED = b"packed"  # in the place of a dtype
 class CheckedMessages:
     """The point-to-point part of a CheckedComm, which has the communicators."""
 
+    verdict, _n_calls, _last = None, 0, 0
+
     def __init__(self, session):
         self._sent, self._received = session.sent, session.received
         self._records_sent = session.under_way  # (request, record)
+
+    def next_call(self) -> int:
+        """The number of a call, in their order."""
+        self._n_calls += 1
+        return self._n_calls
+
+    def completed(self, number: int, verdict) -> None:
+        """Keep the verdict of a call, unless a later one is complete already."""
+        if number >= self._last:
+            self._last, self.verdict = number, verdict
 
     def Send(self, buf, dest, tag=0):
         self._send("Send", buf, dest, tag)
@@ -164,7 +176,7 @@ class CheckedMessages:
         if status.Get_source() == MPI.PROC_NULL:
             return
         record, sequence = self._take_record(status)
-        self.verdict = self._judge(buf, record, status, sequence)
+        self.completed(self.next_call(), self._judge(buf, record, status, sequence))
         enforce(self.verdict, self.check)
 
     def _next_received(self, source, tag) -> int:
@@ -237,7 +249,7 @@ class CheckedReceive(CheckedRequest):
     def __init__(self, comm: CheckedMessages, buf, record, requests, sequence):
         super().__init__()
         self._comm, self._buf, self._record, self._requests = comm, buf, record, requests
-        self._sequence = sequence
+        self._sequence, self._number = sequence, comm.next_call()
 
     def _complete(self, blocking: bool) -> bool:
         if not blocking:
@@ -255,6 +267,6 @@ class CheckedReceive(CheckedRequest):
             raise
         wait(self._requests[1])
         comm = self._comm
-        judged = comm._judge(self._buf, self._record[0], status, self._sequence)
-        self.verdict = comm.verdict = judged
+        self.verdict = comm._judge(self._buf, self._record[0], status, self._sequence)
+        comm.completed(self._number, self.verdict)
         enforce(self.verdict, comm.check)

@@ -223,12 +223,13 @@ class CheckedCollective(CheckedRequest):
         super().__init__()
         self._queue, self._request, self._check, self._owner = queue, request, check, owner
         self._error, self._judged, self._takes_part = None, False, request is not None
+        self._number = owner.next_call()
 
     def _complete(self, blocking: bool) -> bool:
         return self._queue.judge_until(self, blocking)
 
     def _take(self, status) -> None:
-        self._owner.verdict = self.verdict
+        self._owner.completed(self._number, self.verdict)
         error, self._error = self._error, None
         if error is not None:
             raise error

@@ -168,18 +168,26 @@ def session_of(comm, ctx=None) -> Session:
     """A communicator's session, or the context's if it is over its ranks. Collective at first."""
     if ctx is not None and ctx.is_over(comm):
         return ctx.session
-    session = _of_its_own(comm, "session")
+    session = _of_its_own(comm, "session", ctx and ctx.attendance)
     if ctx is not None:
         session.attendance = ctx.attendance
     return session
 
 
-def _of_its_own(comm, name) -> Session:
+def _of_its_own(comm, name, attendance=None) -> Session:
     kept = _kept(comm)
     if name not in kept:
-        duplicate, records = comm.Dup(), RecordReduction()
+        duplicate, records = _duplicate(comm, attendance), RecordReduction()
         kept[name] = Session(duplicate, records, (records, duplicate))
     return kept[name]
+
+
+def _duplicate(comm, attendance):
+    if attendance is None:
+        return comm.Dup()
+    duplicate, request = comm.Idup()
+    attendance.wait(request, f"the first check over a communicator of {comm.size} ranks", comm)
+    return duplicate
 
 
 def request_session_of(comm) -> Session:
