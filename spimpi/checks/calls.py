@@ -79,7 +79,7 @@ def scatter(comm, sendbuf, recvbuf, root, vector=False):
             blocks = blocks_of(sendbuf, comm.size, vector=vector)
             _take(c.gives, c.contributed, blocks, _rows(comm.size))
             own = c.contributed[root][0]
-        if recvbuf is not MPI.IN_PLACE:  # else the root keeps its part where it is
+        if not (comm.rank == root and _in_place(recvbuf)):  # else the root keeps its part where it is
             own = block_of(recvbuf)[None]
         c.gets(own, _rows(comm.size)[comm.rank])
 
@@ -167,7 +167,7 @@ def reduce_scatter(comm, sendbuf, recvbuf, recvcounts, op):
     def result(own):
         whole = block_of(recvbuf)
         # In place the result is the first elements of what was the whole contribution.
-        return whole[: recvcounts[comm.rank]] if sendbuf is MPI.IN_PLACE else whole
+        return whole[: recvcounts[comm.rank]] if _in_place(sendbuf) else whole
 
     return _scattered(comm, sent, result, lambda own: recvcounts)
 
@@ -177,7 +177,7 @@ def reduce_scatter_block(comm, sendbuf, recvbuf, op):
     sent = _kept(sendbuf, recvbuf, comm.size)
 
     def result(own):
-        if sendbuf is MPI.IN_PLACE:
+        if _in_place(sendbuf):
             return blocks_of(recvbuf, comm.size).parts()[0]
         return block_of(recvbuf)
 
@@ -206,15 +206,19 @@ def _shard(comm, own, counts) -> TensorPartition | None:
 # What was sent, before a collective can overwrite it.
 
 
+def _in_place(buffer) -> bool:
+    return buffer is None or buffer is MPI.IN_PLACE
+
+
 def _own(comm, sendbuf, recvbuf, vector):
-    if sendbuf is not MPI.IN_PLACE:
+    if not _in_place(sendbuf):
         return _or_error(lambda: block_of(sendbuf))
     return _or_error(lambda: blocks_of(recvbuf, comm.size, vector=vector).parts()[comm.rank].copy())
 
 
 def _kept(sendbuf, recvbuf, n=1, vector=False):
     """The blocks that this rank contributes; in place a copy of them."""
-    if sendbuf is not MPI.IN_PLACE:
+    if not _in_place(sendbuf):
         return _or_error(lambda: blocks_of(sendbuf, n, vector=vector))
     return _or_error(lambda: blocks_of(recvbuf, n, vector=vector).kept())
 

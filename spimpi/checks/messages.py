@@ -22,6 +22,7 @@ from spimpi.trace.schema import Established
 
 MESSAGE = np.dtype([("sequence", "<i8"), ("n", "<i8"), ("dtype", "S24"), ("word", "<u8")])
 PACKED = b"packed"  # in the place of a dtype
+BYTES = b"uint8"  # received as, or sent as, what they are bytes of
 
 
 class CheckedMessages:
@@ -80,37 +81,25 @@ class CheckedMessages:
         self, sendbuf, dest, sendtag=0, recvbuf=None, source=MPI.ANY_SOURCE,
         recvtag=MPI.ANY_TAG, status=None,
     ):  # fmt: skip
-        status = MPI.Status() if status is None else status
-        self._send_record(sendbuf, dest, sendtag)
-        with self._record_taken(status):
-            if under_way():
-                self._exchange(sendbuf, dest, sendtag, recvbuf, source, recvtag, status)
-            else:
-                self.comm.Sendrecv(sendbuf, dest, sendtag, recvbuf, source, recvtag, status)
-        self._check_received(recvbuf, status)
+        self._exchange(sendbuf, dest, sendtag, recvbuf, source, recvtag, status)
 
     def Sendrecv_replace(
         self, buf, dest, sendtag=0, source=MPI.ANY_SOURCE, recvtag=MPI.ANY_TAG, status=None
     ):
-        status = MPI.Status() if status is None else status
-        self._send_record(buf, dest, sendtag)
-        with self._record_taken(status):
-            if under_way():
-                sent, packed = elements_of(buf)
-                sent = [sent, MPI.PACKED] if packed else sent.copy()
-                self._exchange(sent, dest, sendtag, buf, source, recvtag, status)
-            else:
-                self.comm.Sendrecv_replace(buf, dest, sendtag, source, recvtag, status)
-        self._check_received(buf, status)
+        sent = None
+        if dest != MPI.PROC_NULL:
+            elements, packed = elements_of(buf)
+            sent = [elements, MPI.PACKED] if packed else elements.copy()
+        self._exchange(sent, dest, sendtag, buf, source, recvtag, status)
 
     def Irecv(self, buf, source=MPI.ANY_SOURCE, tag=MPI.ANY_TAG):
         """As mpi4py's; the request's ``Wait`` and ``Test`` check. ``source`` and ``tag`` must be
         given: the record of a message from anywhere could be that of another."""
+        if source == MPI.PROC_NULL:
+            return CheckedSend(self.comm.Irecv(buf, source, tag))
         if source == MPI.ANY_SOURCE or tag == MPI.ANY_TAG:
             msg = "a checked Irecv needs a source and a tag; Recv takes messages from anywhere"
             raise UsageError(msg)
-        if source == MPI.PROC_NULL:
-            return CheckedSend(self.comm.Irecv(buf, source, tag))
         record = np.zeros(1, MESSAGE)
         # Messages match receives in the order of posting, whichever is waited for first.
         with lock:
@@ -120,40 +109,45 @@ class CheckedMessages:
             ]
             return CheckedReceive(self, buf, record, requests, self._next_received(source, tag))
 
-    # A rank that waits looks after its collectives meanwhile, by the non-blocking calls.
+    # A message is begun before its record: of a call that mpi4py refuses nothing is sent. Both are
+    # under way before this rank waits, and looks after its collectives meanwhile.
 
     def _send(self, name, buf, dest, tag) -> None:
-        if under_way():
-            self._isend(f"I{name.lower()}", buf, dest, tag).Wait()
-            return
-        self._send_record(buf, dest, tag)
-        getattr(self.comm, name)(buf, dest, tag)
+        self._isend(f"I{name.lower()}", buf, dest, tag).Wait()
 
     def _isend(self, name, buf, dest, tag) -> CheckedRequest:
-        with lock:
-            self._send_record(buf, dest, tag)
-            return CheckedSend(getattr(self.comm, name)(buf, dest, tag))
+        return CheckedSend(self._begin(name, buf, dest, tag))
 
-    def _exchange(self, sendbuf, dest, sendtag, recvbuf, source, recvtag, status) -> None:
-        receive = self.comm.Irecv(recvbuf, source, recvtag)
-        send = self.comm.Isend(sendbuf, dest, sendtag)
-        wait(receive, status)
-        wait(send)
-
-    def _send_record(self, buf, dest, tag) -> None:
-        """Start sending the record; small, so that it does not wait for the receiver."""
+    def _begin(self, name, buf, dest, tag):
+        """The request of a message; its record is under way too, and small: it does not wait."""
+        if dest == MPI.PROC_NULL:
+            return getattr(self.comm, name)(buf, dest, tag)
         with lock:
             self._records_sent[:] = [kept for kept in self._records_sent if not kept[0].Test()]
-            if dest == MPI.PROC_NULL:
-                return
             data, packed = elements_of(buf)
             sequence = self._sent.get((dest, tag), 0) + 1
             record = np.zeros(1, MESSAGE)
             word = fingerprint(data, self._message_tag(sequence), None, self.threads)
             record[0] = (sequence, data.size, PACKED if packed else _name(data), word)
+            message = getattr(self.comm, name)(buf, dest, tag)
             request = self._requests.comm.Isend([record.view(np.uint8), MPI.BYTE], dest, tag)
             self._sent[dest, tag] = sequence
             self._records_sent.append((request, record))
+        return message
+
+    def _exchange(self, sendbuf, dest, sendtag, recvbuf, source, recvtag, status) -> None:
+        status = MPI.Status() if status is None else status
+        receive = self.comm.Irecv(recvbuf, source, recvtag)
+        try:
+            send = self._begin("Isend", sendbuf, dest, sendtag)
+        except Exception:
+            receive.Cancel()
+            receive.Wait()
+            raise
+        with self._record_taken(status):
+            wait(receive, status)
+        wait(send)
+        self._check_received(recvbuf, status)
 
     @contextmanager
     def _record_taken(self, status):
@@ -193,7 +187,8 @@ class CheckedMessages:
         source, tag = status.Get_source(), status.Get_tag()
         data, packed = elements_of(buf)
         sent, n_sent = record["dtype"], int(record["n"])
-        if not packed and sent not in (PACKED, _name(data)):
+        untyped = _name(data) == BYTES or sent in (PACKED, BYTES)
+        if not packed and not untyped and sent != _name(data):
             msg = (
                 f"a message from rank {source} (tag {tag}): it sent dtype {sent.decode()}, "
                 f"rank {self.comm.rank} receives {data.dtype}"

@@ -183,6 +183,26 @@ def test_a_sum_is_of_the_datatype_not_of_the_arrays_dtype(comm):
     np.testing.assert_array_equal(total.view(float), expected)
 
 
+@pytest.mark.parametrize("in_place", [MPI.IN_PLACE, None], ids=["IN_PLACE", "None"])
+def test_none_is_in_place_too(comm, in_place):
+    checked, size, rank = spimpi.checked(comm), comm.size, comm.rank
+    whole = np.zeros(2 * size)
+    whole[2 * rank : 2 * rank + 2] = _own(rank, 2)
+    everyone = np.concatenate([_own(r, 2) for r in range(size)])
+    checked.Allgather(in_place, whole)
+    assert checked.verdict and (whole == everyone).all()
+    checked.Scatter(*((whole, in_place) if rank == 0 else (None, whole[:2])), 0)
+    assert checked.verdict and (whole[:2] == _own(rank, 2)).all()
+    checked.Gather(*((in_place, whole) if rank == 0 else (whole[:2], None)), 0)
+    assert checked.verdict
+    checked.Allreduce(in_place, whole[:1])
+    assert checked.verdict and whole[0] == sum(_own(r, 1)[0] for r in range(size))
+    checked.Reduce(*((in_place, whole[:1]) if rank == 0 else (whole[:1], None)))
+    assert checked.verdict
+    checked.Alltoall(in_place, whole)
+    assert checked.verdict
+
+
 def test_blocks_in_place_are_of_the_count_that_is_given(comm):
     size, rank = comm.size, comm.rank
     for count in (1, size, 4):
