@@ -52,6 +52,8 @@ _HOMES = {
     "spimpi.checks.weights": ("verify_weights",),
     "spimpi.topology.exo": ("ExoPartition", "create_exo_partitions"),
     "spimpi.topology.grid": ("Grid",),
+    "spimpi.verification.conclude": ("Outcome",),
+    "spimpi.verification.job": ("Job", "Request", "prepare"),
     "spimpi.verification.run": ("verify_distributed_inference",),
 }  # fmt: skip
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

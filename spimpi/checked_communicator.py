@@ -6,17 +6,19 @@ communicator, its check on a private one. docs/checks.md ("The wrapper") has wha
 
 from contextlib import contextmanager
 
+import numpy as np
 from mpi4py import MPI
 
 from spimpi.checks import calls
-from spimpi.checks.check import Check
+from spimpi.checks.check import Check, Rule
 from spimpi.checks.messages import CheckedMessages
-from spimpi.checks.pending import Group, built, enforce, require_comm
-from spimpi.checks.requests import CheckedRequest, Queue, RecordCheck
+from spimpi.checks.pending import Group, built, enforce, in_words, require_comm
+from spimpi.checks.requests import CheckedRequest, Queue, RecordCheck, look
 from spimpi.checks.session import request_session_of, session_of
 from spimpi.checks.unchecked import SYNCHRONISING, UNCHECKED, name_of, note
 from spimpi.fingerprint.tag import DEFAULT_SEED, Tag
 from spimpi.one_traceback import told_by_rank_0
+from spimpi.trace.schema import Established
 
 SUMS = (MPI.SUM, MPI.BXOR)  # what the check of a reduction to some ranks knows
 EXTREMES = (MPI.MAX, MPI.MIN)  # and of one to all
@@ -38,16 +40,18 @@ class CheckedComm(CheckedMessages):
     What is not checked is the communicator's own: where it moves data, the first call of each kind
     warns (UncheckedWarning), and ``unchecked`` counts them by name. Every checked method takes
     ``tag=``, a ``spimpi.Tag``, besides mpi4py's arguments; the point-to-point ones have mpi4py's
-    tag instead. ``verdict``: that of the last blocking call, None where it was not checked.
+    tag instead. ``verdict``: that of the last call that is complete, in the order of the calls; None
+    where it was not checked.
     """
 
     def __init__(self, comm, ctx, check, threads):
         self.comm, self.ctx, self.check, self.threads = comm, ctx, check, threads
-        self.verdict, self._given = None, comm
+        self._given = comm
         self._session = session_of(comm, ctx)
         self._seed = DEFAULT_SEED if ctx is None else ctx.seed
         self._tag, self._calls = None, 0
         self._requests = request_session_of(comm)
+        self._requests.attendance = self._session.attendance
         if self._requests.queue is None:
             self._requests.queue = Queue(self._requests)
         self._queue = self._requests.queue
@@ -71,7 +75,7 @@ class CheckedComm(CheckedMessages):
         return passed
 
     def _note(self, what, depth):
-        self.verdict = None
+        self.completed(self.next_call(), None)
         note(self.unchecked, what, depth)
 
     @contextmanager
@@ -103,13 +107,13 @@ class CheckedComm(CheckedMessages):
         self._move("Allgather", calls.allgather, (sendbuf, recvbuf), tag)
 
     def Allgatherv(self, sendbuf, recvbuf, *, tag=None):
-        self._move("Allgatherv", calls.allgather, (sendbuf, recvbuf), tag)
+        self._move("Allgatherv", calls.allgatherv, (sendbuf, recvbuf), tag)
 
     def Iallgather(self, sendbuf, recvbuf, *, tag=None) -> CheckedRequest:
         return self._imove("Iallgather", calls.allgather, (sendbuf, recvbuf), tag)
 
     def Iallgatherv(self, sendbuf, recvbuf, *, tag=None) -> CheckedRequest:
-        return self._imove("Iallgatherv", calls.allgather, (sendbuf, recvbuf), tag)
+        return self._imove("Iallgatherv", calls.allgatherv, (sendbuf, recvbuf), tag)
 
     def Bcast(self, buf, root=0, *, tag=None):
         self._move("Bcast", calls.broadcast, (buf, root), tag)
@@ -121,37 +125,37 @@ class CheckedComm(CheckedMessages):
         self._move("Gather", calls.gather, (sendbuf, recvbuf, root), tag)
 
     def Gatherv(self, sendbuf, recvbuf, root=0, *, tag=None):
-        self._move("Gatherv", calls.gather, (sendbuf, recvbuf, root), tag)
+        self._move("Gatherv", calls.gatherv, (sendbuf, recvbuf, root), tag)
 
     def Igather(self, sendbuf, recvbuf, root=0, *, tag=None) -> CheckedRequest:
         return self._imove("Igather", calls.gather, (sendbuf, recvbuf, root), tag)
 
     def Igatherv(self, sendbuf, recvbuf, root=0, *, tag=None) -> CheckedRequest:
-        return self._imove("Igatherv", calls.gather, (sendbuf, recvbuf, root), tag)
+        return self._imove("Igatherv", calls.gatherv, (sendbuf, recvbuf, root), tag)
 
     def Scatter(self, sendbuf, recvbuf, root=0, *, tag=None):
         self._move("Scatter", calls.scatter, (sendbuf, recvbuf, root), tag)
 
     def Scatterv(self, sendbuf, recvbuf, root=0, *, tag=None):
-        self._move("Scatterv", calls.scatter, (sendbuf, recvbuf, root), tag)
+        self._move("Scatterv", calls.scatterv, (sendbuf, recvbuf, root), tag)
 
     def Iscatter(self, sendbuf, recvbuf, root=0, *, tag=None) -> CheckedRequest:
         return self._imove("Iscatter", calls.scatter, (sendbuf, recvbuf, root), tag)
 
     def Iscatterv(self, sendbuf, recvbuf, root=0, *, tag=None) -> CheckedRequest:
-        return self._imove("Iscatterv", calls.scatter, (sendbuf, recvbuf, root), tag)
+        return self._imove("Iscatterv", calls.scatterv, (sendbuf, recvbuf, root), tag)
 
     def Alltoall(self, sendbuf, recvbuf, *, tag=None):
         self._move("Alltoall", calls.alltoall, (sendbuf, recvbuf), tag)
 
     def Alltoallv(self, sendbuf, recvbuf, *, tag=None):
-        self._move("Alltoallv", calls.alltoall, (sendbuf, recvbuf), tag)
+        self._move("Alltoallv", calls.alltoallv, (sendbuf, recvbuf), tag)
 
     def Ialltoall(self, sendbuf, recvbuf, *, tag=None) -> CheckedRequest:
         return self._imove("Ialltoall", calls.alltoall, (sendbuf, recvbuf), tag)
 
     def Ialltoallv(self, sendbuf, recvbuf, *, tag=None) -> CheckedRequest:
-        return self._imove("Ialltoallv", calls.alltoall, (sendbuf, recvbuf), tag)
+        return self._imove("Ialltoallv", calls.alltoallv, (sendbuf, recvbuf), tag)
 
     # Sums.
 
@@ -191,23 +195,46 @@ class CheckedComm(CheckedMessages):
         args = (sendbuf, recvbuf, op)
         return self._isum("Ireduce_scatter_block", calls.reduce_scatter_block, args, op, tag)
 
-    # How they run: described first, then called, then checked.
+    # How they run: described first, then called, then checked. A call that raises an error on this
+    # rank is told to the others, who wait in the check, and then raised.
 
     def _move(self, name, describe, args, tag) -> None:
         self._queue.judge_all()
         self._run(name, args, *self._moved(name, describe, args, tag))
 
     def _run(self, name, args, check, build) -> None:
-        getattr(self.comm, name)(*args)
+        try:
+            self._call(name, args, check)
+        except Exception:
+            if not self._in_batch:  # else its end tells them
+                self._session.withdraw()
+            raise
         built(check, build)
         if self._in_batch:
             self._keep(self.ctx.open_batch.add(self._session, check, self.check))
         else:
             self._keep(Group(self._session, [check]).merge()[0])
 
+    def _call(self, name, args, check) -> None:
+        call, attendance = getattr(self.comm, name), self._session.attendance
+        if attendance is None:
+            call(*args)
+            return
+        with attendance.waiting(in_words([check]), self._session.comm, breakable=False):
+            call(*args)
+
     def _imove(self, name, describe, args, tag) -> CheckedRequest:
-        made = RecordCheck(self._session, *self._moved(name, describe, args, tag))
-        return self._queue.add(getattr(self.comm, name)(*args), made, self.check)
+        return self._irun(name, args, *self._moved(name, describe, args, tag))
+
+    def _irun(self, name, args, check, build) -> CheckedRequest:
+        made = RecordCheck(self._session, check, build)
+        try:
+            request = getattr(self.comm, name)(*args)
+        except Exception:
+            self._queue.add(None, made, self)
+            look()
+            raise
+        return self._queue.add(request, made, self)
 
     def _moved(self, name, describe, args, tag) -> tuple:
         tracer = self.ctx and self.ctx.tracer
@@ -218,18 +245,21 @@ class CheckedComm(CheckedMessages):
 
     def _sum(self, name, describe, args, op, tag, known=SUMS) -> None:
         self._queue.judge_all()
-        if op not in known:
-            self._note(f"{name} by {name_of(op)}", 5)
-            return getattr(self.comm, name)(*args)
-        self._run(name, args, *self._summed(describe, args, op, self._next_tag(name, tag)))
+        tag = self._next_tag(name, tag)
+        if op in known:
+            self._run(name, args, *self._summed(describe, args, op, tag))
+            return
+        self._note(f"{name} by {name_of(op)}", 5)
+        self._run(name, args, operation_check(self._session.comm, name, op, tag), _nothing)
+        self.completed(self.next_call(), None)
 
-    def _isum(self, name, describe, args, op, tag, known=SUMS):
-        if op not in known:
-            self._note(f"{name} by {name_of(op)}", 5)
-            return getattr(self.comm, name)(*args)
-        made = self._summed(describe, args, op, self._next_tag(name, tag))
-        made = RecordCheck(self._session, *made)
-        return self._queue.add(getattr(self.comm, name)(*args), made, self.check)
+    def _isum(self, name, describe, args, op, tag, known=SUMS) -> CheckedRequest:
+        tag = self._next_tag(name, tag)
+        if op in known:
+            return self._irun(name, args, *self._summed(describe, args, op, tag))
+        self._note(f"{name} by {name_of(op)}", 5)
+        c = operation_check(self._session.comm, name, op, tag, with_words=True)
+        return self._irun(name, args, c, _nothing)
 
     def _summed(self, describe, args, op, tag) -> tuple:
         from spimpi.checks.sums.verify import sum_check  # with kernels of its own to load
@@ -245,7 +275,27 @@ class CheckedComm(CheckedMessages):
         return self.ctx is not None and self.ctx.open_batch is not None
 
     def _keep(self, verdict) -> None:
-        self.verdict = verdict
+        self.completed(self.next_call(), verdict)
         if not self._in_batch:  # its end raises
             with told_by_rank_0(self.comm.rank):
                 enforce(verdict, self.check)
+
+
+def operation_check(comm, name, op, tag, with_words=False) -> Check:
+    """The check of a sum by an operation that has none: that all ranks give this one.
+
+    A rank alone with another operation would be waited for in the others' check. ``with_words``: as
+    many as the check of another operation takes, for a request's, which are in one Allgather.
+    """
+    kind = "allreduce" if "allreduce" in name.lower() else "reduce_scatter"
+    c = Check(kind, tag, Rule.LOCAL, Established(0), settings=f"op {name_of(op)}")
+    if with_words:
+        from spimpi.checks.sums.call import n_words
+
+        c.rule, c.conclude = Rule.GATHERED, lambda session, everyone: None
+        c.words = np.zeros(n_words(comm.size), np.uint64)
+    return c
+
+
+def _nothing(check) -> None:
+    """Nothing is looked at."""

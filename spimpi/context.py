@@ -11,9 +11,11 @@ from hashlib import blake2b
 import numpy as np
 from mpi4py import MPI
 
+from spimpi.checks.attendance import Attendance
 from spimpi.checks.session import Session
 from spimpi.errors import SpimpiError, UsageError
 from spimpi.fingerprint.tag import DEFAULT_SEED
+from spimpi.launch import require_world
 from spimpi.reduction import RecordReduction, agree
 from spimpi.topology.grid import Grid
 
@@ -34,20 +36,28 @@ class DistributedContext:
     program runs, and sealed when ``with`` is left normally (or by ``free``); an exception leaves
     them as they are, and ``spimpi trace show`` reads them. UsageError on every rank where the
     trace is there already, or can't be written. ``journal``: a folder for the journals, on each
-    node's own disk; ``sync``: every flush waits until the disk has it, against a loss of power.
+    node's own disk; ``sync``: every flush waits until the disk has it, against a loss of power;
+    ``overwrite``: a trace that is there is replaced when this one is sealed.
+
+    ``timeout``: seconds after which a check that not all ranks have come to is given up: the ranks
+    in it raise IncompleteError, which names those that are not, and where they are. The context
+    makes no other check then. Needs MPI.THREAD_MULTIPLE, for a thread of each rank (docs/checks.md).
     """
 
     def __init__(
         self, comm, grid: Grid | None = None, seed: int = DEFAULT_SEED, trace=None, *,
-        journal=None, sync: bool = False,
+        journal=None, sync: bool = False, overwrite: bool = False, timeout: float | None = None,
     ):  # fmt: skip
+        require_world()
         self.grid = grid = grid or Grid(comm.size, 1, 1, (1,))
-        self.seed, self.tracer = seed, None
+        self.seed, self.tracer, self.attendance = seed, None, None
         self._given = comm
         self.world = comm.Dup()
-        self._require_same(seed, trace)
+        self._require_same(seed, trace, timeout)
+        if timeout is not None:
+            self._require_threads(timeout)
         if trace is not None:
-            self.tracer = self._opened(trace, journal, sync)
+            self.tracer = self._opened(trace, journal, sync, overwrite)
         self.place = grid.coordinates(self.world.rank)
         d, p, s, t = self.place
         self.tensor = self.world.Split((d * grid.pp + p) * grid.sp + s, t)
@@ -59,30 +69,53 @@ class DistributedContext:
         self.records = RecordReduction()
         self.session = Session(self.world, self.records)
         self.open_batch = None
+        if timeout is not None:
+            self.attendance = self.session.attendance = Attendance(self.world, timeout)
 
-    def _require_same(self, seed, trace) -> None:
-        """Raise UsageError on every rank where they give different seeds or traces, or some none."""
-        name = "" if trace is None else f"trace {trace}"
+    def _require_same(self, seed, trace, timeout) -> None:
+        """Raise UsageError on every rank where they give other seeds, traces or timeouts."""
+        given = {
+            "the same trace=, a path that they share, or all none":
+                "none" if trace is None else f"trace {trace}",
+            "the same seed=": f"seed {seed}",
+            "the same timeout=": f"timeout {timeout}",
+        }  # fmt: skip
         digests = [
             blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest()
-            for text in (str(seed), name)
+            for text in given.values()
         ]
         same = agree(self.world, [int.from_bytes(digest, "little") for digest in digests])
         if all(same):
             return
-        told = self.world.allgather(name if same[0] else f"seed {seed}")
+        what, own = next(fact for fact, alike in zip(given.items(), same) if not alike)
+        told = self.world.allgather(own)
         self.world.Free()
-        given = "; ".join(f"rank {r}: {one or 'none'}" for r, one in enumerate(told[:4]))
+        found = "; ".join(f"rank {r}: {one}" for r, one in enumerate(told[:4]))
         more = "; …" if len(told) > 4 else ""
-        what = "the same trace=, a path that they share, or all none" if same[0] else "the same seed="
-        msg = f"all ranks of a context must give it {what}; found {given}{more}"
+        msg = f"all ranks of a context must give it {what}; found {found}{more}"
         raise UsageError(msg)
 
-    def _opened(self, trace, journal, sync):
+    def _require_threads(self, timeout) -> None:
+        """Raise UsageError on every rank where this timeout, or MPI on some rank, is not fit."""
+        msg = ""
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
+            msg = f"timeout= is a number of seconds above 0, or None, found {timeout!r}"
+        elif self.world.allreduce(MPI.Query_thread(), op=MPI.MIN) < MPI.THREAD_MULTIPLE:
+            msg = (
+                "timeout= needs an MPI that was initialised with MPI.THREAD_MULTIPLE (mpi4py does "
+                "so by default): a thread of each rank answers where its rank is"
+            )
+        if msg:
+            self.world.Free()
+            raise UsageError(msg)
+
+    def _opened(self, trace, journal, sync, overwrite):
         from spimpi.checks.program_trace import ProgramTracer
 
         try:
-            return ProgramTracer(self.world, trace, self.grid.text(), self.seed, journal, sync)
+            return ProgramTracer(
+                self.world, trace, self.grid.text(), self.seed, journal, sync, overwrite
+            )
         except SpimpiError:  # of all ranks
             self.world.Free()
             raise
@@ -151,8 +184,11 @@ class DistributedContext:
     def __exit__(self, kind, error, traceback):
         if kind is None:
             self.free()
-        elif self.tracer is not None:
+            return
+        if self.tracer is not None:
             self.tracer.give_up(error)
+        if self.attendance is not None:
+            self.attendance.leave(f"has left the context by {kind.__name__}")
 
     def free(self):
         """Seal the trace, give back the communicators and the reduction. Collective.
@@ -160,6 +196,8 @@ class DistributedContext:
         After it every use of the context that needs one of these raises UsageError.
         """
         unsealed = None
+        if self.attendance is not None:
+            self.attendance.close()
         if self.tracer is not None:
             try:
                 self.tracer.seal()

@@ -20,7 +20,13 @@ LAUNCHER_NUMBERS = (
     "OMPI_COMM_WORLD_LOCAL_SIZE", "PMI_RANK", "PMI_SIZE", "PMIX_RANK", "SLURM_PROCID",
     "SLURM_STEP_NUM_TASKS", "SLURM_NODEID", "SLURM_LOCALID", "MPI_LOCALRANKID", "MPI_LOCALNRANKS",
 )  # fmt: skip
+ALONE = "SPIMPI_ALONE"  # set to 1: each process is meant to be a world of its own
 THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS")
+
+
+TORCHRUN = "TORCHELASTIC_RUN_ID"  # RANK and WORLD_SIZE alone are set by hand too
+_OVER_PMI = {"PALS_RANKID": "PALS", "FLUX_TASK_RANK": "flux run"}  # launchers that speak PMI too
+_NAMED_ALIKE = {"jsrun": "JSM_NAMESPACE_", "MVAPICH's mpirun_rsh": "MV2_COMM_WORLD_"}
 
 
 @dataclass(frozen=True)
@@ -39,26 +45,36 @@ def launch(environ: Mapping[str, str] = os.environ) -> Launch | None:
 
     The innermost launcher wins: mpirun starts its daemons through srun, whose variables the ranks
     then inherit. In the shell of an sbatch script SLURM_PROCID is 0 although nothing was launched;
-    only srun sets SLURM_STEP_NUM_TASKS.
+    only srun sets SLURM_STEP_NUM_TASKS. torchrun's processes inherit what started torchrun, an
+    mpirun that one of them starts has more ranks than one.
     """
 
     def number(name):
         text = environ.get(name, "")
         return int(text) if _is_number(text) else None
 
+    step, slurm_rank = number("SLURM_STEP_NUM_TASKS"), number("SLURM_PROCID")
+    by_mpi = number("OMPI_COMM_WORLD_SIZE") or (number("PMI_SIZE") if step is None else None) or 1
+    if TORCHRUN in environ and by_mpi == 1 and (rank := number("RANK")) is not None:
+        local_rank, local_size = number("LOCAL_RANK"), number("LOCAL_WORLD_SIZE")
+        return Launch("torchrun", rank, number("WORLD_SIZE"), local_rank, local_size)
     if (rank := number("OMPI_COMM_WORLD_RANK")) is not None:
         size, local_size = number("OMPI_COMM_WORLD_SIZE"), number("OMPI_COMM_WORLD_LOCAL_SIZE")
         local_rank = number("OMPI_COMM_WORLD_LOCAL_RANK")
         return Launch("Open MPI's mpirun", rank, size, local_rank, local_size)
     pmi_rank, pmi_size = number("PMI_RANK"), number("PMI_SIZE")
-    step, slurm_rank = number("SLURM_STEP_NUM_TASKS"), number("SLURM_PROCID")
     if step is not None and slurm_rank is not None and pmi_size in (None, step):
         rank = slurm_rank if pmi_rank is None else pmi_rank
         local_size = _tasks_on_node(environ, number("SLURM_NODEID"))
         return Launch("srun", rank, step, number("SLURM_LOCALID"), local_size)
     if pmi_rank is not None:
         local_rank, local_size = number("MPI_LOCALRANKID"), number("MPI_LOCALNRANKS")
-        return Launch("MPICH's mpiexec", pmi_rank, pmi_size, local_rank, local_size)
+        by = next((by for variable, by in _OVER_PMI.items() if variable in environ), "MPICH's mpiexec")
+        return Launch(by, pmi_rank, pmi_size, local_rank, local_size)
+    for by, prefix in _NAMED_ALIKE.items():
+        if (rank := number(f"{prefix}RANK")) is not None:
+            sizes = number(f"{prefix}SIZE"), number(f"{prefix}LOCAL_RANK")
+            return Launch(by, rank, *sizes, number(f"{prefix}LOCAL_SIZE"))
     if (rank := number("PMIX_RANK")) is not None:
         return Launch("a PMIx launcher", rank, None, None, None)
     return None
@@ -138,14 +154,8 @@ def check_world(comm, expect_ranks: int | None = None) -> None:
     """
     size = comm.Get_size()
     found = launch()
-    if found and found.size is not None and found.size != size:
-        msg = (
-            f"{found.launcher} started {found.size} ranks, but the MPI world of this process has "
-            f"{size}: mpi4py uses {mpi_library()}, which is not this launcher's MPI. Start with "
-            "that library's own mpirun or mpiexec (its bin folder first on PATH; under Slurm "
-            "`srun --mpi=pmix` for Open MPI, `srun --mpi=pmi2` for MPICH)"
-        )
-        raise UsageError(msg)
+    if _torn_apart(found, size):
+        raise UsageError(_of_another_mpi(found, size))
     if expect_ranks is not None and expect_ranks != size:
         by = f"started by {found.launcher}" if found else "no launcher found: start with mpirun"
         msg = (
@@ -153,6 +163,48 @@ def check_world(comm, expect_ranks: int | None = None) -> None:
             f"({by}; mpi4py uses {mpi_library()})"
         )
         raise UsageError(msg)
+
+
+def _torn_apart(found: Launch | None, size: int) -> bool:
+    """Whether a launcher speaks of other ranks than the world of this process has."""
+    if found is None or (size == 1 and os.environ.get(ALONE) == "1"):
+        return False
+    return found.rank >= size if found.size is None else found.size != size
+
+
+def _of_another_mpi(found: Launch, size: int) -> str:
+    started = f"rank {found.rank}" if found.size is None else f"{found.size} ranks"
+    which = "this launcher does not know" if found.launcher == "torchrun" else "is not this launcher's MPI"
+    msg = (
+        f"{found.launcher} started {started}, but the MPI world of this process has {size}: mpi4py "
+        f"uses {mpi_library()}, which {which}. Start with that library's own mpirun or mpiexec (its "
+        "bin folder first on PATH; under Slurm `srun --mpi=pmix` for Open MPI, `srun --mpi=pmi2` "
+        "for MPICH)"
+    )
+    if size == 1:
+        msg += f"; or set {ALONE}=1, where each process is meant to be a world of its own"
+    return msg
+
+
+_not_torn_apart = False
+
+
+def require_world() -> None:
+    """Raise UsageError in a world of 1 whose launcher started several ranks.
+
+    There every check of the library would hold, on each rank for itself. Local, and looked at
+    once; a world that MPI_Comm_spawn made is none of the launcher's.
+    """
+    global _not_torn_apart
+    if _not_torn_apart:
+        return
+    from mpi4py import MPI
+
+    found = launch()
+    if MPI.Is_initialized() and MPI.COMM_WORLD.size == 1 and _torn_apart(found, 1):
+        if MPI.Comm.Get_parent() == MPI.COMM_NULL:
+            raise UsageError(_of_another_mpi(found, 1))
+    _not_torn_apart = True
 
 
 def mpi_library() -> str:

@@ -8,12 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
+from threading import Lock
 
 import numpy as np
 from mpi4py import MPI
 
 from spimpi.errors import SpimpiError, UsageError
-from spimpi.launch import wait_asleep
+from spimpi.launch import SHORTEST_NAP, wait_asleep
 from spimpi.one_traceback import mark
 
 ALL_ONES = np.uint64(0xFFFFFFFFFFFFFFFF)
@@ -139,14 +140,16 @@ class RecordReduction:
 
     _shared: tuple = ()
     users = 0
+    _counting = Lock()  # of threads
 
     def __init__(self):
         kind = RecordReduction
-        if not kind.users:
-            datatype = MPI.UINT64_T.Create_contiguous(6).Commit()
-            kind._shared = MPI.Op.Create(_merge, commute=True), datatype
-        kind.users += 1
-        self.op, self.datatype = kind._shared
+        with kind._counting:
+            if not kind.users:
+                datatype = MPI.UINT64_T.Create_contiguous(6).Commit()
+                kind._shared = MPI.Op.Create(_merge, commute=True), datatype
+            kind.users += 1
+            self.op, self.datatype = kind._shared
 
     def free(self):
         """Once: what is shared would go from under the others' feet."""
@@ -154,10 +157,11 @@ class RecordReduction:
             return
         kind, op, datatype = RecordReduction, self.op, self.datatype
         self.op = self.datatype = None
-        kind.users -= 1
-        if not kind.users:
-            op.Free()
-            datatype.Free()
+        with kind._counting:
+            kind.users -= 1
+            if not kind.users:
+                op.Free()
+                datatype.Free()
 
     def start(self, comm, records: np.ndarray, merged: np.ndarray):
         """Start merging into ``merged``; returns the request. Collective."""
@@ -211,24 +215,27 @@ def together(comm, patience: float | None = None):
     agreement = comm.Iallreduce(MPI.IN_PLACE, first, op=MPI.MIN)
     if error is None or patience is None:
         wait_asleep(agreement)
-    elif not _within(agreement, patience):
+    elif not within(agreement, patience):
         raise error  # the others wait for this rank elsewhere: the caller must end the job
     if first[0] == comm.size:
         return
-    said = comm.bcast((type(error), str(error)) if comm.rank == first[0] else None, int(first[0]))
-    kind, text = said
+    told = type(error), str(error), getattr(error, "verdict", None)
+    kind, text, verdict = comm.bcast(told if comm.rank == first[0] else None, int(first[0]))
+    if verdict is not None:
+        raise mark(kind(verdict), comm.rank)
     if first[0] != 0 and comm.size > 1:
         text += f" (found by rank {first[0]})"
     raise mark(_same_kind(kind, text), comm.rank)
 
 
-def _within(request, seconds) -> bool:
-    """Whether a request completes in so many seconds."""
-    start = time.monotonic()
+def within(request, seconds) -> bool:
+    """Whether a request completes in so many seconds, asleep between looks."""
+    start, nap = time.monotonic(), SHORTEST_NAP
     while not request.Test():
         if time.monotonic() - start > seconds:
             return False
-        time.sleep(0.01)
+        time.sleep(nap)
+        nap = min(2 * nap, 0.01)
     return True
 
 

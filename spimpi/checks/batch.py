@@ -11,6 +11,7 @@ from operator import itemgetter
 
 from spimpi.checks.check import HANDOFFS, Check, Rule
 from spimpi.checks.pending import Group, PendingVerdict, error_of
+from spimpi.checks.session import ELSEWHERE
 from spimpi.errors import CorruptionError, SpimpiError, UsageError
 from spimpi.fingerprint.tag import MASK, Tag
 from spimpi.one_traceback import mark
@@ -40,6 +41,8 @@ class Batch:
             self._settle()
         else:  # hand-offs may be under way: their buffers stay until the communicator goes
             self.ctx.session.abandoned.append(self._handoffs)
+            if issubclass(kind, Exception):
+                self.ctx.session.withdraw()
 
     def add(self, session, check: Check, raises: bool) -> PendingVerdict:
         """Take a check whose words are known. Local."""
@@ -98,14 +101,16 @@ class Batch:
         entries[0][1].append((_handoff_check(failed, error), PendingVerdict(HANDOFFS), True))
         groups = [(Group(session, [c for c, _, _ in some]), some) for session, some in entries]
         for i, (group, _) in enumerate(groups):
-            # The lowest place of all ranks tells whether any of them used another communicator.
-            group.start(0 if i == 0 and len(groups) > 1 else MASK)
-        merged = [group.wait() for group, _ in groups]
+            group.start(ELSEWHERE if i == 0 and len(groups) > 1 else MASK)
+        merged = [groups[0][0].wait()]
+        if merged[0][5] < ELSEWHERE:  # a rank left the batch: it may be missing in the others too
+            groups[0][0].judge(merged[0])
+        merged += [group.wait() for group, _ in groups[1:]]
         for (group, _), words in zip(groups, merged):
             group.follow(words)
         errors = [_judged(group, words, some) for (group, some), words in zip(groups, merged)]
         elsewhere = None
-        if merged[0][5] == 0:
+        if merged[0][5] == ELSEWHERE:
             elsewhere = self._first_elsewhere(next((e for e in errors[1:] if e), None))
         first = errors[0] or elsewhere
         if first:

@@ -1,14 +1,19 @@
 """MPI buffers as mpi4py takes them, as flat numpy arrays: what a collective sent and received.
 
-A buffer is an array of any library in host memory, or a list: [data, datatype], [data, count],
-[data, count, datatype], [data, (count, displacement), datatype]; of v-collectives [data, counts,
-displs, datatype] and the forms without displacements or datatype. Counts and displacements are in
-elements.
+A buffer is an array of any library in host memory, or a list or tuple: [data, datatype],
+[data, count], [data, count, datatype] or [data, count, displacement, datatype], where the second of
+two or three may be the pair (count, displacement). Counts and displacements are in elements of the
+datatype. Of a v-collective they are one for each rank, or one number for all: then the displacement
+is what lies between the beginnings of two blocks, the pair must be a tuple (a list is counts), and
+without counts the first ranks have what no equal parts leave over. All as mpi4py reads it, in its
+``message_simple`` and ``message_vector``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate
+from operator import index
+from threading import Lock
 
 import numpy as np
 from mpi4py import MPI
@@ -19,91 +24,159 @@ from spimpi.fingerprint.protocols import as_array
 
 
 @dataclass(frozen=True)
-class Message:
-    """A buffer's elements, flat, and its counts and displacements as given (None: not given)."""
+class Blocks:
+    """A buffer's elements, flat, and where in it each rank's block begins and how long it is."""
 
     data: np.ndarray
-    counts: object = None
-    displacements: object = None
+    counts: tuple[int, ...]
+    places: tuple[int, ...]
 
-    def whole(self) -> np.ndarray:
-        """The elements of a message that is one block."""
-        if self.counts is None:
-            return self.data
-        start = int(self.displacements or 0)
-        return self.data[start : start + int(self.counts)]
+    def parts(self) -> list[np.ndarray]:
+        """The elements for (or from) each rank."""
+        return [self.data[d : d + n] for d, n in zip(self.places, self.counts)]
 
-    def parts(self, size: int) -> list[np.ndarray]:
-        """The elements for (or from) each of ``size`` ranks."""
-        counts = self.counts_of(size)
-        return [self.data[d : d + n] for d, n in zip(self.places_of(size), counts, strict=True)]
-
-    def joined(self, size: int) -> np.ndarray | None:
+    def joined(self) -> np.ndarray | None:
         """All ranks' elements in one piece, where they lie one after the other."""
-        counts, places = self.counts_of(size), self.places_of(size)
-        first = places[0]
-        if any(d != first + at for d, at in zip(places, accumulate(counts, initial=0))):
+        first = self.places[0]
+        starts = accumulate(self.counts, initial=first)
+        if any(d != start for d, start in zip(self.places, starts)):
             return None
-        return self.data[first : first + sum(counts)]
+        return self.data[first : first + sum(self.counts)]
 
-    def places_of(self, size: int) -> list[int]:
-        """Where each rank's elements begin."""
-        places = self.displacements
-        if places is None or np.ndim(places) == 0:
-            first = int(places or 0)
-            return list(accumulate(self.counts_of(size), initial=first))[:size]
-        return [int(d) for d in places]
+    def kept(self) -> "Blocks":
+        """The same of a copy, which no collective overwrites."""
+        return replace(self, data=self.data.copy())
 
-    def counts_of(self, size: int) -> list[int]:
-        """How many elements each rank has; equal parts where no counts were given."""
-        if self.counts is None:
-            return [self.data.size // size] * size
-        if np.ndim(self.counts) == 0:
-            return [int(self.counts)] * size
-        counts = [int(n) for n in self.counts]
-        if len(counts) != size:
-            msg = f"expected one count for each of {size} ranks, found {counts}"
+
+def block_of(buffer) -> np.ndarray:
+    """The elements of a buffer that is one block; errors as ``blocks_of``."""
+    return blocks_of(buffer, 1).parts()[0]
+
+
+def blocks_of(buffer, n: int, *, vector: bool = False) -> Blocks:
+    """The ``n`` ranks' blocks of a buffer; ``vector``: of a v-collective.
+
+    UsageError for derived datatypes, for what is no buffer, and for blocks that reach beyond it.
+    """
+    data, counts, displacements, datatype = _spelled(buffer, (tuple,) if vector else (tuple, list))
+    elements, rest = _elements(data, datatype)
+    if counts is None and rest:
+        msg = f"no count is given, and {rest} bytes are left over behind the last whole element"
+        raise UsageError(msg)
+    read = _of_vector if vector else _of_equal_parts
+    blocks = Blocks(elements, *map(tuple, read(elements.size, counts, displacements, n)))
+    for d, count in zip(blocks.places, blocks.counts):
+        if count < 0 or (count and not 0 <= d <= elements.size - count):
+            msg = (
+                f"a block of {count} elements at displacement {d} is not within the buffer's "
+                f"{elements.size}"
+            )
             raise UsageError(msg)
-        return counts
+    return blocks
 
 
-def message_of(buffer) -> Message:
-    """A buffer as mpi4py takes it; UsageError for derived datatypes and what is no buffer."""
+def _spelled(buffer, pairs) -> tuple:
+    """Data, counts, displacements, datatype as given. ``pairs``: types of a pair of the middle two."""
     if not isinstance(buffer, (list, tuple)):
-        return Message(_flat(buffer, None))
+        return buffer, None, None, None
     if not 2 <= len(buffer) <= 4:
         msg = f"a buffer is [data, counts, displacements, datatype] or shorter, found {buffer!r}"
         raise UsageError(msg)
-    data, *rest = buffer
-    datatype = rest.pop() if isinstance(rest[-1], (MPI.Datatype, str)) else None
-    counts, displacements = (*rest, None, None)[:2]
-    if isinstance(counts, tuple) and displacements is None and len(counts) == 2:
+    if len(buffer) == 4:
+        return tuple(buffer)
+    data, counts, *rest = buffer
+    datatype, displacements = (*rest, None)[0], None
+    if not rest and isinstance(counts, (MPI.Datatype, str)):
+        return data, None, None, counts
+    if isinstance(counts, pairs):
         counts, displacements = counts
-    return Message(_flat(data, datatype), counts, displacements)
+    return data, counts, displacements, datatype
 
 
-def _flat(data, datatype) -> np.ndarray:
-    """All elements in the order of memory, without a copy."""
+def _of_equal_parts(size, count, displacement, n) -> tuple:
+    """Counts and places of blocks that lie one after the other, behind the displacement."""
+    first = 0 if displacement is None else index(displacement)
+    if not 0 <= first <= size:
+        msg = f"displacement {first} is not within the buffer's {size} elements"
+        raise UsageError(msg)
+    if count is None:
+        count, rest = divmod(size - first, n)
+        if rest:
+            msg = f"no count is given, and {size - first} elements are no {n} equal blocks"
+            raise UsageError(msg)
+    count = index(count)
+    return [count] * n, [first + r * count for r in range(n)]
+
+
+def _of_vector(size, counts, displacements, n) -> tuple:
+    """Counts and places of blocks that may differ."""
+    if counts is None:
+        counts = [size // n + (size % n > r) for r in range(n)]
+    counts = _one_each(counts, n, "count", lambda count, r: count)
+    if displacements is None:
+        return counts, list(accumulate(counts, initial=0))[:n]
+    return counts, _one_each(displacements, n, "displacement", lambda stride, r: r * stride)
+
+
+def _one_each(given, n, what, of_number) -> list[int]:
+    """A number for each of ``n`` ranks, where one is given for each, or one for all."""
+    try:
+        length = len(given)
+    except TypeError:
+        number = index(given)
+        return [of_number(number, r) for r in range(n)]
+    each = [index(given[i]) for i in range(length)]
+    if length != n:
+        msg = f"expected one {what} for each of {n} ranks, found {each}"
+        raise UsageError(msg)
+    return each
+
+
+def _elements(data, datatype) -> tuple[np.ndarray, int]:
+    """All whole elements in the order of memory, without a copy, and the bytes left over."""
+    if data is None or data is MPI.BOTTOM:
+        return np.empty(0, _dtype_of(datatype)), 0
     data = np.asarray(memoryview(data)) if isinstance(data, bytes) else as_array(data)
     if not (data.flags.c_contiguous or data.flags.f_contiguous):
         msg = f"MPI buffers are contiguous, found strides {data.strides} for shape {data.shape}"
         raise UsageError(msg)
     data = data.reshape(-1, order="A")
-    if datatype is None:
-        return data
-    if isinstance(datatype, str):
-        return data.view(np.dtype(datatype))
+    dtype = _with_words(data.dtype) if datatype is None else _dtype_of(datatype)
+    if dtype == data.dtype:
+        return data, 0
+    whole, rest = divmod(data.nbytes, dtype.itemsize)
+    data = data.view(np.uint8)[: whole * dtype.itemsize].view(dtype)
+    # What mpi4py takes may begin anywhere in memory; what reads elements may not.
+    return (data if data.flags.aligned else data.copy()), rest
+
+
+def _dtype_of(datatype) -> np.dtype:
+    """The dtype of what MPI moves, or adds up, as elements of a predefined datatype."""
+    if not isinstance(datatype, MPI.Datatype):
+        if datatype not in MPI._typedict:
+            msg = f"expected an MPI datatype or a code that mpi4py knows, found {datatype!r}"
+            raise UsageError(msg)
+        datatype = MPI._typedict[datatype]
     if not datatype.is_predefined:
-        found = datatype.name or "a derived one"
-        msg = f"checked collectives take predefined datatypes, found {found}"
+        msg = f"checked collectives take predefined datatypes, found {datatype.name or 'a derived one'}"
         raise UsageError(msg)
-    if datatype.Get_size() == data.itemsize:
-        return data
     try:
-        return data.view(np.dtype(datatype.tocode()))
-    except (TypeError, ValueError) as unknown:
-        msg = f"no elements of datatype {datatype.name} in an array of dtype {data.dtype}"
-        raise UsageError(msg) from unknown
+        dtype = _with_words(np.dtype(datatype.tocode()))
+    except (TypeError, ValueError):
+        dtype = None
+    if dtype is None or dtype.itemsize != datatype.extent:
+        msg = f"no dtype of numpy's is as MPI's {datatype.name}: give another datatype"
+        raise UsageError(msg)
+    return dtype
+
+
+def _with_words(dtype) -> np.dtype:
+    """One name for each kind and size of number; a character is the number of its bits."""
+    if dtype.kind in "iuf" and dtype.isnative and dtype.itemsize <= 8:
+        return np.dtype(f"{dtype.kind}{dtype.itemsize}")
+    if dtype.str[1:] in ("S1", "U0", "U1"):  # MPI.WCHAR is of numpy's U without a length
+        return np.dtype(np.uint8 if dtype.kind == "S" else np.uint32)
+    return dtype
 
 
 class Unreadable:
@@ -124,9 +197,9 @@ def elements_of(buffer) -> tuple[np.ndarray, bool]:
     refuses raises what mpi4py raises.
     """
     try:
-        data = message_of(buffer).whole()
+        data = block_of(buffer)
         word_layout(data.dtype)
-    except UsageError:
+    except (UsageError, TypeError, ValueError, LookupError):
         return _packed(buffer), True
     return data, False
 
@@ -134,12 +207,16 @@ def elements_of(buffer) -> tuple[np.ndarray, bool]:
 def _packed(buffer) -> np.ndarray:
     """The bytes that MPI makes of a message: sent to oneself, and received as MPI.PACKED."""
     alone, status = _alone(), MPI.Status()
-    request = alone.Isend(buffer, 0)
-    alone.Probe(0, 0, status)
-    received = np.empty(status.Get_count(MPI.PACKED), np.uint8)
-    alone.Recv([received, MPI.PACKED], 0, 0)
-    request.Wait()
+    with _packing:
+        request = alone.Isend(buffer, 0)
+        alone.Probe(0, 0, status)
+        received = np.empty(status.Get_count(MPI.PACKED), np.uint8)
+        alone.Recv([received, MPI.PACKED], 0, 0)
+        request.Wait()
     return received
+
+
+_packing = Lock()  # of threads, whose messages to oneself would meet
 
 
 @cache

@@ -4,16 +4,17 @@ A function takes a communicator for its ranks and the arguments of the call, bef
 that what it overwrites can be copied. It returns what looks at the buffers after it: of data that
 are moved (rule, established, n_loose, build(check)); of a sum build(), which gives the kind of sum,
 contribution, result and partition. An error is kept until then, for all ranks to raise: raised here
-it would leave the others in the collective.
+it would leave the others in the collective. ``vector``: of a v-collective, whose buffers mpi4py reads
+in its own way.
 """
 
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 
 import numpy as np
 from mpi4py import MPI
 
-from spimpi.checks.buffers import Message, Unreadable, message_of
+from spimpi.checks.buffers import Blocks, Unreadable, block_of, blocks_of
 from spimpi.checks.check import Rule
 from spimpi.checks.ring import LONGEST
 from spimpi.errors import SpimpiError, UsageError
@@ -23,21 +24,20 @@ from spimpi.trace.schema import Established
 MOVED, AGREED = Established.MOVED, Established.AGREED
 
 
-def allgather(comm, sendbuf, recvbuf):
+def allgather(comm, sendbuf, recvbuf, vector=False):
     """Of MPI_Allgather and MPI_Allgatherv."""
-    own = _own(comm, sendbuf, recvbuf)
+    own = _own(comm, sendbuf, recvbuf, vector)
 
     def build(c):
-        message = message_of(recvbuf)
-        counts = message.counts_of(comm.size)
-        *starts, total = accumulate(counts, initial=0)
-        joined = message.joined(comm.size)
+        blocks = blocks_of(recvbuf, comm.size, vector=vector)
+        *starts, total = accumulate(blocks.counts, initial=0)
+        joined = blocks.joined()
         if joined is not None:
             c.gets(joined, None)
         else:
-            for part, start in zip(message.parts(comm.size), starts):
+            for part, start in zip(blocks.parts(), starts):
                 c.gets(part, Slab((total,), (start,)))
-        c.layout = tuple(counts)
+        c.layout = blocks.counts
         c.gives(_value(own), Slab((total,), (starts[comm.rank],)))
 
     return Rule.ASSEMBLED, MOVED | AGREED, 0, build
@@ -48,61 +48,66 @@ def broadcast(comm, buf, root):
 
     def build(c):
         c.root = root
-        c.gets(message_of(buf).whole(), None)
+        c.gets(block_of(buf), None)
         if comm.rank == root:
             c.given, c.n_given, c.contributed = c.got, c.n_got, c.held
 
     return Rule.ASSEMBLED, MOVED | AGREED, 0, build
 
 
-def gather(comm, sendbuf, recvbuf, root):
+def gather(comm, sendbuf, recvbuf, root, vector=False):
     """Of MPI_Gather and MPI_Gatherv."""
-    own = _own(comm, sendbuf, recvbuf)
+    own = _own(comm, sendbuf, recvbuf, vector)
 
     def build(c):
         c.root = root
         c.gives(_value(own)[None], _rows(comm.size)[comm.rank])
         if comm.rank == root:
-            _take(c.gets, c.held, message_of(recvbuf), _rows(comm.size))
+            blocks = blocks_of(recvbuf, comm.size, vector=vector)
+            _take(c.gets, c.held, blocks, _rows(comm.size))
 
     return Rule.MOVED, MOVED, 1, build
 
 
-def scatter(comm, sendbuf, recvbuf, root):
+def scatter(comm, sendbuf, recvbuf, root, vector=False):
     """Of MPI_Scatter and MPI_Scatterv."""
 
     def build(c):
         c.root = root
         own = None
         if comm.rank == root:
-            _take(c.gives, c.contributed, message_of(sendbuf), _rows(comm.size))
+            blocks = blocks_of(sendbuf, comm.size, vector=vector)
+            _take(c.gives, c.contributed, blocks, _rows(comm.size))
             own = c.contributed[root][0]
-        if recvbuf is not MPI.IN_PLACE:  # else the root keeps its part where it is
-            own = message_of(recvbuf).whole()[None]
+        if not (comm.rank == root and _in_place(recvbuf)):  # else the root keeps its part where it is
+            own = block_of(recvbuf)[None]
         c.gets(own, _rows(comm.size)[comm.rank])
 
     return Rule.MOVED, MOVED, 1, build
 
 
-def alltoall(comm, sendbuf, recvbuf):
+def alltoall(comm, sendbuf, recvbuf, vector=False):
     """Of MPI_Alltoall and MPI_Alltoallv."""
-    sent = _kept(sendbuf, recvbuf)
+    sent = _kept(sendbuf, recvbuf, comm.size, vector)
     sends, receives = _crossing(comm.size, comm.rank)
 
     def build(c):
         _take(c.gives, c.contributed, _value(sent), sends)
-        _take(c.gets, c.held, message_of(recvbuf), receives)
+        _take(c.gets, c.held, blocks_of(recvbuf, comm.size, vector=vector), receives)
 
     return Rule.MOVED, MOVED, 2, build
 
 
-def _take(take, taken, message, slabs) -> None:
+allgatherv, gatherv = partial(allgather, vector=True), partial(gather, vector=True)
+scatterv, alltoallv = partial(scatter, vector=True), partial(alltoall, vector=True)
+
+
+def _take(take, taken, blocks: Blocks, slabs) -> None:
     """Give or get the blocks of all ranks: in one piece where they are alike and adjoin, which
     costs the less the more ranks there are. A failure looks at the blocks all the same."""
-    size = len(slabs)
     lead = slabs[-1].offset[:-1]  # only the axis that tells these blocks apart counts from 0 to it
-    parts = [part.reshape(*(1 for _ in lead), -1) for part in message.parts(size)]
-    joined = message.joined(size)
+    parts = [part.reshape(*(1 for _ in lead), -1) for part in blocks.parts()]
+    joined = blocks.joined()
     if joined is None or len({part.size for part in parts}) > 1:
         for part, slab in zip(parts, slabs):
             take(part, slab)
@@ -134,7 +139,7 @@ def allreduce(comm, sendbuf, recvbuf, op):
     sent = _kept(sendbuf, recvbuf)
 
     def build():
-        return "allreduce", _array(sent), _array(_or_error(lambda: message_of(recvbuf))), None
+        return "allreduce", _array(sent), _array(_or_error(lambda: block_of(recvbuf))), None
 
     return build
 
@@ -144,7 +149,7 @@ def reduce(comm, sendbuf, recvbuf, op, root):
     sent = _kept(sendbuf, recvbuf)
 
     def result(own):
-        return message_of(recvbuf).whole() if comm.rank == root else own[:0]
+        return block_of(recvbuf) if comm.rank == root else own[:0]
 
     def counts(own):
         return [own.size * (r == root) for r in range(comm.size)]
@@ -156,24 +161,25 @@ def reduce_scatter(comm, sendbuf, recvbuf, recvcounts, op):
     """Of MPI_Reduce_scatter."""
     sent = _kept(sendbuf, recvbuf)
     if recvcounts is None:  # mpi4py asks all ranks too
-        size = getattr(_array(_or_error(lambda: message_of(recvbuf))), "size", 0)
+        size = getattr(_or_error(lambda: block_of(recvbuf)), "size", 0)
         recvcounts = comm.allgather(size)
 
     def result(own):
-        whole = message_of(recvbuf).whole()
+        whole = block_of(recvbuf)
         # In place the result is the first elements of what was the whole contribution.
-        return whole[: recvcounts[comm.rank]] if sendbuf is MPI.IN_PLACE else whole
+        return whole[: recvcounts[comm.rank]] if _in_place(sendbuf) else whole
 
     return _scattered(comm, sent, result, lambda own: recvcounts)
 
 
 def reduce_scatter_block(comm, sendbuf, recvbuf, op):
-    """Of MPI_Reduce_scatter_block."""
-    sent = _kept(sendbuf, recvbuf)
+    """Of MPI_Reduce_scatter_block. The contribution is a block for each rank."""
+    sent = _kept(sendbuf, recvbuf, comm.size)
 
     def result(own):
-        whole = message_of(recvbuf).whole()
-        return whole[: own.size // comm.size] if sendbuf is MPI.IN_PLACE else whole
+        if _in_place(sendbuf):
+            return blocks_of(recvbuf, comm.size).parts()[0]
+        return block_of(recvbuf)
 
     return _scattered(comm, sent, result, lambda own: [own.size // comm.size] * comm.size)
 
@@ -200,21 +206,21 @@ def _shard(comm, own, counts) -> TensorPartition | None:
 # What was sent, before a collective can overwrite it.
 
 
-def _own(comm, sendbuf, recvbuf):
-    if sendbuf is not MPI.IN_PLACE:
-        return _or_error(lambda: message_of(sendbuf).whole())
-    return _or_error(lambda: message_of(recvbuf).parts(comm.size)[comm.rank].copy())
+def _in_place(buffer) -> bool:
+    return buffer is None or buffer is MPI.IN_PLACE
 
 
-def _kept(sendbuf, recvbuf):
-    if sendbuf is not MPI.IN_PLACE:
-        return _or_error(lambda: message_of(sendbuf))
+def _own(comm, sendbuf, recvbuf, vector):
+    if not _in_place(sendbuf):
+        return _or_error(lambda: block_of(sendbuf))
+    return _or_error(lambda: blocks_of(recvbuf, comm.size, vector=vector).parts()[comm.rank].copy())
 
-    def copied():
-        m = message_of(recvbuf)
-        return Message(m.data.copy(), m.counts, m.displacements)
 
-    return _or_error(copied)
+def _kept(sendbuf, recvbuf, n=1, vector=False):
+    """The blocks that this rank contributes; in place a copy of them."""
+    if not _in_place(sendbuf):
+        return _or_error(lambda: blocks_of(sendbuf, n, vector=vector))
+    return _or_error(lambda: blocks_of(recvbuf, n, vector=vector).kept())
 
 
 def _or_error(make):
@@ -222,7 +228,7 @@ def _or_error(make):
         return make()
     except SpimpiError as error:
         return error
-    except (TypeError, ValueError) as error:
+    except Exception as error:  # what an array of anybody's raises: here it would be one rank's
         return UsageError(f"{type(error).__name__}: {error}")
 
 
@@ -234,5 +240,7 @@ def _value(made):
 
 
 def _array(made):
-    """The elements of a message, or what raises its error when the check looks at it."""
-    return made.whole() if isinstance(made, Message) else Unreadable(made)
+    """The elements of blocks, which adjoin, or what raises its error when the check looks at it."""
+    if isinstance(made, SpimpiError):
+        return Unreadable(made)
+    return made.joined() if isinstance(made, Blocks) else made

@@ -5,12 +5,14 @@ The receiver checks, and raises alone: the sender has gone on. Where both ends m
 sent, for the other end would wait: what has no fingerprint travels as its packed bytes.
 """
 
+from contextlib import contextmanager
+
 import numpy as np
 from mpi4py import MPI
 
 from spimpi.checks.buffers import elements_of
 from spimpi.checks.pending import enforce
-from spimpi.checks.requests import CheckedRequest, look, under_way, wait
+from spimpi.checks.requests import CheckedRequest, lock, look, under_way, wait
 from spimpi.checks.verdict import Verdict, Where
 from spimpi.errors import UsageError
 from spimpi.fingerprint import fingerprint
@@ -20,14 +22,27 @@ from spimpi.trace.schema import Established
 
 MESSAGE = np.dtype([("sequence", "<i8"), ("n", "<i8"), ("dtype", "S24"), ("word", "<u8")])
 PACKED = b"packed"  # in the place of a dtype
+BYTES = b"uint8"  # received as, or sent as, what they are bytes of
 
 
 class CheckedMessages:
     """The point-to-point part of a CheckedComm, which has the communicators."""
 
+    verdict, _n_calls, _last = None, 0, 0
+
     def __init__(self, session):
         self._sent, self._received = session.sent, session.received
         self._records_sent = session.under_way  # (request, record)
+
+    def next_call(self) -> int:
+        """The number of a call, in their order."""
+        self._n_calls += 1
+        return self._n_calls
+
+    def completed(self, number: int, verdict) -> None:
+        """Keep the verdict of a call, unless a later one is complete already."""
+        if number >= self._last:
+            self._last, self.verdict = number, verdict
 
     def Send(self, buf, dest, tag=0):
         self._send("Send", buf, dest, tag)
@@ -55,97 +70,112 @@ class CheckedMessages:
 
     def Recv(self, buf, source=MPI.ANY_SOURCE, tag=MPI.ANY_TAG, status=None):
         status = MPI.Status() if status is None else status
-        if under_way():
-            wait(self.comm.Irecv(buf, source, tag), status)
-        else:
-            self.comm.Recv(buf, source, tag, status)
+        with self._record_taken(status):
+            if under_way():
+                wait(self.comm.Irecv(buf, source, tag), status)
+            else:
+                self.comm.Recv(buf, source, tag, status)
         self._check_received(buf, status)
 
     def Sendrecv(
         self, sendbuf, dest, sendtag=0, recvbuf=None, source=MPI.ANY_SOURCE,
         recvtag=MPI.ANY_TAG, status=None,
     ):  # fmt: skip
-        status = MPI.Status() if status is None else status
-        self._send_record(sendbuf, dest, sendtag)
-        if under_way():
-            self._exchange(sendbuf, dest, sendtag, recvbuf, source, recvtag, status)
-        else:
-            self.comm.Sendrecv(sendbuf, dest, sendtag, recvbuf, source, recvtag, status)
-        self._check_received(recvbuf, status)
+        self._exchange(sendbuf, dest, sendtag, recvbuf, source, recvtag, status)
 
     def Sendrecv_replace(
         self, buf, dest, sendtag=0, source=MPI.ANY_SOURCE, recvtag=MPI.ANY_TAG, status=None
     ):
-        status = MPI.Status() if status is None else status
-        self._send_record(buf, dest, sendtag)
-        if under_way():
-            sent, packed = elements_of(buf)
-            sent = [sent, MPI.PACKED] if packed else sent.copy()
-            self._exchange(sent, dest, sendtag, buf, source, recvtag, status)
-        else:
-            self.comm.Sendrecv_replace(buf, dest, sendtag, source, recvtag, status)
-        self._check_received(buf, status)
+        sent = None
+        if dest != MPI.PROC_NULL:
+            elements, packed = elements_of(buf)
+            sent = [elements, MPI.PACKED] if packed else elements.copy()
+        self._exchange(sent, dest, sendtag, buf, source, recvtag, status)
 
     def Irecv(self, buf, source=MPI.ANY_SOURCE, tag=MPI.ANY_TAG):
         """As mpi4py's; the request's ``Wait`` and ``Test`` check. ``source`` and ``tag`` must be
         given: the record of a message from anywhere could be that of another."""
+        if source == MPI.PROC_NULL:
+            return CheckedSend(self.comm.Irecv(buf, source, tag))
         if source == MPI.ANY_SOURCE or tag == MPI.ANY_TAG:
             msg = "a checked Irecv needs a source and a tag; Recv takes messages from anywhere"
             raise UsageError(msg)
-        if source == MPI.PROC_NULL:
-            return CheckedSend(self.comm.Irecv(buf, source, tag))
         record = np.zeros(1, MESSAGE)
-        requests = [
-            self.comm.Irecv(buf, source, tag),
-            self._requests.comm.Irecv([record.view(np.uint8), MPI.BYTE], source, tag),
-        ]
         # Messages match receives in the order of posting, whichever is waited for first.
-        return CheckedReceive(self, buf, record, requests, self._next_received(source, tag))
+        with lock:
+            requests = [
+                self.comm.Irecv(buf, source, tag),
+                self._requests.comm.Irecv([record.view(np.uint8), MPI.BYTE], source, tag),
+            ]
+            return CheckedReceive(self, buf, record, requests, self._next_received(source, tag))
 
-    # A rank that waits looks after its collectives meanwhile, by the non-blocking calls.
+    # A message is begun before its record: of a call that mpi4py refuses nothing is sent. Both are
+    # under way before this rank waits, and looks after its collectives meanwhile.
 
     def _send(self, name, buf, dest, tag) -> None:
-        if under_way():
-            self._isend(f"I{name.lower()}", buf, dest, tag).Wait()
-            return
-        self._send_record(buf, dest, tag)
-        getattr(self.comm, name)(buf, dest, tag)
+        self._isend(f"I{name.lower()}", buf, dest, tag).Wait()
 
     def _isend(self, name, buf, dest, tag) -> CheckedRequest:
-        self._send_record(buf, dest, tag)
-        return CheckedSend(getattr(self.comm, name)(buf, dest, tag))
+        return CheckedSend(self._begin(name, buf, dest, tag))
+
+    def _begin(self, name, buf, dest, tag):
+        """The request of a message; its record is under way too, and small: it does not wait."""
+        if dest == MPI.PROC_NULL:
+            return getattr(self.comm, name)(buf, dest, tag)
+        with lock:
+            self._records_sent[:] = [kept for kept in self._records_sent if not kept[0].Test()]
+            data, packed = elements_of(buf)
+            sequence = self._sent.get((dest, tag), 0) + 1
+            record = np.zeros(1, MESSAGE)
+            word = fingerprint(data, self._message_tag(sequence), None, self.threads)
+            record[0] = (sequence, data.size, PACKED if packed else _name(data), word)
+            message = getattr(self.comm, name)(buf, dest, tag)
+            request = self._requests.comm.Isend([record.view(np.uint8), MPI.BYTE], dest, tag)
+            self._sent[dest, tag] = sequence
+            self._records_sent.append((request, record))
+        return message
 
     def _exchange(self, sendbuf, dest, sendtag, recvbuf, source, recvtag, status) -> None:
+        status = MPI.Status() if status is None else status
         receive = self.comm.Irecv(recvbuf, source, recvtag)
-        send = self.comm.Isend(sendbuf, dest, sendtag)
-        wait(receive, status)
+        try:
+            send = self._begin("Isend", sendbuf, dest, sendtag)
+        except Exception:
+            receive.Cancel()
+            receive.Wait()
+            raise
+        with self._record_taken(status):
+            wait(receive, status)
         wait(send)
+        self._check_received(recvbuf, status)
 
-    def _send_record(self, buf, dest, tag) -> None:
-        """Start sending the record; small, so that it does not wait for the receiver."""
-        self._records_sent[:] = [kept for kept in self._records_sent if not kept[0].Test()]
-        if dest == MPI.PROC_NULL:
-            return
-        data, packed = elements_of(buf)
-        sequence = self._sent.get((dest, tag), 0) + 1
-        record = np.zeros(1, MESSAGE)
-        word = fingerprint(data, self._message_tag(sequence), None, self.threads)
-        record[0] = (sequence, data.size, PACKED if packed else _name(data), word)
-        request = self._requests.comm.Isend([record.view(np.uint8), MPI.BYTE], dest, tag)
-        self._sent[dest, tag] = sequence
-        self._records_sent.append((request, record))
+    @contextmanager
+    def _record_taken(self, status):
+        """A message that does not fit is gone as in MPI, and its record with it."""
+        try:
+            yield
+        except MPI.Exception as error:
+            if error.Get_error_class() == MPI.ERR_TRUNCATE and status.Get_source() >= 0:
+                self._take_record(status)
+            raise
 
-    def _check_received(self, buf, status) -> None:
+    def _take_record(self, status) -> tuple:
+        """The record of a message that has been received, and the number that it should have."""
         source, tag = status.Get_source(), status.Get_tag()
-        if source == MPI.PROC_NULL:
-            return
         record = np.zeros(1, MESSAGE)
         self._requests.comm.Recv([record.view(np.uint8), MPI.BYTE], source, tag)
-        self.verdict = self._judge(buf, record[0], status, self._next_received(source, tag))
+        return record[0], self._next_received(source, tag)
+
+    def _check_received(self, buf, status) -> None:
+        if status.Get_source() == MPI.PROC_NULL:
+            return
+        record, sequence = self._take_record(status)
+        self.completed(self.next_call(), self._judge(buf, record, status, sequence))
         enforce(self.verdict, self.check)
 
     def _next_received(self, source, tag) -> int:
-        sequence = self._received[source, tag] = self._received.get((source, tag), 0) + 1
+        with lock:
+            sequence = self._received[source, tag] = self._received.get((source, tag), 0) + 1
         return sequence
 
     def _message_tag(self, sequence) -> Tag:
@@ -157,7 +187,8 @@ class CheckedMessages:
         source, tag = status.Get_source(), status.Get_tag()
         data, packed = elements_of(buf)
         sent, n_sent = record["dtype"], int(record["n"])
-        if not packed and sent not in (PACKED, _name(data)):
+        untyped = _name(data) == BYTES or sent in (PACKED, BYTES)
+        if not packed and not untyped and sent != _name(data):
             msg = (
                 f"a message from rank {source} (tag {tag}): it sent dtype {sent.decode()}, "
                 f"rank {self.comm.rank} receives {data.dtype}"
@@ -213,7 +244,7 @@ class CheckedReceive(CheckedRequest):
     def __init__(self, comm: CheckedMessages, buf, record, requests, sequence):
         super().__init__()
         self._comm, self._buf, self._record, self._requests = comm, buf, record, requests
-        self._sequence = sequence
+        self._sequence, self._number = sequence, comm.next_call()
 
     def _complete(self, blocking: bool) -> bool:
         if not blocking:
@@ -223,8 +254,14 @@ class CheckedReceive(CheckedRequest):
 
     def _take(self, status) -> None:
         status = MPI.Status() if status is None else status
-        wait(self._requests[0], status)
+        try:
+            wait(self._requests[0], status)
+        except MPI.Exception as error:  # see _record_taken
+            if error.Get_error_class() == MPI.ERR_TRUNCATE:
+                wait(self._requests[1])
+            raise
         wait(self._requests[1])
         comm = self._comm
         self.verdict = comm._judge(self._buf, self._record[0], status, self._sequence)
+        comm.completed(self._number, self.verdict)
         enforce(self.verdict, comm.check)

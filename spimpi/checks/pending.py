@@ -13,7 +13,7 @@ from mpi4py import MPI
 from spimpi.checks.check import FAILED, Check, Rule, fold
 from spimpi.checks.coverage import Compared, holding
 from spimpi.checks.failure import explain
-from spimpi.checks.session import Session, session_of
+from spimpi.checks.session import ELSEWHERE, Session, session_of
 from spimpi.checks.verdict import Verdict
 from spimpi.errors import CorruptionError, IncompleteError, SpimpiError, UsageError
 from spimpi.fingerprint.tag import MASK, Tag
@@ -39,10 +39,12 @@ class Group:
 
     def merge(self) -> list[Verdict]:
         """Reduce and judge, blocking."""
-        return self.judge(self.session.merge(self.record))
+        self.start()
+        return self.finish()
 
     def start(self, place: int = MASK) -> None:
-        """Start the reduction; ``place`` is for whoever merges something else by minimum."""
+        """Start the reduction; ``place`` is for whoever merges something else by minimum, and for
+        a rank that takes no part (checks/session.py)."""
         record = [*self.record[:5], place]
         if not self._in_one:
             self._request = self.session.start(record)
@@ -62,13 +64,13 @@ class Group:
     def wait(self) -> list[int]:
         """The merged record."""
         request, _, merged = self._request
-        request.Wait()
+        self.session.wait(request, in_words(self.checks))
         return self._split(merged) if self._in_one else merged.tolist()
 
     def follow(self, merged: list[int]) -> None:
         """Start telling all ranks the words, if the merged record is clean, and what else they
         need for their verdicts. Never waits, so that ranks may have their groups in any order."""
-        if not self._is_clean(merged):
+        if merged[5] < ELSEWHERE or not self._is_clean(merged):
             return
         self._compared = Compared(self.session, self.checks, merged[4])
         if self._words is not None and not self._in_one:
@@ -77,6 +79,12 @@ class Group:
 
     def judge(self, merged: list[int]) -> list[Verdict]:
         """One verdict for each check; UsageError on every rank where one could not be made."""
+        if merged[5] < ELSEWHERE:
+            msg = (
+                f"{in_words(self.checks)}: nothing was checked, rank {merged[5]} takes no part: its "
+                "call raised an error, which it tells itself"
+            )
+            raise UsageError(msg)
         if self._is_clean(merged):
             for c in self.checks:
                 if len(c.contributed) == 1 and not c.n_loose and c.rule is not Rule.GATHERED:
@@ -121,6 +129,16 @@ class Group:
                 at += c.words.size
 
 
+def in_words(checks) -> str:
+    """What all ranks make together: its kind, tensor, step and layer."""
+    first = checks[0]
+    text = f"{first.name} of {getattr(first.tag, 'name', first.tag)!r}"
+    if isinstance(first.tag, Tag):
+        text += f", step {first.tag.step}" + f", layer {first.tag.layer}" * (first.tag.layer >= 0)
+    more = len(checks) - 1
+    return text + f", and {more} more" * (more > 0)
+
+
 def built(check: Check, build: Callable) -> Check:
     """Run the local part of a check; its error is kept, for all ranks to raise together."""
     try:
@@ -131,7 +149,7 @@ def built(check: Check, build: Callable) -> Check:
         check.seal()
     except SpimpiError as error:
         check.error = error
-    except (TypeError, ValueError, OverflowError, MemoryError) as error:
+    except (TypeError, ValueError, LookupError, OverflowError, MemoryError) as error:
         check.error = UsageError(f"{type(error).__name__}: {error}")
     return check
 

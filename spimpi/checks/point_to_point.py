@@ -23,7 +23,7 @@ from spimpi.checks.link_record import (
     usage_problem,
 )  # fmt: skip
 from spimpi.checks.failure import used_again
-from spimpi.checks.pending import built, enforce, require_comm
+from spimpi.checks.pending import built, enforce, in_words, require_comm
 from spimpi.checks.requests import wait
 from spimpi.checks.session import Link, Pair, pair_of
 from spimpi.checks.verdict import NO_ELEMENTS, Verdict, Where
@@ -223,7 +223,8 @@ def _digest(text: str) -> int:
 
 
 def _settled(exchange, check, ctx):
-    exchange.check.tracer = None if ctx is None else ctx.tracer
+    if ctx is not None:
+        exchange.check.tracer, exchange.attendance = ctx.tracer, ctx.attendance
     if ctx is not None and ctx.open_batch is not None:
         return ctx.open_batch.add_handoff(exchange.order, exchange.finish, check)
     return enforce(exchange.finish(), check)
@@ -238,7 +239,7 @@ class _Exchange:
         for name, value in words.items():
             self.own[name] = value
         self.own["from_rank"] = ends[0]
-        self.peer, self.rank = pair.peer, rank
+        self.peer, self.rank, self.attendance = pair.peer, rank, None
         # The two directions between two ranks do not wait for each other.
         direction = int(ends[0] > ends[1])
         self.requests = [
@@ -254,7 +255,7 @@ class _Exchange:
     def finish(self) -> Verdict:
         """Wait for the other end's record, and judge. The same on both ends."""
         for request in self.requests:
-            wait(request)
+            wait(request, None, self.attendance, in_words([self.check]), self.pair.comm)
         sends = self.rank == self.ends[0]
         records = [self.own[0], self.other[0]][:: 1 if sends else -1]
         sent, waited = records

@@ -52,8 +52,11 @@ class ProgramTracer:
     Collective over ``comm``; UsageError on every rank where the trace can't be written.
     """
 
-    def __init__(self, comm, path, topology: str, seed: int, journal=None, sync: bool = False):
-        self.comm = comm
+    def __init__(
+        self, comm, path, topology: str, seed: int, journal=None, sync: bool = False,
+        overwrite: bool = False,
+    ):  # fmt: skip
+        self.comm, self.overwrite = comm, overwrite
         with together(comm):
             if not isinstance(path, (str, PathLike)):
                 msg = f"expected a path for the trace, found {type(path).__name__}"
@@ -64,7 +67,7 @@ class ProgramTracer:
                 raise UsageError(msg)
             self.driver = choose_driver()
             if comm.rank == 0:
-                prepare(self.path, local=journal)
+                prepare(self.path, overwrite, local=journal)
         header = {
             "run_id": comm.bcast(new_run_id()),
             "spimpi": __version__,
@@ -162,7 +165,7 @@ class ProgramTracer:
         attributes = {"end_state": STATES[worst]}
         if clipped:
             attributes["clipped"] = sorted(clipped)
-        seal(self.comm, self.journal, self.path, attributes, self.driver)
+        seal(self.comm, self.journal, self.path, attributes, self.driver, self.overwrite)
 
     def give_up(self, error) -> None:
         """The program ended by an exception: the journal stays, to be read as it is. Local."""

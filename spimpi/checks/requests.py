@@ -8,30 +8,37 @@ communicator. It is judged in the order of the calls too, since a check that fai
 (checks/failure.py): by Wait, Test, the next blocking collective, or a rank that would wait for
 something else, on which the ranks in that exchange may wait. Those exchanges are begun in turn
 (checks/turns.py), so that those of two communicators do not wait for each other.
+
+Threads of a rank take turns (``lock``): each looks after all queues, as the only one would, but for
+those in which another is asleep in MPI, which looks after them when it wakes.
 """
 
 from collections import deque
 from copy import copy
+from threading import RLock
 from time import sleep
 
 from mpi4py import MPI
 
-from spimpi.checks.pending import Group, built
+from spimpi.checks.pending import Group, built, in_words
 from spimpi.checks.turns import InTurn, NotYetError, Turns
 from spimpi.errors import CorruptionError, SpimpiError, UsageError
+from spimpi.fingerprint.tag import MASK
 from spimpi.launch import LONGEST_NAP, SHORTEST_NAP
 from spimpi.one_traceback import mark
 
 LOOKS_AWAKE = 200  # before the first nap: most waits end sooner
 
+lock = RLock()  # of all queues, and held in an exchange: a rank is in one at a time
 _busy: dict = {}  # queues with collectives whose checks have not begun
 _open: dict = {}  # and with collectives that are not judged
 
 
 def look() -> None:
     """Begin the checks of all collectives whose data are there. Never waits."""
-    for queue in list(_busy):
-        queue.begin_ready()
+    with lock:
+        for queue in list(_busy):
+            queue.begin_ready()
 
 
 def under_way() -> bool:
@@ -41,23 +48,40 @@ def under_way() -> bool:
 
 def _attend() -> None:
     """Judge what is complete: this rank would wait, perhaps for one that waits for it to do so."""
-    for queue in list(_open):
-        while queue.judge_first():
-            pass
+    with lock:
+        for queue in list(_open):
+            while queue.judge_first():
+                pass
 
 
-def wait(request, status=None) -> None:
-    """Wait for an MPI request, and look after the collectives under way meanwhile."""
-    _meanwhile(request.Get_status)
+def wait(request, status=None, attendance=None, what="", comm=None) -> None:
+    """Wait for an MPI request, and look after the collectives under way meanwhile.
+
+    ``attendance``: of a context with a timeout; then ``what`` is waited for, of ranks of ``comm``.
+    """
+    _meanwhile(request.Get_status, attendance, what, comm)
     request.Wait(status)
 
 
-def _meanwhile(is_complete) -> None:
+def _meanwhile(is_complete, attendance=None, what="", comm=None) -> None:
     """Look after the collectives under way until there are none or ``is_complete()``."""
+    if attendance is None:
+        _look_after_all(lambda: not _open or is_complete())
+        return
+    with attendance.waiting(what, comm):
+
+        def may_end():
+            attendance.require_time()
+            return is_complete()
+
+        _look_after_all(may_end)
+
+
+def _look_after_all(may_end) -> None:
     pause = _pauses()
-    while _open:
+    while True:
         look()
-        if is_complete():
+        if may_end():
             return
         _attend()
         next(pause)
@@ -193,25 +217,41 @@ def _is_complete(request) -> bool:
 
 
 class CheckedCollective(CheckedRequest):
-    """A collective under way. ``check``: its RecordCheck."""
+    """A collective under way. ``check``: its RecordCheck. ``request`` is None where the call itself
+    raised an error on this rank, which then takes no part in the check."""
 
-    def __init__(self, queue, request, check, raises):
+    def __init__(self, queue, request, check, owner):
         super().__init__()
-        self._queue, self._request, self._check, self._raises = queue, request, check, raises
-        self._error, self._judged = None, False
+        self._queue, self._request, self._check, self._owner = queue, request, check, owner
+        self._error, self._judged, self._takes_part = None, False, request is not None
+        self._number = owner.next_call()
 
     def _complete(self, blocking: bool) -> bool:
         return self._queue.judge_until(self, blocking)
 
     def _take(self, status) -> None:
+        self._owner.completed(self._number, self.verdict)
         error, self._error = self._error, None
         if error is not None:
             raise mark(error, self._check.session.rank)
 
+    def _has_data(self, blocking=False) -> bool:
+        """Whether MPI is done with it; its error is kept until this rank waits for it."""
+        if not self._takes_part:
+            return True
+        try:
+            if not blocking:
+                return self._request.Test()
+            self._request.Wait()
+        except MPI.Exception as error:
+            self._error, self._takes_part = error, False
+        return True
+
     def _judge(self, turns) -> None:
         try:
-            self.verdict = self._check.judge(turns)
-            if self._raises and not self.verdict:
+            if self._takes_part:
+                self.verdict = self._check.judge(turns)
+            if self._owner.check and self.verdict is not None and not self.verdict:
                 self._error = CorruptionError(self.verdict)
         except SpimpiError as error:
             self._error = error
@@ -228,9 +268,11 @@ class RecordCheck:
     def __init__(self, session, check, build):
         self.session, self.check, self.build = session, check, build
 
-    def begin(self, requests) -> None:
-        self.group = Group(requests, [built(self.check, self.build)], in_one=True)
-        self.group.start()
+    def begin(self, requests, takes_part: bool) -> None:
+        if takes_part:
+            built(self.check, self.build)
+        self.group = Group(requests, [self.check], in_one=True)
+        self.group.start(MASK if takes_part else requests.rank)
 
     def test(self) -> bool:
         return self.group.test()
@@ -258,17 +300,19 @@ class Queue:
         self._turns, self._asks = Turns(session.comm), False
         self._waiting: deque[CheckedCollective] = deque()  # for their data
         self._begun: deque[CheckedCollective] = deque()
+        self._asleep = False  # a thread waits in MPI for the first of them
 
-    def add(self, request, check, raises) -> CheckedCollective:
-        """A collective that has been called, and what checks it."""
-        made = CheckedCollective(self, request, check, raises)
-        self._waiting.append(made)
-        _busy[self] = _open[self] = None
+    def add(self, request, check, owner) -> CheckedCollective:
+        """A collective that ``owner``, a CheckedComm, has called (None: in vain), and its check."""
+        made = CheckedCollective(self, request, check, owner)
+        with lock:
+            self._waiting.append(made)
+            _busy[self] = _open[self] = None
         return made
 
     def begin_ready(self) -> None:
         """Begin the checks of those whose data are there, as far as all before them have begun."""
-        while self._waiting and self._waiting[0]._request.Test():
+        while self._waiting and not self._asleep and self._waiting[0]._has_data():
             self._begin_first()
 
     def _begin_first(self) -> None:
@@ -277,14 +321,15 @@ class Queue:
         first = self._waiting.popleft()
         if not self._waiting:
             del _busy[self]
-        first._check.begin(self.session)
+        first._check.begin(self.session, first._takes_part)
         self._begun.append(first)
 
     def _can_judge(self) -> bool:
         """Whether the first one's check is complete, and the turn has come that it may ask for."""
-        if not self._begun or not self._begun[0]._check.test():
-            return False
-        return not self._asks or self._turns.has_come()
+        with lock:
+            if self._asleep or not self._begun or not self._begun[0]._check.test():
+                return False
+            return not self._asks or self._turns.has_come()
 
     def judge_first(self) -> bool:
         """Judge the first one, if that can be done now; whether it was."""
@@ -305,17 +350,21 @@ class Queue:
 
     def judge_until(self, last: CheckedCollective, blocking: bool) -> bool:
         """Judge those up to ``last``, in order; whether it is judged."""
-        while not last._judged:
-            look()
-            if not self._begun and not self._waiting:
-                msg = "the communicator of this request was freed: wait for it before"
-                raise UsageError(msg)
-            if self.judge_first():
-                continue
+        while True:
+            with lock:
+                look()
+                while not last._judged and self.judge_first():
+                    look()
+                if last._judged:
+                    return True
+                if not self._begun and not self._waiting:
+                    msg = "the communicator of this request was freed: wait for it before"
+                    raise UsageError(msg)
+                asleep = blocking and self._may_sleep()
+                self._asleep = self._asleep or asleep
             if not blocking:
                 return False
-            self._wait(last)
-        return True
+            self._wait(last, asleep)
 
     def judge_all(self) -> None:
         """Judge all; failures are raised when they are waited for. Collective.
@@ -324,25 +373,41 @@ class Queue:
         another that is at an earlier request, where a check fails. MPI lets it: a blocking
         collective may wait for all ranks.
         """
-        look()
-        if self._waiting or self._begun:
-            self.judge_until((self._waiting or self._begun)[-1], True)
+        if not _open:
+            return
+        with lock:
+            look()
+            last = (self._waiting or self._begun or [None])[-1]
+        if last is not None:
+            self.judge_until(last, True)
 
-    def _wait(self, last) -> None:
-        """Until the first one can be judged, or its check can begin. Asleep in MPI where nothing else
-        is under way."""
-        if len(_open) > 1 or self._asks or (self._begun and self._waiting):
-            _meanwhile(lambda: last._judged or self._can_judge())
-        elif self._begun:
-            self._begun[0]._check.wait()
-        else:
-            self._waiting[0]._request.Wait()
-            self._begin_first()
+    def _may_sleep(self) -> bool:
+        """Whether this thread may wait in MPI for the first one: where nothing else is under way."""
+        other = len(_open) > 1 or self._asks or (self._begun and self._waiting)
+        return not (self._asleep or other or self.session.attendance)
+
+    def _wait(self, last, asleep) -> None:
+        """Until the first one can be judged, or its check can begin."""
+        if not asleep:
+            may_end = lambda: last._judged or self._can_judge()  # noqa: E731
+            what = in_words([last._check.check])
+            _meanwhile(may_end, self.session.attendance, what, self.session.comm)
+            return
+        try:
+            if self._begun:
+                self._begun[0]._check.wait()
+            else:
+                self._waiting[0]._has_data(blocking=True)
+                with lock:
+                    self._begin_first()
+        finally:
+            self._asleep = False
 
     def close(self) -> None:
         """Forget what nobody waited for, before the communicator is freed."""
-        self._waiting.clear()
-        self._begun.clear()
-        _busy.pop(self, None)
-        _open.pop(self, None)
+        with lock:
+            self._waiting.clear()
+            self._begun.clear()
+            _busy.pop(self, None)
+            _open.pop(self, None)
         self._turns.free()

@@ -8,15 +8,22 @@ other ranks do not take part. A DistributedContext has a session of its own on i
 
 from collections import Counter, deque
 from dataclasses import dataclass, field
+from threading import RLock
 
 import numpy as np
 from mpi4py import MPI
 
-from spimpi.reduction import RECORD, RecordReduction, empty_records
+from spimpi.fingerprint.tag import MASK
+from spimpi.launch import require_world
+from spimpi.reduction import PATIENCE, RECORD, RecordReduction, within
 
 REMEMBERED = 64  # fingerprints of earlier contributions, for "shard of step 6 in step 7"
 LINK_HISTORY = 8
 PAIR_TAG = 1069
+
+# What a record's place tells all ranks, as the lowest of theirs: below ELSEWHERE, a rank that takes
+# no part in the check; ELSEWHERE, that some rank's batch has checks over other communicators.
+ELSEWHERE = 1 << 32
 
 
 @dataclass
@@ -48,11 +55,8 @@ class Session:
         self.queues: list = []  # of requests under way, which are judged before blocking checks
         self.unchecked: Counter = Counter()  # calls that checked communicators passed on
         self.abandoned: list = []  # what a batch left under way when an exception ended it
+        self.attendance = None  # of a context with a timeout
         self._owned = owned
-        own, merged = empty_records(1), empty_records(1)
-        self._own, self._merged = own.view(np.uint64), merged.view(np.uint64)
-        self._send = [own, 1, records.datatype]
-        self._receive = [merged, 1, records.datatype]
 
     def remember(self, tag, slab, word) -> None:
         """Keep the fingerprint of what this rank contributed; the oldest is forgotten."""
@@ -66,19 +70,34 @@ class Session:
         for queue in self.queues:
             queue.judge_all()
 
-    def merge(self, words) -> list[int]:
-        """One record merged over all ranks, blocking; words and result in RECORD's order."""
-        self.judge_requests()
-        self._own[:] = words
-        self.comm.Allreduce(self._send, self._receive, op=self.records.op)
-        return self._merged.tolist()
-
     def start(self, words) -> tuple:
-        """As ``merge``, without waiting: (request, what keeps the buffers alive, result)."""
+        """Start merging one record over all ranks: (request, what keeps the buffers alive, result).
+        Words and result in RECORD's order."""
         self.judge_requests()
+        return self._start(words)
+
+    def _start(self, words) -> tuple:
         own, merged = np.array(words, np.uint64), np.empty(6, np.uint64)
         request = self.records.start(self.comm, own.view(RECORD), merged.view(RECORD))
         return request, own, merged
+
+    def wait(self, request, what: str) -> None:
+        """Wait for a request of a check; IncompleteError where the context's timeout has passed."""
+        if self.attendance is None:
+            request.Wait()
+        else:
+            self.attendance.wait(request, what, self.comm)
+
+    def withdraw(self) -> None:
+        """Take no part in the check that the others make now, or will: this rank has an error.
+
+        They learn it from the merged record and raise too (Group.judge), so this rank need not
+        stay; it does for PATIENCE seconds, for a reduction moves on where its ranks are in MPI.
+        """
+        words = [0, 0, MASK, MASK, 0, self.rank]
+        request, *kept = self._start(words)
+        self.abandoned.append((request, kept))
+        within(request, PATIENCE)
 
     def free(self) -> None:
         """Collective over the session's ranks."""
@@ -130,13 +149,16 @@ def _discard(comm, keyval, kept) -> None:
 
 
 _keyval = None
+_making = RLock()  # of threads, each with its own communicator: what all share is made once
 
 
 def _kept(comm) -> dict:
     """What hangs on a communicator; made empty where nothing does yet."""
     global _keyval
-    if _keyval is None:
-        _keyval = MPI.Comm.Create_keyval(delete_fn=_discard)
+    require_world()
+    with _making:
+        if _keyval is None:
+            _keyval = MPI.Comm.Create_keyval(delete_fn=_discard)
     kept = comm.Get_attr(_keyval)
     if kept is None:
         kept = {}
@@ -148,22 +170,31 @@ def session_of(comm, ctx=None) -> Session:
     """A communicator's session, or the context's if it is over its ranks. Collective at first."""
     if ctx is not None and ctx.is_over(comm):
         return ctx.session
-    kept = _kept(comm)
-    session = kept.get("session")
-    if session is None:
-        duplicate, records = comm.Dup(), RecordReduction()
-        session = kept["session"] = Session(duplicate, records, (records, duplicate))
+    session = _of_its_own(comm, "session", ctx and ctx.attendance)
+    if ctx is not None:
+        session.attendance = ctx.attendance
     return session
+
+
+def _of_its_own(comm, name, attendance=None) -> Session:
+    kept = _kept(comm)
+    if name not in kept:
+        duplicate, records = _duplicate(comm, attendance), RecordReduction()
+        kept[name] = Session(duplicate, records, (records, duplicate))
+    return kept[name]
+
+
+def _duplicate(comm, attendance):
+    if attendance is None:
+        return comm.Dup()
+    duplicate, request = comm.Idup()
+    attendance.wait(request, f"the first check over a communicator of {comm.size} ranks", comm)
+    return duplicate
 
 
 def request_session_of(comm) -> Session:
     """A second session of a communicator, for checks that overlap others. Collective at first."""
-    kept = _kept(comm)
-    session = kept.get("requests")
-    if session is None:
-        duplicate, records = comm.Dup(), RecordReduction()
-        session = kept["requests"] = Session(duplicate, records, (records, duplicate))
-    return session
+    return _of_its_own(comm, "requests")
 
 
 def pair_of(comm, one: int, other: int, ctx=None) -> Pair:

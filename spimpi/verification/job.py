@@ -20,9 +20,14 @@ DEFAULT_TOKENS = 16
 
 @dataclass(frozen=True)
 class Request:
-    """The command line's wishes, as typed. ``prompt_ids`` are texts such as "84,104,101".
+    """What to verify, each field as ``spimpi verify``'s option of that name takes it.
 
-    tokens and seed None: those of the golden file, the seed also of the manifest, else the defaults.
+    model: a Hugging Face directory (None: the embedded model); config: published shapes with seeded
+    weights, of which the first ``layers``; topology: "tp=2,pp=2" or "exo", with ``memory``, and
+    ``rule`` for --exo-rule; ``prompt_ids``: texts such as "84,104,101"; tokens and seed None: those
+    of the golden file, the seed also of the manifest, else the defaults; arith: "exact" or "blas";
+    golden, manifest: file names; faults: as --inject takes them; repeat: how many runs; sketch:
+    whether its trace gets sketches.
     """
 
     model: str | None = None

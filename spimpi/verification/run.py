@@ -36,7 +36,7 @@ from spimpi.trace.journals.signals import flushed_on_signals
 from spimpi.trace.schema import Established, Op
 from spimpi.trace.schema import Stage as Phase
 from spimpi.verification import conclude, overflow
-from spimpi.verification.job import Job
+from spimpi.verification.job import Job, Request, prepare
 from spimpi.watchdog import Unwatched
 
 GOLDEN_BYTES = 64 << 20  # weights up to this size get a golden run on the fly
@@ -57,11 +57,19 @@ def trace_tensor_names(job: Job) -> list[str]:
     return tensor_names() + weights + program_tensors(job.config.qk_norm)
 
 
-def verify_distributed_inference(comm, job: Job, reporter=None, watchdog=None, tracer=None):
-    """Fabric, weights, inference, golden comparison, trace, verdict; returns an Outcome.
+def verify_distributed_inference(
+    comm, job: Job | Request, reporter=None, watchdog=None, tracer=None
+) -> conclude.Outcome:
+    """Fabric, weights, inference, golden comparison, trace, verdict, as ``spimpi verify`` does it.
 
-    ``tracer`` is a Tracer; None writes no trace. Collective over ``comm``: every rank returns the same outcome or raises the same error.
+    ``job``: a Request, as the command line's options, or the Job that ``prepare`` made of one for
+    ``comm.size`` ranks. ``tracer`` is a spimpi.verification.tracing.Tracer; None writes no trace.
+    What fails is in the Outcome, no exception. Collective over ``comm``: every rank returns the
+    same outcome or raises the same error (UsageError for what cannot be run).
     """
+    if isinstance(job, Request):
+        with together(comm):
+            job = prepare(job, comm.size, comm.rank)
     with DistributedContext(comm, job.grid, job.seed) as ctx:
         return _Run(ctx, job, reporter or Quiet(), watchdog, tracer).whole()
 
@@ -86,8 +94,8 @@ def make_golden(job: Job, at=None) -> golden_runs.Golden:
             if overflow.same_twice(run.recorder):
                 overflow.refuse(where, job.checkpoint, ", and twice alike")
         if where is not None:
-            msg = f"the golden run on rank 0 failed a check of its own: {where}"
-            raise CorruptionError(msg)
+            said = "; ".join(filter(None, ["in the golden run, on rank 0 alone", where.detail]))
+            raise CorruptionError(Verdict(False, Established(0), replace(where, detail=said)))
     weights = np.array([run.loader.part.shares[n] for n in job.checkpoint.tensors], np.uint64)
     return golden_runs.Golden(
         job.workload, job.config.n_layers, stage.golden.copy(), tokens, "made on one rank",

@@ -8,7 +8,7 @@ from mpi4py import MPI
 from mpi_helpers import first_ranks
 
 from spimpi import CorruptionError
-from spimpi.checks.buffers import message_of
+from spimpi.checks.buffers import block_of
 from spimpi.partition import TensorPartition
 
 
@@ -103,6 +103,11 @@ def same_on_all(comm, text):
     assert len(set(texts)) == 1, texts
 
 
+def memory_of(buffer):
+    """All elements of the array of a buffer as mpi4py takes it, flat."""
+    return block_of(buffer[0] if isinstance(buffer, (list, tuple)) else buffer)
+
+
 class Faulty:
     """A communicator whose collectives spoil one rank's receive buffer."""
 
@@ -111,8 +116,7 @@ class Faulty:
 
     def spoil(self, buffer):
         if self.comm.rank == self.victim and buffer is not MPI.IN_PLACE and buffer is not None:
-            flat = message_of(buffer).data
-            flat[0] += 1
+            memory_of(buffer)[0] += 1
 
     def __getattr__(self, name):
         call = getattr(self.comm, name)

@@ -3,11 +3,10 @@
 import numpy as np
 import pytest
 from mpi4py import MPI
-from planted import corruption, data, refused, spoilt, worlds
+from planted import corruption, data, memory_of, refused, spoilt, worlds
 
 import spimpi
 from spimpi import Tag
-from spimpi.checks.buffers import message_of
 
 pytestmark = [pytest.mark.mpi, pytest.mark.wheels]
 two = pytest.mark.mpi(min_size=2)
@@ -96,7 +95,7 @@ def test_clean_calls_give_what_mpi_gives_and_hold(comm, name):
             assert verdict, str(verdict)
             target = _target(name, args)
             if target is not None:
-                np.testing.assert_array_equal(message_of(target).data, expected)
+                np.testing.assert_array_equal(memory_of(target), expected)
 
 
 @two

@@ -60,7 +60,6 @@ def test_a_batch_is_one_reduction_of_48_bytes(comm, monkeypatch):
     for part in worlds(comm):
         with spimpi.DistributedContext(part) as ctx:
             monkeypatch.setattr(Session, "start", counted)
-            monkeypatch.setattr(Session, "merge", None)
             started.clear()
             with ctx.batch():
                 verdicts = _many(ctx, part, 12)

@@ -12,7 +12,7 @@ import pytest
 from mpi4py import MPI
 
 import spimpi
-from spimpi import Tag, TensorPartition
+from spimpi import Tag, TensorPartition, launch
 
 pytestmark = [pytest.mark.mpi, pytest.mark.wheels]
 COLUMNS = 16
@@ -132,6 +132,28 @@ STEPS = [
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.__name__)
 def test_the_library_works_at_this_number_of_ranks(comm, step):
     assert step(comm)
+
+
+def test_a_world_of_one_under_a_launcher_of_three_is_refused(comm, monkeypatch):
+    """In a world of three a check on COMM_SELF is what it is."""
+    world, alone = MPI.COMM_WORLD.size, MPI.COMM_SELF.Dup()
+    monkeypatch.setattr(launch, "launch", lambda: launch.Launch("srun", 0, 3, None, None))
+    calls = [
+        lambda: spimpi.verify_replicas(alone, np.ones(2), Tag(name="x")),
+        lambda: spimpi.checked(alone),
+        lambda: spimpi.DistributedContext(alone).free(),
+        lambda: spimpi.exact_allreduce(alone, np.ones(2), tag=Tag(name="x")),
+    ]
+    for call in calls:
+        monkeypatch.setattr(launch, "_not_torn_apart", False)
+        if world == 1:
+            with pytest.raises(spimpi.UsageError, match="srun started 3 ranks, but .* has 1"):
+                call()
+            monkeypatch.setenv("SPIMPI_ALONE", "1")
+        call()
+        assert launch._not_torn_apart
+        monkeypatch.delenv("SPIMPI_ALONE", raising=False)
+    alone.Free()
 
 
 def main():

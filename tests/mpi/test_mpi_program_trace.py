@@ -202,6 +202,26 @@ def test_a_trace_that_is_there_or_has_no_place_is_refused_on_every_rank(comm, sh
         spimpi.DistributedContext(comm, trace=7)
 
 
+def test_a_second_run_replaces_its_trace_where_it_may(comm, shared_folder):
+    """Also after one that died, and left its journals."""
+    path = _path(shared_folder, comm, "again")
+    for step in range(3):
+        if step == 1:
+            with pytest.raises(KeyError):
+                with spimpi.DistributedContext(comm, trace=path, overwrite=True) as ctx:
+                    spimpi.verify_replicas(comm, np.ones(2), _tag("x", step=9), ctx=ctx)
+                    raise KeyError
+            comm.Barrier()
+            with refused(comm, "again.* exists"):
+                spimpi.DistributedContext(comm, trace=path)
+            continue
+        with spimpi.DistributedContext(comm, trace=path, overwrite=True) as ctx:
+            spimpi.verify_replicas(comm, np.ones(2), _tag("x", step=step), ctx=ctx)
+        with spimpi.trace.open(path) as trace:
+            assert trace.complete and trace.events(comm.rank)["step"].tolist() == [step]
+        comm.Barrier()
+
+
 def test_the_checked_communicator_traces_too(comm, shared_folder):
     path = _path(shared_folder, comm, "checked")
     with spimpi.DistributedContext(comm, trace=path) as ctx:

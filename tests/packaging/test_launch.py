@@ -64,6 +64,51 @@ def test_mpirun_inside_an_srun_step_is_what_counts():
     assert launch(step | HYDRA) == Launch("MPICH's mpiexec", 2, 3, 2, 3)
 
 
+TORCHRUN = {
+    "TORCHELASTIC_RUN_ID": "none", "RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1",
+    "LOCAL_WORLD_SIZE": "2",
+}  # fmt: skip
+
+
+def test_torchruns_processes_are_no_world_of_mpis(monkeypatch):
+    found = Launch("torchrun", 1, 2, 1, 2)
+    assert launch(TORCHRUN) == found
+    assert launch(TORCHRUN | SRUN | {"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) == found
+    assert launch(TORCHRUN | SRUN | {"PMI_RANK": "0", "PMI_SIZE": "4"}) == found
+    assert launch(TORCHRUN | OPEN_MPI).launcher == "Open MPI's mpirun"  # started by one of them
+    by_hand = {name: text for name, text in TORCHRUN.items() if "ELASTIC" not in name}
+    assert launch(by_hand) is None
+    monkeypatch.setattr(module, "launch", lambda: found)
+    with pytest.raises(UsageError, match="torchrun started 2 ranks.* which this launcher does not know"):
+        check_world(World(1))
+
+
+def test_other_launchers_say_rank_and_size_too():
+    jsm = {f"JSM_NAMESPACE_{n}": v for n, v in (("RANK", "2"), ("SIZE", "4"), ("LOCAL_RANK", "0"))}
+    assert launch(jsm) == Launch("jsrun", 2, 4, 0, None)
+    assert launch({"MV2_COMM_WORLD_RANK": "0", "MV2_COMM_WORLD_SIZE": "2"}).size == 2
+    over_pmi = {"PMI_RANK": "1", "PMI_SIZE": "4"}
+    assert launch({**over_pmi, "PALS_RANKID": "1"}) == Launch("PALS", 1, 4, None, None)
+    assert launch({**over_pmi, "FLUX_TASK_RANK": "1"}).launcher == "flux run"
+
+
+def test_a_rank_that_the_world_has_not_is_enough(monkeypatch):
+    monkeypatch.setattr(module, "launch", lambda: launch({"PMIX_RANK": "1"}))
+    check_world(World(2))
+    with pytest.raises(UsageError, match="a PMIx launcher started rank 1, but .* has 1"):
+        check_world(World(1))
+
+
+def test_a_process_that_is_meant_to_be_alone_may_be(monkeypatch):
+    monkeypatch.setattr(module, "launch", lambda: launch(HYDRA))
+    with pytest.raises(UsageError, match="SPIMPI_ALONE=1"):
+        check_world(World(1))
+    monkeypatch.setenv("SPIMPI_ALONE", "1")
+    check_world(World(1))
+    with pytest.raises(UsageError, match="has 2"):
+        check_world(World(2))
+
+
 def test_threads_are_the_ranks_share_of_the_node_and_the_users_choice_stays(monkeypatch):
     environ = OPEN_MPI | {"OMP_NUM_THREADS": "7"}
     monkeypatch.setattr(module, "usable_cores", lambda: 6)
