@@ -1,6 +1,6 @@
 """From every rank's checks to one verdict: totals, the first failure, what was established."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from mpi4py import MPI
@@ -51,8 +51,7 @@ class Outcome:
             return None
         tokens = self.tokens.tolist()
         if not self.n_failed and not self.are_those_chosen(tokens):
-            detail = "they changed in memory after they were verified; nothing of them is printed"
-            raise CorruptionError(_tokens_changed(detail))
+            raise CorruptionError(_tokens_changed())
         return tokens
 
     def are_those_chosen(self, tokens) -> bool:
@@ -64,10 +63,19 @@ class Outcome:
         return np.array_equal(words, self.token_words)
 
 
-def _tokens_changed(detail: str) -> Verdict:
-    """The verdict on tokens of this process that are no longer those that were chosen."""
+def _tokens_changed() -> Verdict:
+    """The verdict on tokens of rank 0 that are no longer those that were chosen."""
+    detail = "they changed in memory after the run's last look at them"
     where = Where("at rest", "tokens", 0, -1, -1, 0, "", 0, "", "", detail)
     return Verdict(False, Established(0), where, check="at rest")
+
+
+def of_tokens_now(ctx, outcome: Outcome) -> Outcome:
+    """The outcome, corrupted where rank 0 no longer holds the tokens that were chosen. Collective."""
+    changed = not outcome.n_failed and not outcome.are_those_chosen(outcome.tokens)
+    if not ctx.world.bcast(changed):
+        return outcome
+    return replace(outcome, verdict=_tokens_changed(), n_failed=1)
 
 
 def global_totals(ctx, recorder) -> tuple[dict[Stage, StageTotals], int, int]:

@@ -293,10 +293,11 @@ class _Run:
         source = ""
         if self.has_golden:
             source = ctx.world.bcast(self.golden.source if ctx.rank == 0 else None)
-        return conclude.Outcome(
+        outcome = conclude.Outcome(
             verdict, totals, self.seconds, n_events, n_failed, tokens, source, runs, words,
             job.seed,
         )
+        return conclude.of_tokens_now(ctx, outcome)
 
     def _faults_without_effect(self) -> list[str]:
         if self.injector is None:
