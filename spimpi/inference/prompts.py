@@ -95,6 +95,8 @@ def decode(ids, config: ModelConfig, directory=None) -> str | None:
     """The text of ids, or None where the model has no text for them (no tokenizer, no bytes)."""
     tokenizer = _tokenizer(directory)
     ids = [int(token) for token in ids]
+    if any(not 0 <= token < config.vocab_size for token in ids):
+        return None  # of a corrupted run
     if tokenizer is not None:
         with _refused(f"ids cannot be decoded by {one_line(directory, 200)}/{TOKENIZER_FILE}"):
             return tokenizer.decode(ids)
