@@ -69,6 +69,7 @@ def exact_allreduce(comm, sendbuf, recvbuf=None, tag=None, *, ctx=None) -> np.nd
             c.tracer.record(c, error.verdict, comm)
         raise
     if c.tracer is not None:
+        c.got = fingerprint(result, tag)
         c.tracer.record(c, Verdict(True, kinds, check=c.name), comm)
     if recvbuf is None:
         return result

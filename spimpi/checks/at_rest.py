@@ -71,7 +71,7 @@ class AtRest:
 
     def _look(self, c: Check) -> None:
         changed, now = self._changed()
-        c.n_bad, c.n_bytes = len(changed), self.array.nbytes
+        c.n_bad, c.n_bytes, c.got = len(changed), self.array.nbytes, now
         c.complaint = lambda: {
             "detail": self._told(changed), "expected": self.fingerprint, "actual": now,
         }  # fmt: skip

@@ -14,6 +14,7 @@ from spimpi.checks.check import Check, Rule
 from spimpi.checks.pending import settle
 from spimpi.checks.verdict import ElementError, Verdict
 from spimpi.errors import UsageError
+from spimpi.fingerprint import fingerprint
 from spimpi.fingerprint.protocols import as_array
 from spimpi.fingerprint.tag import GOLDEN, LINEAR, Tag
 from spimpi.trace.schema import Established
@@ -73,6 +74,8 @@ def verify_matmul(comm, x, w, y, tag, *, check=True, ctx=None) -> Verdict:
         rows_x, rows_y = _rows(x, y, weight)
         bad = _wrong_rows(rows_x, rows_y, weight)
         c.n_bad, c.n_bytes = len(bad), rows_x.nbytes + rows_y.nbytes
+        if c.tracer is not None:
+            c.got = fingerprint(rows_y, tag)
         c.complaint = lambda: _complaint(rows_x, rows_y, weight, bad, np.shape(y))
 
     return settle(comm, Check(NAME, tag, Rule.LOCAL, Established.COMPUTED), build, check, ctx)
