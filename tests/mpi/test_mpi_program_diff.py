@@ -15,8 +15,9 @@ from spimpi.trace.schema import Op
 pytestmark = [pytest.mark.mpi(min_size=2), pytest.mark.wheels]
 
 WHOLE = {"allgather", "broadcast", "gather", "scatter", "alltoall", "isum", "max", "xor", "replicas",
-         "rs", "exact", "colors"}  # fmt: skip
-OF_RANKS = {"fsum", "frs", "ring", "handoff", "rest", "matmul"}
+         "rs", "colors"}  # fmt: skip
+FLOAT_SUMS = {"fsum", "frs", "exact"}
+OF_RANKS = {"ring", "handoff", "rest", "matmul", "Send"}
 
 
 def check_all(ctx, comm, other=()) -> None:
@@ -56,7 +57,7 @@ def check_all(ctx, comm, other=()) -> None:
     own = x if r == 0 else np.zeros_like(x)
     spimpi.verify_allreduce(comm, own, x, tag("xor"), op=MPI.BXOR, **ctx)
     spimpi.verify_replicas(comm, of("replicas"), tag("replicas"), **ctx)
-    spimpi.exact_allreduce(comm, of("exact") / n, tag=tag("exact"), **ctx)
+    spimpi.exact_allreduce(comm, of("exact") * (r == 0), tag=tag("exact"), **ctx)
     painted = np.empty(12, np.float32)
     spimpi.color_hidden_states(painted, tag("colors"))
     spimpi.verify_colors(comm, painted, tag("colors"), **ctx)
@@ -102,7 +103,7 @@ def test_every_check_leaves_what_tells_other_data(comm, traced):
     found = compared(comm, clean, traced("again", comm))
     assert found.exit_status == 0, (found.notes, found.missing)
     names = {found.names[row["tensor"]] for row in found.table}
-    assert names == WHOLE | OF_RANKS | {"Send"}
+    assert names == WHOLE | FLOAT_SUMS | OF_RANKS
     for other in ({"gather"}, names - {"colors"}):  # painted data are what their tag says
         found = compared(comm, clean, traced(f"{len(other)} other", comm, other))
         differ = {found.names[row["tensor"]] for row in found.table[found.table["differs"]]}
@@ -115,17 +116,18 @@ def test_runs_of_other_numbers_of_ranks_are_compared_where_their_data_are_whole(
     found = compared(comm, one, all_ranks)
     assert found.exit_status == 3 and not found.n_differ
     names = {found.names[row["tensor"]] for row in found.table}
-    # A sum of floats that nothing rounds has the same bits here; the others are of other data.
-    assert WHOLE <= names <= WHOLE | {"fsum", "frs"}
+    # A sum that nothing rounds has the same bits here; the others are of other data.
+    assert WHOLE | FLOAT_SUMS == names
     notes = "\n".join(found.notes)
     assert "(matmul, at rest): of what one rank holds" in notes
     assert "(ring): blocks of ranks" in notes and "tensors of common steps are in B alone" in notes
     other = compared(comm, one, traced("other", comm, WHOLE))
     differ = {other.names[row["tensor"]] for row in other.table[other.table["differs"]]}
     assert other.exit_status == 1 and differ == WHOLE - {"colors"}
-    rounded = compared(comm, one, traced("another fsum", comm, {"fsum"}))
+    rounded = compared(comm, one, traced("rounded", comm, FLOAT_SUMS))
     assert rounded.exit_status == 3
-    assert "1 not compared (allreduce sum): sums of floats" in "\n".join(rounded.notes)
+    told = "3 not compared (allreduce sum, reduce scatter): sums of floats"
+    assert told in "\n".join(rounded.notes)
     if comm.rank == 0:
         capfd.readouterr()
         assert main(["trace", "diff", str(one), str(all_ranks)]) == 3
