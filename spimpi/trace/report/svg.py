@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from html import escape  # noqa: F401  for pictures too
 
+LEAST, MOST = 1e-100, 1e100  # of an axis
+
 
 @dataclass(frozen=True)
 class Picture:
@@ -62,8 +64,8 @@ def drawing(width, height, content: str, title_id: str, role: str = "img") -> st
 
 
 def ticks(most: float, about: int = 6) -> list[float]:
-    """Round numbers from 0 up to ``most``."""
-    if not most > 0:
+    """Round numbers from 0 up to ``most``; 0 alone where that is no size to divide."""
+    if not LEAST < most < MOST:
         return [0.0]
     step = 10.0 ** _floor_log10(most / about)
     step *= next(m for m in (1, 2, 5, 10) if most / (step * m) <= about)
