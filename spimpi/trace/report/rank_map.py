@@ -14,7 +14,7 @@ MOST_LINES = 300  # of the table
 MOST_LINKS = MOST_LINES  # squares that the keyboard reaches; they lead to its lines
 N_COLOURS = 6  # of values; later ones share one
 LETTERS = "ABCDEF"
-NOT_BLAMED = "a check failed; its rank is not blamed"
+NOT_BLAMED = "a check failed; its rank is not blamed for it"
 LEFT, TOP = 92, 40
 WIDTH = 860
 
@@ -155,7 +155,7 @@ def _many(sheet, marks: Marks, part, state) -> str:
         return "; ".join(filter(None, (said, fault)))
     bits = int(np.bitwise_or.reduce(state, axis=None))
     if bits & (FAILED | MET):
-        return "checks failed; these ranks are not blamed"
+        return "checks failed; these ranks are not blamed for it"
     if bits & UNKNOWN:
         return "some not established"
     if sheet.replicas:

@@ -10,13 +10,14 @@ import numpy as np
 from spimpi.trace.analysis.order import (
     FABRIC, INFERENCE, WEIGHTS, first_layered_tensor, only_met, phase_of,
 )  # fmt: skip
-from spimpi.trace.analysis.reach import blamed_ranks
+from spimpi.trace.analysis.reach import ENDS, blamed_ranks
 from spimpi.trace.names import RankPlaces
 from spimpi.trace.schema import Op, Stage, Status
 
 # What a square holds; the bits add up. AT_FAULT: a failed check, maybe of another rank, names this
-# one. MET: NaN or Inf that came from before, in data that are as expected.
-HELD, UNKNOWN, FAILED, AT_FAULT, MET = 1, 2, 4, 8, 16
+# one. MET: NaN or Inf that came from before, in data that are as expected. AN_END: a failed check
+# between two ranks, of which this is one.
+HELD, UNKNOWN, FAILED, AT_FAULT, MET, AN_END = 1, 2, 4, 8, 16, 32
 COLUMNS = (
     "repeat", "stage", "step", "layer", "tensor", "op", "verdict", "peer", "nonfinite",
     "fingerprint", "expected",
@@ -68,11 +69,13 @@ class Sheet:
 
     @property
     def at_fault(self) -> np.ndarray:
-        """Squares of the ranks that are blamed: that a failed check names there, or that recorded
-        one where none is named."""
-        named = (self.state & AT_FAULT) > 0
-        failed = ((self.state & FAILED) > 0) & ~named.any(axis=0)
-        return (named | failed) & self.blamed[:, None]
+        """Squares of the ranks that are blamed: that a failed check names there, or of whose two
+        ends they are one; in the column in which the run first went wrong, where none is, those
+        that recorded a failure."""
+        found = ((self.state & (AT_FAULT | AN_END)) > 0) & self.blamed[:, None]
+        if self.first >= 0 and not found[:, self.first].any():
+            found[:, self.first] = ((self.state[:, self.first] & FAILED) > 0) & self.blamed
+        return found
 
     @property
     def shows_first(self) -> bool:
@@ -177,6 +180,8 @@ class Squares:
         blamed = self._ranks.of(blamed_ranks(rows, rows["rank"]))
         blames = failed & ~met & ~golden & (blamed >= 0)
         np.bitwise_or.at(state, (blamed[blames], column[blames]), np.uint8(AT_FAULT))
+        ends = failed & ~golden & np.isin(rows["op"], ENDS)
+        np.bitwise_or.at(state, (at[ends], column[ends]), np.uint8(AN_END))
         agreement = rows["op"] == Op.AGREEMENT
         if key < 0 or not agreement.any():
             return
