@@ -6,6 +6,7 @@ import sys
 import traceback
 
 from spimpi import __version__
+from spimpi.cli.printable_errors import printable_errors
 from spimpi.cli.registry import COMMANDS
 from spimpi.errors import SpimpiError
 from spimpi.launch import launcher_rank, let_rank_0_speak, set_thread_limits, wait_asleep
@@ -49,8 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv=None) -> int:
     """Run one subcommand; returns its exit status."""
     set_thread_limits()  # before anything imports numpy, which reads them then
-    args = build_parser().parse_args(argv)
-    return status_of(lambda: args.run(args))
+    with printable_errors():
+        args = build_parser().parse_args(argv)
+        return status_of(lambda: args.run(args))
 
 
 def status_of(command) -> int:

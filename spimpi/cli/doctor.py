@@ -18,6 +18,7 @@ from spimpi.launch import (
     mpi_library,
     usable_cores,
 )
+from spimpi.printable import printable
 
 PACKAGES = ("spimpi", "numpy", "numba", "h5py", "mpi4py", "safetensors")
 
@@ -54,7 +55,7 @@ def run(args) -> int:
             report = {"status": status, "problems": problems, "notes": notes, "ranks": facts}
             print(json.dumps(report, indent=1))
         else:
-            print("\n".join(report_lines(facts, status, problems, notes)))
+            print("\n".join(map(printable, report_lines(facts, status, problems, notes))))
         sys.stdout.flush()
     return status
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from spimpi.cli.registry import subcommand
 from spimpi.errors import UsageError
 from spimpi.launch import launch
+from spimpi.printable import printable
 from spimpi.units import in_bytes
 
 VERDICTS = {0: "verified", 1: "corrupted", 3: "incomplete"}
@@ -92,7 +93,7 @@ def run_make(args) -> int:
         _say_left_out(args.model)
         more = f", {len(made.derived.tensors):,} derived ones" if made.derived else ""
         size = in_bytes(made.n_bytes)
-        print(f"wrote {args.output}: {len(made.tensors):,} tensors, {size}{more}")
+        print(printable(f"wrote {args.output}: {len(made.tensors):,} tensors, {size}{more}"))
         sys.stdout.flush()
     return 0
 
@@ -116,7 +117,8 @@ def run_check(args) -> int:
     if _speaks(world):
         if not args.json:
             _say_left_out(model)
-        print(as_json(args, model, found) if args.json else "\n".join(report(found)))
+        lines = map(printable, report(found))
+        print(as_json(args, model, found) if args.json else "\n".join(lines))
         sys.stdout.flush()
     return found.exit_status
 
@@ -172,7 +174,8 @@ def _say_left_out(model) -> None:
 
     names = left_out(model)
     if names:
-        print(f"note       not part of this checkpoint, left out: {', '.join(names)}")
+        left = f"note       not part of this checkpoint, left out: {', '.join(names)}"
+        print(printable(left))
 
 
 def _by_reason(missing: dict[str, str]) -> list[str]:

@@ -4,6 +4,7 @@ import os
 import sys
 
 from spimpi.checks.verdict import Verdict
+from spimpi.printable import printable
 from spimpi.trace.schema import Stage
 from spimpi.units import in_bytes
 
@@ -46,7 +47,9 @@ class Reporter:
 
     def progress(self, place: str) -> None:
         if self.status is not None:
-            self.status.update(place)
+            from rich.text import Text
+
+            self.status.update(Text(printable(place)))
 
     def found(self, comm, job) -> None:
         """MPI, ranks, nodes, topology and model. Collective."""
@@ -104,7 +107,7 @@ class Reporter:
         self._verdict(job, outcome)
 
     def _print(self, text, style=None):
-        self.console.print(text, style=style, markup=False)
+        self.console.print(printable(text), style=style, markup=False)
 
     def _where(self, verdict):
         where = verdict.where

@@ -15,7 +15,7 @@ MOST_DEEP = 100  # slices in each other; viewers drop what lies much deeper
 MOST_LANES = 8  # threads of a rank; what nests in none of them ends where its lane lets it
 SLICE = np.dtype(
     [("start", "<i8"), ("end", "<i8"), ("level", "u1"), ("row", "<i8"), ("lane", "<i4"),
-     ("inside", "<i8"), ("own", "<i8")]
+     ("inside", "<i8"), ("own", "<i8"), ("checks", "<i8")]
 )  # fmt: skip
 
 
@@ -53,7 +53,9 @@ def slices_of(columns, start: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, 
     checks["inside"] = np.where(has_layer[of_layer], n_steps + of_layer, of_step)
     checks["own"] = checks["inside"]
     found = np.concatenate([outer, inner[has_layer], checks])
-    found = found[np.lexsort((found["row"], found["level"], -found["end"], found["start"]))]
+    # Of layers that take the same time the one with most checks comes first: it is computed then.
+    keys = (found["row"], -found["checks"], found["level"], -found["end"], found["start"])
+    found = found[np.lexsort(keys)]
     found["lane"], found["end"] = _lanes(found)
     return found, names
 
@@ -99,6 +101,7 @@ def _spans(group, start, end, level) -> np.ndarray:
     found["start"], found["end"], found["level"] = np.iinfo("i8").max, np.iinfo("i8").min, level
     np.minimum.at(found["start"], group, start)
     np.maximum.at(found["end"], group, end)
+    np.add.at(found["checks"], group, 1)
     return found
 
 
@@ -111,19 +114,21 @@ def _lanes(slices) -> tuple[list[int], list[int]]:
     """(lane, end) of slices in the order of their starts, longer ones first.
 
     A slice goes where what holds it is open, inside that or beside it; else to the first lane in
-    which nothing is, or something of the same step or layer that holds it.
+    which nothing is, or something of the same step or layer that holds it. Where there is none, it
+    ends with what it is put into.
     """
-    lanes: list[list[tuple[int, int]]] = []  # the open slices of each: (end, own)
+    lanes: list[list[tuple[int, int, int]]] = []  # the open slices of each: (end, own, number)
     home: dict[int, int] = {}  # the lane of a step or a layer
     chosen, ends = [], []
     columns = (slices[name].tolist() for name in ("start", "end", "level", "inside", "own"))
-    for start, end, level, inside, own in zip(*columns):
-        first = home.get(inside, 0)
-        at = _place(lanes, first, start, end, inside)
+    for number, (start, end, level, inside, own) in enumerate(zip(*columns)):
+        at = _place(lanes, home.get(inside, 0), start, end, inside)
         if at < 0:
-            at = len(lanes) - 1
+            at = min(range(len(lanes)), key=lambda i: len(lanes[i]))
+            if len(lanes[at]) >= MOST_DEEP:
+                ends[lanes[at].pop()[2]] = start
             end = min(end, lanes[at][-1][0])
-        lanes[at].append((end, own))
+        lanes[at].append((end, own, number))
         if level != CHECK:
             home[own] = at
         chosen.append(at)
@@ -141,7 +146,7 @@ def _place(lanes, first: int, start: int, end: int, inside: int) -> int:
             lane.pop()
         if not lane:
             return at
-        holds, own = lane[-1]
+        holds, own, _ = lane[-1]
         if own == inside and end <= holds and len(lane) < MOST_DEEP:
             return at
     if len(lanes) < MOST_LANES:

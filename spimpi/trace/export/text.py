@@ -80,7 +80,8 @@ def values(block: Block, column: str, names: Names, written: dict) -> list:
 
 
 def _in_csv(text: str) -> str:
-    if text.startswith(BLANKS) or text.lstrip().startswith(FORMULA):
+    bare = text.lstrip("'")  # so that one apostrophe taken away gives back what was there
+    if bare.startswith(BLANKS) or bare.lstrip().startswith(FORMULA):
         text = f"'{text}"
     if any(c in text for c in ',"\n\r'):
         return '"' + text.replace('"', '""') + '"'

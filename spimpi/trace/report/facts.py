@@ -80,7 +80,7 @@ class Run:
         began = min(rank.started for rank in self.ranks)
         try:
             return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(began))
-        except (ValueError, OverflowError):
+        except (ValueError, OverflowError, OSError):
             return ""
 
 

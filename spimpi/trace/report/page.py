@@ -7,6 +7,7 @@ import numpy as np
 
 from spimpi import __version__
 from spimpi.errors import MissingDependency
+from spimpi.printable import printable
 from spimpi.trace.analysis.rounding import JUMP
 from spimpi.trace.report import growth, places, rank_map, ranking, timeline, volume, words
 from spimpi.trace.report.facts import Run
@@ -63,9 +64,16 @@ def require_jinja2() -> None:
 
 def _template():
     from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    def shown(value):
+        """As svg.escape; a picture is markup already."""
+        is_text = isinstance(value, str) and not isinstance(value, Markup)
+        return printable(value) if is_text else value
 
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        finalize=shown,
     )
     return environment.from_string(_file("report.html.j2"))
 

@@ -1,7 +1,9 @@
 """SVG as text: elements, texts, axes. Colours are classes of templates/style.css."""
 
 from dataclasses import dataclass
-from html import escape  # noqa: F401  for pictures too
+from html import escape as escape_markup
+
+from spimpi.printable import printable
 
 LEAST, MOST = 1e-100, 1e100  # of an axis
 
@@ -16,6 +18,11 @@ class Picture:
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
     ids: tuple[str, ...] = ()
+
+
+def escape(text) -> str:
+    """Text as markup has it; nothing in it hides or turns around what stands beside it."""
+    return escape_markup(printable(text))
 
 
 def element(name: str, content: str = "", **attributes) -> str:
