@@ -3,7 +3,6 @@
 from spimpi.cli.registry import subcommand
 from spimpi.cli.verify import add_model_arguments
 from spimpi.errors import UsageError
-from spimpi.printable import printable
 
 
 def add_arguments(parser) -> None:
@@ -22,11 +21,10 @@ def golden(args) -> int:
             raise UsageError(msg)
         made = _golden(args)
     columns = made.table.shape[1]
-    said = (
+    print(
         f"wrote {args.output}: {made.workload.model} ({made.workload.identity}), "
         f"{len(made.workload.prompts)} prompts, {made.table.shape[0]} steps of {columns} tensors"
     )
-    print(printable(said))
     return 0
 
 

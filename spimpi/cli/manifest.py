@@ -8,7 +8,6 @@ from pathlib import Path
 from spimpi.cli.registry import subcommand
 from spimpi.errors import UsageError
 from spimpi.launch import launch
-from spimpi.printable import printable
 from spimpi.units import in_bytes
 
 VERDICTS = {0: "verified", 1: "corrupted", 3: "incomplete"}
@@ -93,7 +92,7 @@ def run_make(args) -> int:
         _say_left_out(args.model)
         more = f", {len(made.derived.tensors):,} derived ones" if made.derived else ""
         size = in_bytes(made.n_bytes)
-        print(printable(f"wrote {args.output}: {len(made.tensors):,} tensors, {size}{more}"))
+        print(f"wrote {args.output}: {len(made.tensors):,} tensors, {size}{more}")
         sys.stdout.flush()
     return 0
 
@@ -117,8 +116,7 @@ def run_check(args) -> int:
     if _speaks(world):
         if not args.json:
             _say_left_out(model)
-        lines = map(printable, report(found))
-        print(as_json(args, model, found) if args.json else "\n".join(lines))
+        print(as_json(args, model, found) if args.json else "\n".join(report(found)))
         sys.stdout.flush()
     return found.exit_status
 
@@ -174,8 +172,7 @@ def _say_left_out(model) -> None:
 
     names = left_out(model)
     if names:
-        left = f"note       not part of this checkpoint, left out: {', '.join(names)}"
-        print(printable(left))
+        print(f"note       not part of this checkpoint, left out: {', '.join(names)}")
 
 
 def _by_reason(missing: dict[str, str]) -> list[str]:

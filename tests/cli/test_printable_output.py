@@ -1,16 +1,12 @@
 """Nothing of a file, an option or a name steers the terminal, whichever command prints it."""
 
 import io
-import json
-import shutil
 import sys
-from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 
-import spimpi
 from spimpi.bench.synthetic_trace import write_ranks
 from spimpi.cli import main, status_of
 from spimpi.cli.printable_errors import PrintableStream, printable_errors
@@ -94,17 +90,6 @@ def test_on_a_terminal_an_export_is_made_printable(evil_trace, capfdbinary, monk
     assert main(["trace", "export", str(evil_trace), "-o", "-", "--format", "csv"]) == 0
     text = capfdbinary.readouterr().out.decode()
     assert text.count("\n") == 5 and not STEERS & set(text)
-
-
-def test_a_manifest_steers_no_terminal(tmp_path, capfd):
-    model = tmp_path / f"m{EVIL}"
-    shutil.copytree(Path(spimpi.__file__).parent / "models" / "tiny", model)
-    status, text = said(capfd, "manifest", "make", model, "-o", model / "made.json")
-    assert status == 0 and "evil" in text and not STEERS & set(text)
-    made = json.loads((model / "made.json").read_text())
-    assert made
-    status, text = said(capfd, "manifest", "check", model / "made.json")
-    assert status == 0 and not STEERS & set(text)
 
 
 def test_a_golden_file_steers_no_terminal(tmp_path, capfd):
