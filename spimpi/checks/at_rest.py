@@ -76,6 +76,7 @@ class AtRest:
     def _look(self, c: Check) -> None:
         changed, now = self._changed()
         c.n_bad, c.n_bytes, c.compares = len(changed), self.array.nbytes, self.array.size > 0
+        c.got = now
         c.complaint = lambda: {
             "detail": self._told(changed), "expected": self.fingerprint, "actual": now,
         }  # fmt: skip

@@ -15,6 +15,7 @@ from spimpi.checks.check import Check, Rule
 from spimpi.checks.pending import settle
 from spimpi.checks.verdict import ElementError, Verdict
 from spimpi.errors import UsageError
+from spimpi.fingerprint import fingerprint
 from spimpi.fingerprint.arrays import share_memory
 from spimpi.fingerprint.protocols import as_array
 from spimpi.fingerprint.tag import GOLDEN, LINEAR, Tag
@@ -77,6 +78,8 @@ def verify_matmul(comm, x, w, y, tag, *, check=True, ctx=None) -> Verdict:
         bad = _wrong_rows(rows_x, rows_y, weight)
         c.n_bad, c.n_bytes = len(bad), rows_x.nbytes + rows_y.nbytes
         c.compares = rows_y.size > 0
+        if c.tracer is not None:
+            c.got = fingerprint(rows_y, tag)
         if bad:  # at once: in a batch the buffers may be used again before its end
             told = _complaint(rows_x, rows_y, weight, bad, shape)
             c.complaint = lambda: told

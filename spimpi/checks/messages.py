@@ -11,6 +11,7 @@ import numpy as np
 from mpi4py import MPI
 
 from spimpi.checks.buffers import elements_of
+from spimpi.checks.check import Check, Rule
 from spimpi.checks.pending import enforce
 from spimpi.checks.requests import CheckedRequest, lock, look, under_way, wait
 from spimpi.checks.verdict import Verdict, Where
@@ -185,6 +186,7 @@ class CheckedMessages:
         """Whether a message is what its record says. UsageError, on this rank, where it is of
         another dtype than what the sender sent."""
         source, tag = status.Get_source(), status.Get_tag()
+        c = Check("Send", self._message_tag(sequence), Rule.LOCAL, Established.MOVED)
         data, packed = elements_of(buf)
         sent, n_sent = record["dtype"], int(record["n"])
         untyped = _name(data) == BYTES or sent in (PACKED, BYTES)
@@ -207,11 +209,18 @@ class CheckedMessages:
         elif record["word"] != word:
             problem = "its contents changed on the way"
         words = {"check": "Send", "expected": int(record["word"]), "actual": word}
-        if not problem:
-            return Verdict(True, Established.MOVED, **words)
+        verdict = Verdict(True, Established.MOVED, **words)
+        if problem:
+            verdict = self._changed(problem, words, source, tag, sequence)
+        if self.ctx is not None and self.ctx.tracer is not None:
+            c.n_bytes = n_bytes
+            self.ctx.tracer.record(c, verdict, self.comm, source)
+        return verdict
+
+    def _changed(self, problem, words, source, tag, sequence) -> Verdict:
         where = Where(
             "Send", "Send", sequence, -1, -1, self.comm.rank, MPI.Get_processor_name(),
-            self.comm.rank, f"{words['expected']:016x}", f"{word:016x}",
+            self.comm.rank, f"{words['expected']:016x}", f"{words['actual']:016x}",
             f"received from rank {source} with tag {tag}: {problem}",
         )  # fmt: skip
         return Verdict(False, Established(0), where, **words)

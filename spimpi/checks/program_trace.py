@@ -40,6 +40,7 @@ STATES = {
     Status.VERIFIED: "verified", Status.NOT_ESTABLISHED: "incomplete", Status.FAILED: "failed",
 }  # fmt: skip
 WORST_LAST = list(STATES)
+LOCAL = (Op.HANDOFF, Op.MESSAGE, Op.AT_REST, Op.MATMUL)  # of what one rank holds
 LIMITS = {
     name: (int(np.iinfo(EVENT[name]).min), int(np.iinfo(EVENT[name]).max))
     for name in ("step", "microbatch", "layer", "sequence", "element")
@@ -96,7 +97,7 @@ class ProgramTracer:
         written is told by ``seal``: here one rank would raise alone.
         """
         now = perf_counter()
-        tag, where = check.tag, verdict.where
+        tag, where, op = check.tag, verdict.where, op_of(check.name, check.settings)
         status, element = Status.VERIFIED, -1
         if not verdict:
             nothing_wrong = where is None and verdict.missing
@@ -114,11 +115,11 @@ class ProgramTracer:
             # In the order of EVENT's fields.
             self._recorder.row((
                 self._fitting("step", tag.step), self._fitting("microbatch", microbatch), 0,
-                self._fitting("layer", tag.layer), Stage.PROGRAM, op_of(check.name, check.settings),
-                status, verdict.established, self._row(check), 0,
+                self._fitting("layer", tag.layer), Stage.PROGRAM, op, status, verdict.established,
+                self._row(check), 0,
                 -1 if peer is None else self._world_rank(comm, peer),
-                self._fitting("sequence", sequence), self._fitting("element", element),
-                (verdict.actual or 0) & MASK, (verdict.expected or 0) & MASK, check.n_bytes,
+                self._fitting("sequence", sequence or self._group(comm, op)),
+                self._fitting("element", element), *_words(check, verdict), check.n_bytes,
                 check.started, now,
             ), now - check.started)  # fmt: skip
             self._recorder.flush()
@@ -180,11 +181,21 @@ class ProgramTracer:
     def _world_rank(self, comm, rank: int) -> int:
         if rank < 0 or comm == self.comm:
             return rank
+        return self._world_ranks(comm, [rank])[0]
+
+    def _group(self, comm, op) -> int:
+        """Of a collective of some of the ranks 1 + the lowest of them: which group made it."""
+        if op in LOCAL or comm.size == self.comm.size:
+            return 0
+        return 1 + min(self._world_ranks(comm, range(comm.size)))
+
+    def _world_ranks(self, comm, ranks) -> list[int]:
+        """The world's ranks of those of ``comm``; -1: not among them."""
         ours, theirs = self.comm.Get_group(), comm.Get_group()
-        found = theirs.Translate_ranks([rank], ours)[0]
+        found = theirs.Translate_ranks(ranks, ours)
         ours.Free()
         theirs.Free()
-        return -1 if found == MPI.UNDEFINED else found
+        return [-1 if rank == MPI.UNDEFINED else rank for rank in found]
 
 
 @lru_cache(maxsize=4096)
@@ -197,6 +208,14 @@ def op_of(name: str, settings: str = "") -> Op:
         if known in OPS:
             return OPS[known]
     return Op.CONTENT
+
+
+def _words(check, verdict) -> tuple[int, int]:
+    """The fingerprints found and expected. Where the verdict compares none and nothing is wrong,
+    twice that of what this rank holds, by which two runs can be compared (docs/trace-diff.md)."""
+    if verdict.actual is None and verdict.expected is None and verdict.where is None:
+        return check.got & MASK, check.got & MASK
+    return (verdict.actual or 0) & MASK, (verdict.expected or 0) & MASK
 
 
 def _tensor(check) -> TensorInfo:

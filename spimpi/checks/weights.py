@@ -60,13 +60,15 @@ def verify_weights(comm, tensors, manifest, *, check=True, ctx=None, threads=1) 
             common, slices = manifest, own
             if not given.all() or np.ptp(given):
                 common, slices = _common(session.comm, manifest, given, tensors, threads)
-            return _verdict(
+            verdict = _verdict(
                 session.comm, common, [
                     judge(name, common.all_tensors[name], held)
                     for name, held in _exchanged(session.comm, common, slices)
                     if held or name in common.tensors
                 ],
             )  # fmt: skip
+            c.got = _word(common) if verdict else 0  # for a trace: what the slices are
+            return verdict
 
         c.conclude = conclude
 

@@ -6,6 +6,7 @@ import sys
 import traceback
 
 from spimpi import __version__
+from spimpi.cli.printable_errors import printable_errors
 from spimpi.cli.registry import COMMANDS
 from spimpi.errors import SpimpiError
 from spimpi.launch import (
@@ -52,13 +53,14 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv=None) -> int:
     """Run one subcommand; returns its exit status."""
     set_thread_limits()  # before anything imports numpy, which reads them then
-    args = build_parser().parse_args(argv)
+    with printable_errors():
+        args = build_parser().parse_args(argv)
 
-    def run():
-        require_numbers()
-        return args.run(args)
+        def run():
+            require_numbers()
+            return args.run(args)
 
-    return status_of(run)
+        return status_of(run)
 
 
 def status_of(command) -> int:

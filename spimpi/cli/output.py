@@ -5,6 +5,7 @@ import sys
 
 from spimpi.checks.verdict import Verdict
 from spimpi.cli.progress_lines import ProgressLines
+from spimpi.printable import printable
 from spimpi.trace.schema import Stage
 from spimpi.units import in_bytes
 
@@ -52,7 +53,9 @@ class Reporter:
 
     def progress(self, place: str) -> None:
         if self.status is not None:
-            self.status.update(place)
+            from rich.text import Text
+
+            self.status.update(Text(printable(place)))
         elif self.lines is not None:
             self.lines.place = place
 
@@ -115,7 +118,7 @@ class Reporter:
         self._verdict(job, outcome)
 
     def _print(self, text, style=None):
-        self.console.print(text, style=style, markup=False)
+        self.console.print(printable(text), style=style, markup=False)
 
     def _where(self, verdict):
         where = verdict.where

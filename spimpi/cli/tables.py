@@ -2,6 +2,8 @@
 
 import sys
 
+from spimpi.printable import printable
+
 
 class Output:
     """Rich on a terminal, whose width it keeps; elsewhere aligned plain text, never wrapped."""
@@ -48,7 +50,3 @@ class Output:
             table.add_row(*map(Text, row))
         self.console.print(table)
 
-
-def printable(text: str) -> str:
-    """Text of a file is not to steer the terminal."""
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)

@@ -7,12 +7,12 @@ from dataclasses import asdict
 
 from spimpi.cli.apart import apart
 from spimpi.cli.registry import subcommand
-from spimpi.cli.tables import printable
 from spimpi.cli.trace_diff import add_diff
 from spimpi.cli.trace_export import add_export
 from spimpi.cli.trace_locate import add_locate
 from spimpi.cli.trace_report import add_report
 from spimpi.cli.trace_show import add_show
+from spimpi.printable import printable
 
 
 SMALL = 1 << 24  # bytes that a file may have of which the disk says that it takes none
@@ -84,7 +84,7 @@ def _check(args) -> int:
         print(json.dumps(whole, indent=1))
         return found.exit_status
     held = f"{found.events:,} events of {found.ranks:,} ranks are intact"
-    print(f"{found.file}: {found.state.upper()}, {held}")
+    print(printable(f"{found.file}: {found.state.upper()}, {held}"))
     for kind, lines in (("missing", found.missing), ("damaged", found.damage)):
         for line in lines:
             print(printable(f"  {kind}  {line}"))
@@ -100,9 +100,10 @@ def _recover(args) -> int:
         return 0
     if found.was_sealed:
         intact = "" if found.missing else ", and is intact"
-        print(f"{found.file}: was sealed already{intact}")
+        print(printable(f"{found.file}: was sealed already{intact}"))
     else:
-        print(f"{found.file}: sealed, {found.events:,} events of {found.ranks:,} ranks")
+        held = f"{found.events:,} events of {found.ranks:,} ranks"
+        print(printable(f"{found.file}: sealed, {held}"))
     for kind, lines in (("missing", found.missing), ("kept", found.kept)):
         for line in lines:
             print(printable(f"  {kind}  {line}"))

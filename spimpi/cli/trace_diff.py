@@ -16,7 +16,7 @@ def add_diff(commands) -> None:
         "diff",
         help=text,
         description=f"Compare {text}. Topologies and numbers of ranks may differ. Exit status: 0 "
-        "the same; 1 a tensor differs; 3 nothing differs, but not all could be compared; 2 not "
+        "the same; 1 a tensor differs; 3 nothing differs, but not all was compared; 2 not "
         "traces, still written, or of different models, seeds or prompts.",
     )
     text = "a trace; of a killed run its journals are read"
@@ -121,7 +121,7 @@ def _print(found) -> None:
     out = Output()
     out.table(None, [_header("A", found.a), _header("B", found.b)])
     for line in (*found.missing, *found.notes):
-        out.line(f"  {line}", "yellow" if line in found.missing else None)
+        out.line(f"  {line}", "yellow")
     out.line("")
     if found.first >= 0:
         _print_difference(out, found)
@@ -139,10 +139,8 @@ def _header(name, side) -> tuple[str, ...]:
 
 def _print_difference(out, found) -> None:
     row = found.table[found.first]
-    out.line(
-        f"first difference: {place(found, found.first)}: A {row['a']:016x}, B {row['b']:016x}",
-        "bold red",
-    )
+    words = f"A {row['a']:016x}, B {row['b']:016x}"
+    out.line(f"first difference: {place(found, found.first)}: {words}", "bold red")
     judgement = found.judgement
     out.line(f"  {judgement}")
     if judgement.reason:
@@ -224,9 +222,11 @@ def _verdict(found) -> tuple[str, str]:
     if found.first >= 0:
         what = f"{found.n_differ:,} of {n:,} tensors differ"
         jump = f"; a jump at {place(found, found.jump)}" if found.jump >= 0 else ""
-        return f"DIFFERENT: {what}; the first: {found.judgement}{jump}", "bold red"
+        first = f"the first: {place(found, found.first)}, {found.judgement}"
+        return f"DIFFERENT: {what}; {first}{jump}", "bold red"
     if not n:
         return "INCOMPLETE: no tensor could be compared", "bold yellow"
-    if found.missing:
-        return f"INCOMPLETE: the {n:,} tensors that could be compared are the same", "bold yellow"
+    if found.missing or found.notes:
+        counted = f"the {n:,} tensors that could be compared are the same"
+        return f"INCOMPLETE: {counted}, but not all was compared (above)", "bold yellow"
     return f"SAME: {n:,} tensors have the same bits", "bold green"

@@ -4,8 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-from spimpi.cli.tables import printable
 from spimpi.errors import UsageError
+from spimpi.printable import printable
 from spimpi.units import in_bytes
 
 
@@ -44,7 +44,7 @@ def run_export(args) -> int:
         refuse_running(trace)
         if to_stdout:
             try:
-                n_rows = export(trace, sys.stdout.buffer, format)
+                n_rows = export(trace, _standard_output(), format)
                 sys.stdout.buffer.flush()
             except OSError as error:
                 msg = f"cannot write standard output: {error.strerror or error}"
@@ -61,6 +61,21 @@ def run_export(args) -> int:
         for problem in trace.problems:
             print(printable(f"spimpi: left out: {problem}"), file=sys.stderr)
     return status
+
+
+def _standard_output():
+    """Where -o - writes; on a terminal what would steer it is made printable."""
+    return _Terminal(sys.stdout.buffer) if sys.stdout.isatty() else sys.stdout.buffer
+
+
+class _Terminal:
+    """Takes whole lines of text, as bytes."""
+
+    def __init__(self, file):
+        self._file = file
+
+    def write(self, lines: bytes) -> None:
+        self._file.write(printable(lines.decode(), keep="\n").encode())
 
 
 def _print(output: str, format: str, n_rows: int) -> None:

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from spimpi.cli.tables import printable
+from spimpi.printable import printable
+
 
 
 def add_report(commands) -> None:

@@ -1,12 +1,14 @@
 """``spimpi trace show``: a trace in short, also of a run that was killed."""
 
 import json
+import sys
 import time
 from dataclasses import asdict
 from enum import Enum
 
 from spimpi.cli.tables import Output
-from spimpi.errors import UsageError
+from spimpi.errors import SpimpiError, UsageError
+from spimpi.printable import one_line
 from spimpi.units import in_bytes
 
 # Attributes that the header shows, and the label of each.
@@ -22,6 +24,7 @@ HEADER = (
 )
 
 GROUPS = 40  # rows of a table
+WORST_FIRST = (4, 2, 1, 3, 0)  # exit statuses
 BY = ("stage", "op", "layer", "tensor", "rank", "host")
 
 
@@ -31,11 +34,12 @@ def add_show(commands):
     show = commands.add_parser(
         "show",
         help=text,
-        description=f"Print {text}. Exit status: 0 verified and intact; 1 a check failed; "
-        "3 the run did not end, or rows are missing or altered; 2 not a trace, or still written.",
+        description=f"Print {text}, of each FILE. Exit status: 0 verified and intact; 1 a check "
+        "failed; 3 the run did not end, or rows are missing or altered; 2 not a trace, or still "
+        "written; of several files the first of 2, 1, 3 that one of them has.",
     )
-    text = "the trace; of a killed run its journals are read"
-    show.add_argument("file", metavar="FILE", help=text)
+    text = "a trace; of a killed run its journals are read"
+    show.add_argument("files", nargs="+", metavar="FILE", help=text)
     show.add_argument(
         "--by", choices=BY, default="stage",
         help="what to group the checks by (default stage)",
@@ -57,15 +61,29 @@ def run_show(args) -> int:
     from spimpi.trace.reading.reader import open as open_trace
     from spimpi.trace.analysis.summary import summarise
 
-    with open_trace(args.file) as trace:
-        if not args.live:
-            refuse_running(trace)
-        summary = summarise(trace, args.failures, args.by)
-        if args.json:
-            print(json.dumps(as_json(trace, summary, args.by), indent=1))
-        else:
-            _print(trace, summary, args.by)
-    return summary.exit_status
+    statuses, shown = [], []
+    for number, file in enumerate(args.files):
+        if number and not args.json:
+            print()
+        try:
+            with open_trace(file) as trace:
+                if not args.live:
+                    refuse_running(trace)
+                summary = summarise(trace, args.failures, args.by)
+                statuses.append(summary.exit_status)
+                if args.json:
+                    shown.append(as_json(trace, summary, args.by))
+                else:
+                    _print(trace, summary, args.by)
+        except SpimpiError as error:
+            if len(args.files) == 1:
+                raise
+            # The others are shown all the same.
+            print(one_line(f"spimpi: {error}"), file=sys.stderr)
+            statuses.append(error.exit_status)
+    if args.json:
+        print(json.dumps(shown if len(args.files) > 1 else shown[0], indent=1))
+    return next(status for status in WORST_FIRST if status in statuses)
 
 
 def as_json(trace, summary, by: str = "stage") -> dict:
@@ -161,14 +179,22 @@ def _header(trace) -> list[tuple[str, str]]:
     names = ", ".join(hosts[:4]) + (", …" if len(hosts) > 4 else "")
     rows = [("trace", f"{trace.path} ({trace.driver})")]
     if trace.ranks:
-        began = min(rank.started for rank in trace.ranks)
-        rows.append(("started", time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(began))))
+        began = _at(min(rank.started for rank in trace.ranks))
+        rows += [("started", began)] if began else []
     rows.append(("ranks", f"{len(trace.ranks)} on {len(hosts)} host(s): {names}"))
     for name, label in HEADER:
         value = trace.attributes.get(name)
         if value not in (None, "", []):
             rows.append((label, value if isinstance(value, str) else json.dumps(value)))
     return rows
+
+
+def _at(seconds: float) -> str:
+    """A time of the clock in words; empty where no calendar has it."""
+    try:
+        return time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(seconds))
+    except (ValueError, OverflowError, OSError):
+        return ""
 
 
 def _print_failures(out, summary) -> None:

@@ -20,13 +20,27 @@ def places(names) -> tuple[list[str], np.ndarray]:
     return different, np.array([place[name] for name in names], np.int64)
 
 
-def host_places(trace) -> tuple[list[str], np.ndarray]:
-    """The hosts of a trace, and the place among them of each rank's, by the rank's number."""
-    hosts, place = places(info.host for info in trace.ranks)
-    ranks = [info.rank for info in trace.ranks]
-    of_rank = np.zeros(max(ranks, default=-1) + 1, np.int64)
-    of_rank[ranks] = place
-    return hosts, of_rank
+class RankPlaces:
+    """Where world ranks stand in the table of ranks. Found by search: a file may say any number."""
+
+    def __init__(self, ranks):
+        self.ranks = np.array([info.rank for info in ranks], np.int64)
+        self._order = np.argsort(self.ranks, kind="stable")
+        self._sorted = self.ranks[self._order]
+        self._dense = np.array_equal(self.ranks, np.arange(len(self.ranks)))
+
+    def __len__(self) -> int:
+        return len(self.ranks)
+
+    def of(self, ranks) -> np.ndarray:
+        """Row of the table of each of ``ranks``, int64; -1 where it has none."""
+        ranks = np.asarray(ranks).astype(np.int64)
+        if not len(self):
+            return np.full(ranks.shape, -1)
+        if self._dense:
+            return np.where((ranks >= 0) & (ranks < len(self)), ranks, -1)
+        at = np.minimum(np.searchsorted(self._sorted, ranks), len(self) - 1)
+        return np.where(self._sorted[at] == ranks, self._order[at], -1)
 
 
 @dataclass(frozen=True)
@@ -52,7 +66,8 @@ class Words:
 
 
 class Names:
-    """The columns of a trace whose numbers have names, ``words`` by column; ``host`` by rank."""
+    """The columns of a trace whose numbers have names, ``words`` by column; ``host`` by the row
+    of the table of ranks."""
 
     def __init__(self, trace):
         tensors = trace.tensors
@@ -65,12 +80,15 @@ class Names:
         )
         self.words["dtype"] = _words([t.dtype for t in tensors] + [""])
         self.words["shape"] = _words(["x".join(map(str, t.shape)) for t in tensors] + [""])
-        hosts, code = host_places(trace)
+        hosts, code = places(info.host for info in trace.ranks)
+        self.rank_places = RankPlaces(trace.ranks)
         self.words["host"] = Words(hosts, code, len(hosts))
 
     def numbers(self, block, column: str) -> np.ndarray:
         """Numbers of a named column, within its words."""
         numbers = block[NUMBERED_BY.get(column, column)]
+        if column == "host":
+            return self.rank_places.of(numbers)
         return np.minimum(numbers, len(self.words[column].code) - 1)
 
     def codes(self, block, column: str) -> np.ndarray:

@@ -100,7 +100,8 @@ DESCRIPTIONS = {
     "tensor": "row of /tensors",
     "nonfinite": "NaN and Inf found, at most 65535 counted",
     "peer": "world rank at the other end, -1: none",
-    "sequence": "sequence number of the hand-off, 0: none",
+    "sequence": "sequence number of the hand-off; of a program's collective over some of its ranks "
+    "1 + the lowest of them; 0: none",
     "element": "global linear index of the corrupted element, -1: not located",
     "fingerprint": "fingerprint found",
     "expected": "fingerprint expected",

@@ -7,7 +7,7 @@ import pytest
 
 from spimpi.arithmetic import EXACT, FLOAT32_BLAS, exact_bits
 from spimpi.distance import distances, relative_distances
-from spimpi.trace.analysis import contents as module
+from spimpi.trace.analysis import places
 from spimpi.trace.analysis.contents import CONTENT, contents, paired
 from spimpi.trace.analysis.rounding import JUMP, first_jump, judge
 from spimpi.trace.reading.base import Block
@@ -55,7 +55,7 @@ def by_hand(events, ranks):
 
 @pytest.mark.parametrize("size", [10**9, 1, 7])
 def test_a_programs_tensors_are_told_apart_by_place_and_number(size, monkeypatch):
-    monkeypatch.setattr(module, "SETTLE", 50)
+    monkeypatch.setattr(places, "SETTLE", 50)
     events, ranks = program(400)
     held = contents(Made(events, ranks, size))
     names = ("step", "layer", "tensor", "op", "occurrence")
@@ -65,17 +65,38 @@ def test_a_programs_tensors_are_told_apart_by_place_and_number(size, monkeypatch
     }
 
 
-def test_what_one_rank_holds_is_left_out_and_a_tensor_of_many_values_is_bounded():
-    events, ranks = program(40)
-    for op in (Op.HANDOFF, Op.MESSAGE, Op.AT_REST, Op.MATMUL):
-        events["op"] = op
-        assert not len(contents(Made(events, ranks)).found)
+def test_shares_of_a_tensor_are_put_together_group_by_group():
+    """Ranks 0 and 2 hold one tensor, 1 and 3 another of the same name."""
+    events = blank_events(4)
+    events["stage"], events["op"] = Stage.PROGRAM, Op.GATHER
+    events["fingerprint"], events["sequence"] = [1, 2, 4, 8], [1, 2, 1, 2]
+    (found,) = contents(Made(events, [0, 1, 2, 3])).found
+    assert found["fingerprint"] == 1 ^ 2 ^ 4 ^ 8
+    assert (found["values"], found["groups"], found["rows"]) == (2, 2, 4)
+    events["fingerprint"] = [2, 1, 8, 4]
+    (exchanged,) = contents(Made(events, [0, 1, 2, 3])).found
+    assert exchanged["fingerprint"] == found["fingerprint"]
+    assert exchanged["ordered"] != found["ordered"] and exchanged["assigned"] != found["assigned"]
+    events["verdict"] = Status.FAILED  # then every rank has the whole tensor's
+    (failed,) = contents(Made(events, [0, 1, 2, 3])).found
+    assert failed["values"] == 4
+
+
+def test_a_check_without_a_fingerprint_is_there_unless_it_covered_nothing():
+    events = blank_events(3)
+    events["stage"], events["tensor"] = Stage.PROGRAM, [0, 1, 1]
+    events["bytes"] = [0, 8, 8]
+    (found,) = contents(Made(events, [0, 0, 1])).found
+    assert (found["tensor"], found["values"], found["rows"]) == (1, 0, 2)
+
+
+def test_a_tensor_of_many_values_is_bounded():
     many = blank_events(5000)
     many["stage"], many["op"] = Stage.PROGRAM, Op.ALLGATHER
     many["fingerprint"] = np.random.default_rng(0).permutation(5000) + 1
     found = contents(Made(many, np.arange(5000))).found
     assert len(found) == 1
-    expected = np.bitwise_xor.reduce(np.arange(1, module.MOST_VALUES + 1))
+    expected = np.bitwise_xor.reduce(np.arange(1, places.MOST_VALUES + 1))
     assert found["fingerprint"][0] == expected
 
 

@@ -11,7 +11,9 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
+from chrome_format import import_errors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from trace_samples import TENSORS, failing, some_events, write_journal, write_trace
@@ -78,8 +80,20 @@ def from_text(row: dict) -> dict:
     return {name: value(name, text) for name, text in row.items()}
 
 
+def computed(text: str) -> bool:
+    """Whether a spreadsheet would compute a field of this text."""
+    return bool(text) and (text[0] in "\t\r\n" or text.lstrip()[:1] in set("=+-@＝＋－＠"))
+
+
 def read_csv(data: bytes) -> list[dict]:
-    return [from_text(row) for row in csv.DictReader(io.StringIO(data.decode(), newline=""))]
+    """As docs/trace-export.md says: one apostrophe before what would be computed is no part of it."""
+    rows = list(csv.DictReader(io.StringIO(data.decode(), newline="")))
+    for row in rows:
+        for name in NAMED:
+            assert not computed(row[name])
+            if row[name].startswith("'") and computed(row[name].lstrip("'")):
+                row[name] = row[name][1:]
+    return [from_text(row) for row in rows]
 
 
 def read_jsonl(data: bytes) -> list[dict]:
@@ -137,7 +151,8 @@ def test_any_name_comes_back(format, names):
 
 
 @pytest.mark.parametrize(
-    "name", ['a,b"c', '"quoted" first', "two\nlines", "carriage\rreturn", "%s %", "\x00", "\\"]
+    "name", ["=1+1", "+1", "-x", "@SUM(1)", "\t=1", " =1", "'=1", "''@", "'plain", "＝1", "-",
+    'a,b"c', '"quoted" first', "two\nlines", "carriage\rreturn", "%s %", "\x00", "\\"]
 )
 def test_names_that_are_syntax_come_back(name):
     held = Held({0: some_events(3)}, [TensorInfo(name, (), name)] * 3, hosts=[name])
@@ -146,7 +161,7 @@ def test_names_that_are_syntax_come_back(name):
             pytest.importorskip("pyarrow")
         for row in read(exported(held, format)):
             assert (row["tensor"], row["dtype"], row["host"]) == (name, name, name)
-    (line, *_) = [e for e in chrome(held)["traceEvents"] if e["ph"] == "X"]
+    (line, *_) = checks_of(chrome(held))
     assert line["args"]["tensor"] == name
 
 
@@ -166,11 +181,12 @@ def test_numbers_that_this_version_does_not_know_are_shown_as_numbers(format):
 
 
 def test_many_rows_are_written_in_pieces(monkeypatch):
-    from spimpi.trace.export import text as export_text
+    from spimpi.trace.export import chrome as export_chrome, text as export_text
 
     events = some_events(100)
     whole = {format: exported(Held({3: events}), format) for format in ("csv", "chrome")}
     monkeypatch.setattr(export_text, "LINES", 7)
+    monkeypatch.setattr(export_chrome, "LINES", 7)
     assert exported(Held({3: events}), "csv") == whole["csv"]
     assert exported(Held({3: events}), "chrome") == whole["chrome"]
 
@@ -193,22 +209,96 @@ def chrome(trace) -> dict:
     return json.loads(exported(trace, "chrome"))
 
 
-def test_the_timeline_has_a_process_a_rank_and_a_thread_a_stage(sample):
+def checks_of(found) -> list[dict]:
+    """The slices that are checks, process by process in the order of the trace's rows."""
+    spans = [e for e in found["traceEvents"] if e["ph"] == "X" and "args" in e]
+    return sorted(spans, key=lambda e: (e["pid"], e["args"]["t_start"], e["args"]["t_end"]))
+
+
+def test_the_timeline_has_a_process_a_rank_in_the_order_of_ranks(sample):
     found = chrome(sample)
     named = [e for e in found["traceEvents"] if e["ph"] == "M"]
     processes = {e["pid"]: e["args"]["name"] for e in named if e["name"] == "process_name"}
-    assert processes == {0: "rank 0 (n0)", 1: "rank 1 (n1)", 4: "rank 4 (n1)"}
-    threads = {(e["pid"], e["tid"]): e["args"]["name"] for e in named if e["name"] == "thread_name"}
-    spans = [e for e in found["traceEvents"] if e["ph"] == "X"]
-    assert {(e["pid"], e["tid"]) for e in spans} == set(threads)
-    assert all(threads[e["pid"], e["tid"]] == e["cat"] for e in spans)
+    assert processes == {1: "rank 0 (n0)", 2: "rank 1 (n1)", 3: "rank 4 (n1)"}
     assert found["otherData"]["model"] == "tiny" and found["otherData"]["problems"] == []
+    backwards = Held({r: some_events(3) for r in (7, 2, 5)})
+    said = [e for e in chrome(backwards)["traceEvents"] if e["name"] == "process_name"]
+    assert [e["args"]["name"].split()[1] for e in said] == ["2", "5", "7"]
+
+
+def test_a_viewer_drops_nothing_of_the_timeline(sample, traced):
+    """The samples' checks overlap at random; the others are of real runs."""
+    assert import_errors(exported(sample, "chrome").decode()) == []
+    for name, n, *options in (("one", 1, "--sketch"), ("six", 6, "--sketch", "--topology", "tp=3,pp=2")):
+        with open_trace(traced(name, n, *options)) as trace:
+            text = exported(trace, "chrome").decode()
+            assert import_errors(text) == []
+            spans = [e for e in json.loads(text)["traceEvents"] if e["ph"] == "X"]
+            assert sum("args" in e for e in spans) == len(trace)
+
+
+def test_a_step_holds_its_layers_and_a_layer_its_checks():
+    events = some_events(24)
+    events["stage"], events["repeat"], events["microbatch"] = Stage.COMPUTE, 0, 0
+    events["step"], events["layer"] = np.arange(24) // 12, np.arange(24) // 4 % 3
+    events["t_start"] = np.arange(24) // 4 * 2.0
+    events["t_end"] = events["t_start"] + 1.5 - np.arange(24) % 4 / 10
+    spans = [e for e in chrome(Held({0: events}))["traceEvents"] if e["ph"] == "X"]
+    assert len({e["tid"] for e in spans}) == 1
+    names = [e["name"] if "args" not in e else e["args"]["layer"] for e in spans]
+    one = [each for layer in range(3) for each in (f"layer {layer}", *[layer] * 4)]
+    assert names == ["step 0", *one, "step 1", *one]
+
+
+def test_what_overlaps_goes_to_another_thread_and_keeps_its_times():
+    events = some_events(3)
+    events["stage"], events["step"], events["layer"] = Stage.PROGRAM, 0, -1
+    events["t_start"], events["t_end"] = [0.0, 1.0, 1.5], [2.0, 3.0, 1.75]
+    text = exported(Held({0: events}), "chrome").decode()
+    assert import_errors(text) == []
+    first, second, third = checks_of(json.loads(text))
+    assert first["tid"] != second["tid"] and third["tid"] in (first["tid"], second["tid"])
+    assert [e["dur"] for e in (first, second, third)] == [2e6, 2e6, 0.25e6]
+
+
+def test_any_number_of_overlapping_checks_has_few_threads():
+    events = some_events(400)
+    events["t_start"], events["t_end"] = np.arange(400.0), np.arange(400.0) + 300
+    text = exported(Held({0: events}), "chrome").decode()
+    assert import_errors(text) == []
+    assert len({e["tid"] for e in json.loads(text)["traceEvents"] if e["ph"] == "X"}) <= 8
+
+
+def test_times_of_no_run_and_ranks_of_any_number_are_written():
+    events = some_events(4)
+    events["t_start"], events["t_end"] = [np.nan, -1e308, 1.0, 1.0], [1.0, 1e308, np.inf, 2.0]
+    ranks = {2**31 - 1: events, -1: some_events(2), 7: some_events(1)}
+    held = Held(ranks, started=(1e300, np.nan, 4.0))
+    text = exported(held, "chrome").decode()
+    assert import_errors(text) == []
+    assert json.loads(text)["otherData"]["without_a_time"] == 3
+    times = [json.loads(line) for line in exported(held, "jsonl").decode().splitlines()]
+    assert [row["t_start"] for row in times[:3]] == [None, -1e308, 1.0]
+    assert len(read_csv(exported(held, "csv"))) == 7
+
+
+def test_the_reader_of_timelines_finds_what_it_is_to_find(sample):
+    """The checker itself: each of its rules, broken once."""
+    whole = chrome(sample)
+    span = next(e for e in whole["traceEvents"] if e["ph"] == "X")
+    later = {**span, "ts": span["ts"] + span["dur"] / 2}
+    for broken, said in (
+        ({**span, "pid": 0}, "numbers of process"), ({**span, "pid": 3}, "is of processes"),
+        (later, "ends after what holds it"), ({**span, "ts": -1.0}, "times of"),
+        ({**span, "tid": 10**6}, "has no name"),
+    ):  # fmt: skip
+        events = [*whole["traceEvents"], broken]
+        assert any(said in error for error in import_errors(json.dumps({"traceEvents": events})))
 
 
 def test_the_timeline_is_in_microseconds_since_the_first_rank_started(sample):
     found = chrome(sample)
-    spans = [e for e in found["traceEvents"] if e["ph"] == "X"]
-    rows = in_words(sample)
+    spans, rows = checks_of(found), in_words(sample)
     assert found["otherData"]["started"] == 4.5 and len(spans) == len(rows)
     late = {rank.rank: rank.started - 4.5 for rank in sample.ranks}
     for span, row in zip(spans, rows, strict=True):
@@ -233,7 +323,7 @@ def test_a_failed_check_is_coloured_and_marked_in_the_timeline(sample):
 def test_what_nests_in_the_trace_nests_in_the_timeline():
     events = some_events(200)
     events["stage"], events["t_end"] = Stage.TENSOR, 1.0 + 1e-7 / 3
-    spans = [e for e in chrome(Held({0: events}))["traceEvents"] if e["ph"] == "X"]
+    spans = checks_of(chrome(Held({0: events})))
     assert len({round((e["ts"] + e["dur"]) * 1000) for e in spans}) == 1
 
 
@@ -244,7 +334,7 @@ def test_altered_rows_are_left_out_and_named(format):
     assert held.problems == ["rank 1: its events were altered"]
     if format == "chrome":
         found = json.loads(data)
-        assert {e["pid"] for e in found["traceEvents"] if e["ph"] == "X"} == {0, 2}
+        assert {e["pid"] for e in found["traceEvents"] if e["ph"] == "X"} == {1, 3}
         assert found["otherData"]["problems"] == held.problems
     else:
         assert [row["rank"] for row in READERS[format](data)] == [0] * 5 + [2] * 5

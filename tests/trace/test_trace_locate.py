@@ -212,6 +212,7 @@ def test_one_flip_is_one_root_and_what_follows_its_consequence():
     (root,) = found.roots
     assert (root.failure.step, root.failure.layer, root.failure.tensor) == (1, 0, "qkv")
     assert (root.at_fault, root.suspects, root.seen) == (1, (1,), 1)
+    assert found.at_fault == (1,)
     reached = root.reached
     assert (reached.failures, reached.steps, reached.layers, reached.ranks) == (3, (1, 2), (0, 1), 2)
     assert found.first == root.failure and found.n_consequences == 3 and found.n_failed == 4

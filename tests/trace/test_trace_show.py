@@ -231,3 +231,29 @@ def test_a_full_standard_output_is_told_in_one_line(tmp_path, one, unbuffered):
             )  # fmt: skip
         assert done.returncode == 2
         assert done.stderr == "spimpi: cannot write standard output: No space left on device\n"
+
+
+def test_several_traces_are_shown_one_after_the_other(tmp_path, one, capfd):
+    paths = [tmp_path / f"{name}.h5" for name in ("good", "bad", "absent")]
+    write_trace(one, paths[0], checks(10))
+    write_trace(one, paths[1], failing(checks(10), 3), end_state="failed")
+    status, text = show(capfd, *paths[:2])
+    assert status == 1
+    good, bad = text.split("\n\n" + "trace ")
+    assert "VERIFIED: 10 checks held" in good and str(paths[0]) in good
+    assert "CORRUPTED: 1 of 10" in bad and str(paths[1]) in bad
+    assert show(capfd, paths[0], paths[0])[0] == 0
+    # The others are shown all the same.
+    status = main(["trace", "show", *map(str, paths[::-1])])
+    said = capfd.readouterr()
+    assert status == 2 and f"there is no trace {paths[2]}" in said.err
+    assert "VERIFIED" in said.out and "CORRUPTED" in said.out
+    status, text = show(capfd, "--json", *paths[:2])
+    assert status == 1 and [run["verdict"] for run in json.loads(text)] == ["verified", "corrupted"]
+
+
+@pytest.mark.parametrize("started", [1e300, np.nan, -np.inf, 1e18])
+def test_a_start_of_no_calendar_is_left_out(started):
+    from spimpi.cli.trace_show import _at
+
+    assert _at(started) == "" and _at(0.0).startswith("19")

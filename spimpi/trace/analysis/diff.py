@@ -10,7 +10,8 @@ import numpy as np
 
 from spimpi.distance import ERROR, distances, relative_distances
 from spimpi.errors import IncompleteError, UsageError
-from spimpi.trace.analysis.contents import CONTENT, PLACE, contents, paired
+from spimpi.trace.analysis.comparable import NOTHING, SUMS, compared, rounds, runs_of, told
+from spimpi.trace.analysis.contents import CONTENT, PLACE, TOKENS, Contents, contents, paired
 from spimpi.trace.analysis.rounding import Judgement, first_jump, judge
 from spimpi.trace.analysis.summary import Failure
 from spimpi.trace.journals.growing import merged
@@ -50,7 +51,8 @@ class Difference:
     first that differs, -1: none; ``judgement``: what kind of difference that is; ``jump``: first
     row at which the relative difference is more than JUMP times all before it, -1: none;
     ``diverged``: row of the first tokens that differ: later steps have other inputs; -1: none;
-    ``notes``: what was not compared, ``missing``: what should have been and could not be.
+    ``notes``: what was not compared, and why; ``missing``: what should have been and could not be.
+    Where there is either, nothing is called the same.
     """
 
     a: Side
@@ -106,7 +108,7 @@ class Difference:
     def exit_status(self) -> int:
         if self.first >= 0:
             return 1
-        return 3 if self.missing else 0
+        return 3 if self.missing or self.notes else 0
 
 
 def diff(a, b) -> Difference:
@@ -115,43 +117,68 @@ def diff(a, b) -> Difference:
     UsageError where they are not of the same model, seed and prompts.
     """
     require_comparable(a, b)
-    found_a, side_a = _side(a)
-    found_b, side_b = _side(b)
+    held_a, side_a = _side(a)
+    held_b, side_b = _side(b)
     union, (_, numbers) = merged([a.tensors, b.tensors])  # A's first, in their order
     names = tuple(tensor.name for tensor in union)
-    found_b["tensor"] = numbers[found_b["tensor"]]
-    mine, theirs = paired(found_a, found_b)
-    table = np.zeros(len(mine), COMPARED)
-    for name in PLACE:
-        table[name] = found_a[name][mine]
-    for side, found, rows in (("a", found_a, mine), ("b", found_b, theirs)):
-        table[side], table[f"changed_{side}"] = found["fingerprint"][rows], found["changed"][rows]
-    table["differs"] = table["a"] != table["b"]
-    table["relative"] = table["error"] = np.nan
+    held_b.found["tensor"] = numbers[held_b.found["tensor"]]
+    table, notes, alone = _paired(held_a, held_b, union, runs_of(a, b))
     missing = [f"A: {line}" for line in a.problems] + [f"B: {line}" for line in b.problems]
     missing += _measure(table, a, b, numbers)
-    alone = np.delete(found_a, mine), np.delete(found_b, theirs)
-    notes, lacking = _lonely(alone, (found_a, found_b), _is_program(a))
+    more, lacking = _lonely(alone, (held_a.found, held_b.found), _is_program(a))
+    notes += more
     missing += lacking
     if not len(table):
-        missing.append("no tensor is in both traces")
+        missing.append("no tensor of both traces could be compared")
     differing = np.flatnonzero(table["differs"])
     first = int(differing[0]) if differing.size else -1
     diverged, judgement, jump = -1, Judgement("same bits", None, None, None, ""), -1
     if first >= 0:
-        is_tokens = np.array([name == "tokens" for name in names])[table["tensor"]]
+        is_tokens = np.array([name == TOKENS for name in names])[table["tensor"]]
         tokens = np.flatnonzero(is_tokens & (table["stage"] == Stage.GOLDEN) & table["differs"])
         diverged = int(tokens[0]) if tokens.size else -1
-        row, widths = table[first], {t.name: t.shape[-1] for t in a.tensors if t.shape}
-        changed = [which for which in "AB" if row[f"changed_{which.lower()}"]]
-        judgement = judge(
-            names[row["tensor"]], float(row["relative"]), float(row["error"]), a.attributes,
-            b.attributes, widths, changed, row["stage"] == Stage.WEIGHTS,
-        )  # fmt: skip
+        judgement = _judged(table[first], union, a, b)
         jump = first_jump(table["relative"][: diverged + 1 if diverged >= 0 else None])
     return Difference(
-        side_a, side_b, names, table, first, judgement, jump, diverged, tuple(notes), tuple(missing)
-    )
+        side_a, side_b, names, table, first, judgement, jump, diverged, tuple(notes),
+        tuple(missing),
+    )  # fmt: skip
+
+
+def _paired(held_a: Contents, held_b: Contents, tensors, runs):
+    """(the table of what can be compared, what can't, in words, rows that each has alone)."""
+    at, of = paired(held_a.found, held_b.found)
+    alone = np.delete(held_a.found, at), np.delete(held_b.found, of)
+    found_a, found_b = held_a.found[at], held_b.found[of]
+    differs, why = compared(found_a, found_b, tensors, runs)
+    notes = told(found_a, why)
+    n_beyond = max(held_a.n_beyond, held_b.n_beyond)
+    if n_beyond:
+        notes.append(f"{n_beyond:,} not compared: checks of tensors beyond the trace's table")
+    table = np.zeros(int((why == NOTHING).sum()), COMPARED)
+    for name in PLACE:
+        table[name] = found_a[name][why == NOTHING]
+    for side, found in (("a", found_a[why == NOTHING]), ("b", found_b[why == NOTHING])):
+        table[side], table[f"changed_{side}"] = found["fingerprint"], found["changed"]
+    table["differs"] = differs[why == NOTHING]
+    table["relative"] = table["error"] = np.nan
+    return table, notes, alone
+
+
+def _judged(row, tensors, a, b) -> Judgement:
+    """What the first difference is."""
+    if row["stage"] == Stage.PROGRAM and row["a"] == row["b"]:
+        reason = "both runs have the same fingerprints, on other ranks: their data were exchanged"
+        return Judgement("different", None, None, 0.0, reason)
+    tensor, widths = tensors[row["tensor"]], {t.name: t.shape[-1] for t in a.tensors if t.shape}
+    if row["stage"] == Stage.PROGRAM and row["op"] in SUMS and rounds(tensor.dtype):
+        reason = "a sum of floats: its last bits depend on the order of the addends"
+        return Judgement("", None, None, None, reason)
+    changed = [which for which in "AB" if row[f"changed_{which.lower()}"]]
+    return judge(
+        tensor.name, float(row["relative"]), float(row["error"]), a.attributes, b.attributes,
+        widths, changed, row["stage"] == Stage.WEIGHTS,
+    )  # fmt: skip
 
 
 def _is_program(trace) -> bool:
@@ -191,13 +218,13 @@ def _told(what: str, attributes: dict, name: str) -> str:
     return f"{attributes[name]}{unit}"
 
 
-def _side(trace) -> tuple[np.ndarray, Side]:
+def _side(trace) -> tuple[Contents, Side]:
     held = contents(trace)
     side = Side(
         trace.path, trace.attributes, len(trace.ranks), tuple(trace.problems), held.n_failed,
         held.failure,
     )  # fmt: skip
-    return held.found, side
+    return held, side
 
 
 def _measure(table, a, b, numbers) -> list[str]:
@@ -240,7 +267,7 @@ def _lonely(alone, found, program: bool) -> tuple[list[str], list[str]]:
         )
     for name, rows, others in zip("AB", alone, reversed(runs)):
         of_weights = rows["stage"] == Stage.WEIGHTS
-        common = np.isin(_keys(rows), others) & ~of_weights
+        common = np.isin(_keys(rows), others) & _of_inference(rows)
         if of_weights.any():
             notes.append(f"{int(of_weights.sum())} weights are in {name} alone")
         if common.any():
@@ -249,9 +276,14 @@ def _lonely(alone, found, program: bool) -> tuple[list[str], list[str]]:
     return notes, missing
 
 
+def _of_inference(rows) -> np.ndarray:
+    """Tensors that any topology has; verify's own checks of tokens depend on it."""
+    return np.isin(rows["stage"], (Stage.GOLDEN, Stage.PROGRAM))
+
+
 def _keys(rows) -> np.ndarray:
     return rows["repeat"].astype(np.int64) << 32 | rows["step"]
 
 
 def _runs(rows) -> np.ndarray:
-    return np.unique(_keys(rows[rows["stage"] != Stage.WEIGHTS]))
+    return np.unique(_keys(rows[_of_inference(rows)]))

@@ -11,6 +11,7 @@ from spimpi.trace.analysis.reach import (
 )  # fmt: skip
 from spimpi.trace.analysis.summary import Failure, in_words, verdict_of
 from spimpi.trace.analysis.suspects import Place, Shared, places_of, shared_by, suspects_of
+from spimpi.trace.names import RankPlaces
 from spimpi.trace.reading.base import Block
 from spimpi.trace.schema import EVENT, Op, Stage, Status
 
@@ -56,7 +57,8 @@ class Located:
 
     ``n_checks``: events that say whether something held. ``flow_known``: whether the topology is
     known, and with it what can reach what; else any later failure of a value counts as a
-    consequence. ``unclassified``: failures beyond the KEPT earliest ones, which are neither among
+    consequence. ``at_fault``: every rank that a root names or suspects, the first root's first.
+    ``unclassified``: failures beyond the KEPT earliest ones, which are neither among
     the roots nor among the consequences.
     """
 
@@ -76,6 +78,7 @@ class Located:
     ranks: list[Place]
     hosts: list[Place]
     shared: list[Shared]
+    at_fault: tuple[int, ...]
 
 
 def locate(trace, n: int = 10) -> Located:
@@ -94,7 +97,7 @@ def locate(trace, n: int = 10) -> Located:
     suspects = suspects_of(failures, at, flow, read.golden if trace.complete else set())
     told = _Teller(trace, failures)
     verdict, exit_status = verdict_of(trace, read.n_failed, read.n_checks)
-    ranks, hosts = places_of(suspects, read.named, read.recorded, told.hosts)
+    ranks, hosts = places_of(suspects, read.named, read.recorded, trace.ranks)
     return Located(
         verdict=verdict,
         exit_status=exit_status,
@@ -111,7 +114,8 @@ def locate(trace, n: int = 10) -> Located:
         unclassified=read.n_failed - len(failures),
         ranks=ranks[:n],
         hosts=hosts[:n],
-        shared=shared_by(failures, at, suspects, told.hosts, trace.tensors),
+        shared=shared_by(failures, at, suspects, trace.ranks, trace.tensors),
+        at_fault=tuple(dict.fromkeys(suspects[suspects >= 0].tolist())),
     )
 
 
@@ -175,8 +179,8 @@ class _Read:
         self.first_layered = len(trace.tensors)
         self.of_program = False
         self.golden: set[int] = set()  # tensors that were compared with a golden run
-        world = 1 + max((info.rank for info in trace.ranks), default=-1)
-        self.recorded, self.named = np.zeros(world, np.int64), np.zeros(world, np.int64)
+        self.ranks = RankPlaces(trace.ranks)
+        self.recorded, self.named = np.zeros((2, len(self.ranks)), np.int64)
         self._held: list[Block] = []
 
     def take(self, block: Block) -> None:
@@ -193,10 +197,9 @@ class _Read:
         failed = block.where(bad)
         self.n_failed += len(failed)
         self.of_program |= bool((failed["stage"] == Stage.PROGRAM).any())
-        self.recorded += np.bincount(failed.rank, minlength=len(self.recorded))
-        blamed = blamed_ranks(failed, failed.rank)
-        here = (blamed >= 0) & (blamed < len(self.named))
-        self.named += np.bincount(blamed[here], minlength=len(self.named))
+        self.recorded += np.bincount(self.ranks.of(failed.rank), minlength=len(self.ranks))
+        named = self.ranks.of(blamed_ranks(failed, failed.rank))
+        self.named += np.bincount(named[named >= 0], minlength=len(self.ranks))
         self._held.append(failed)
         self.n_held += len(failed)
         if self.n_held > 2 * KEPT:

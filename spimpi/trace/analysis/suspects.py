@@ -6,7 +6,7 @@ import numpy as np
 
 from spimpi.trace.analysis.order import INFERENCE
 from spimpi.trace.analysis.reach import ENDS, Failures, Flow
-from spimpi.trace.names import member, name_of, tensor_name
+from spimpi.trace.names import RankPlaces, member, name_of, tensor_name
 from spimpi.trace.schema import Op, Stage
 
 LOOKED_UP = 1000  # pairs of replicas for which the golden run is asked
@@ -58,19 +58,18 @@ def suspects_of(f: Failures, at: np.ndarray, flow: Flow, golden: set[int]) -> np
     return pairs
 
 
-def places_of(suspects, named, recorded, hosts: dict[int, str]) -> tuple[list[Place], list[Place]]:
+def places_of(suspects, named, recorded, table) -> tuple[list[Place], list[Place]]:
     """Ranks, and hosts, that failures concern, those of most roots first.
 
-    ``named``, ``recorded``: failed checks by rank; ``hosts``: of the ranks.
+    ``named``, ``recorded``: failed checks by row of the ``table`` of ranks.
     """
-    columns = (_counts(suspects, len(named)), named, recorded)
-    names = sorted(set(hosts.values()))
-    at_host = _host_numbers(len(named), hosts, names)
-    suspects = np.where(suspects < len(named), suspects, -1)
+    suspects = RankPlaces(table).of(suspects)
+    columns = (_counts(suspects, len(table)), named, recorded)
+    names, at_host = _hosts(table)
     concerned = np.flatnonzero(np.logical_or.reduce([column > 0 for column in columns]))
     ranks = [
-        Place(f"rank {rank}", hosts.get(rank, ""), *(int(column[rank]) for column in columns))
-        for rank in concerned.tolist()
+        Place(f"rank {table[row].rank}", table[row].host, *(int(column[row]) for column in columns))
+        for row in concerned.tolist()
     ]
     totals = [np.zeros(len(names), np.int64) for _ in columns[1:]]
     here = at_host[:-1] >= 0
@@ -89,7 +88,7 @@ def places_of(suspects, named, recorded, hosts: dict[int, str]) -> tuple[list[Pl
     return sorted(ranks, key=most_first), sorted(whole, key=most_first)
 
 
-def shared_by(f: Failures, at, suspects, hosts: dict[int, str], tensors) -> list[Shared]:
+def shared_by(f: Failures, at, suspects, table, tensors) -> list[Shared]:
     """What at least half of the roots, and two or more, have in common."""
     found: list[Shared] = []
 
@@ -98,13 +97,11 @@ def shared_by(f: Failures, at, suspects, hosts: dict[int, str], tensors) -> list
             if count >= 2 and 2 * count >= len(at):
                 found.append(Shared(kind, text(value), int(count)))
 
-    world = max(hosts, default=-1) + 1
-    suspects = np.where(suspects < world, suspects, -1)
-    note("rank", range(world), _counts(suspects, world))
-    names = sorted(set(hosts.values()))
+    suspects = RankPlaces(table).of(suspects)
+    note("rank", [info.rank for info in table], _counts(suspects, len(table)))
+    names, at_host = _hosts(table)
     if len(names) > 1:
-        numbers = _host_numbers(world, hosts, names)
-        note("host", names, _counts(numbers[suspects], len(names)))
+        note("host", names, _counts(at_host[suspects], len(names)))
     texts = {"tensor": lambda row: tensor_name(tensors, row), "op": lambda op: name_of(member(Op, op))}
     for kind in ("layer", "tensor", "op", "element"):
         values, counts = np.unique(f[kind][at], return_counts=True)
@@ -113,10 +110,11 @@ def shared_by(f: Failures, at, suspects, hosts: dict[int, str], tensors) -> list
     return found
 
 
-def _host_numbers(world: int, hosts: dict[int, str], names: list[str]) -> np.ndarray:
-    """Position in ``names`` of each rank's host; -1 where it is not known, and for rank -1."""
+def _hosts(table) -> tuple[list[str], np.ndarray]:
+    """The hosts' names, and the position among them of each row's; -1 for row -1."""
+    names = sorted({info.host for info in table})
     numbers = {name: i for i, name in enumerate(names)}
-    return np.array([numbers.get(hosts.get(rank), -1) for rank in range(world)] + [-1])
+    return names, np.array([numbers[info.host] for info in table] + [-1])
 
 
 def _counts(pairs: np.ndarray, n: int) -> np.ndarray:

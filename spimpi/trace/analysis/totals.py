@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spimpi.trace.names import host_places, member, places
+from spimpi.trace.names import RankPlaces, member, places
 from spimpi.trace.schema import ENUMERATIONS, Established, Status
 
 
@@ -32,8 +32,9 @@ class Totals:
     def __init__(self, trace, by: str):
         self.by = by
         self._names, self._place = [], np.zeros(0, np.int64)
+        self._ranks = RankPlaces(trace.ranks)
         if by == "host":
-            self._names, self._place = host_places(trace)
+            self._names, self._place = places(info.host for info in trace.ranks)
         elif by == "tensor":
             self._names, self._place = places(tensor.name for tensor in trace.tensors)
         self._sums = np.zeros((0, 4), np.uint64)  # of each group: events, failed, unknown, bytes
@@ -86,7 +87,9 @@ class Totals:
     def _groups(self, block) -> np.ndarray:
         """The number of each row's group, int64."""
         if self.by == "host":
-            return self._place[block["rank"]]
+            return self._place[self._ranks.of(block["rank"])]
+        if self.by == "rank":
+            return self._ranks.of(block["rank"])
         numbers = block[self.by].astype(np.int64)
         if self.by == "tensor":
             for number in range(len(self._place), int(numbers.max()) + 1):
@@ -100,6 +103,8 @@ class Totals:
             return self._names[i]
         if self.by in ENUMERATIONS:
             return member(ENUMERATIONS[self.by], i)
+        if self.by == "rank":
+            return int(self._ranks.ranks[i])
         return i - 1 if self.by == "layer" else i
 
     def _make_room(self, n: int) -> None:

@@ -58,6 +58,10 @@ def export(trace, file, format: str, zipped: bool = False) -> int:
             from spimpi.trace.export.parquet import write_parquet
 
             return write_parquet(trace, file)
+        if format == "chrome":
+            from spimpi.trace.export.chrome import write_chrome
+
+            return write_chrome(trace, file)
         from spimpi.trace.export import text as export_text
 
         return getattr(export_text, f"write_{format}")(trace, file)

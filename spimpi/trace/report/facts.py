@@ -35,7 +35,7 @@ class Totals:
 class Run:
     """One run. ``place``: what the maps in ``sheets`` show; ``time_rows``: the timeline's rows.
 
-    ``tells_checking``: whether the trace says what was spent checking; else it is what checks span.
+    ``timeless``: checks whose times can be of no run. ``tells_checking``: whether the trace says what was spent checking; else it is what checks span.
     """
 
     path: Path
@@ -52,6 +52,7 @@ class Run:
     time_rows: tuple[Row, ...]
     spans: tuple[Span, ...]
     tells_checking: bool
+    timeless: int
 
     @property
     def first(self) -> Failure | None:
@@ -59,7 +60,7 @@ class Run:
 
     @property
     def at_fault(self) -> frozenset[int]:
-        return frozenset(_at_fault(self.located))
+        return frozenset(self.located.at_fault)
 
     @property
     def hosts(self) -> list[str]:
@@ -79,7 +80,7 @@ class Run:
         began = min(rank.started for rank in self.ranks)
         try:
             return time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime(began))
-        except (ValueError, OverflowError):
+        except (ValueError, OverflowError, OSError):
             return ""
 
 
@@ -90,11 +91,14 @@ def gather(trace) -> Run:
     names = [tensor.name for tensor in trace.tensors]
     tensor = names.index(first.tensor) if first and first.tensor in names else -1
     position = {info.rank: i for i, info in enumerate(trace.ranks)}
-    own_row = [position[rank] for rank in _at_fault(located) if rank in position]
+    own_row = [position[rank] for rank in located.at_fault if rank in position]
     time_rows = rows([info.rank for info in trace.ranks], own_row)
-    maps = Squares(trace.ranks, trace.tensors, _place_of(first) if first else None, tensor)
+    maps = Squares(
+        trace.ranks, trace.tensors, _place_of(first) if first else None, tensor,
+        first.layer if first else -1, located.at_fault,
+    )  # fmt: skip
     spent = _spent_checking(trace.attributes)
-    times = Spans(trace.ranks, row_of(time_rows, trace.ranks, len(maps.index)), spent)
+    times = Spans(trace.ranks, row_of(time_rows), spent)
     totals = np.zeros((_KINDS, _KINDS, 4), np.int64)
     for block in trace.blocks(_COLUMNS):
         _count(totals, block)
@@ -105,7 +109,7 @@ def gather(trace) -> Run:
         trace.path, trace.driver, trace.attributes, tuple(trace.ranks), tuple(trace.missing),
         tuple(trace.damage), located, _totals(totals.sum(axis=0), Op),
         _totals(totals.sum(axis=1), Stage), maps.place, tuple(maps.sheets()), tuple(time_rows),
-        tuple(found), spent is not None,
+        tuple(found), spent is not None, times.left_out,
     )  # fmt: skip
 
 
@@ -122,11 +126,6 @@ def _spent_checking(attributes: dict) -> float | None:
 def _place_of(failure: Failure) -> Place:
     phase = {"fabric": FABRIC, "weights": WEIGHTS}.get(failure.stage, INFERENCE)
     return Place(failure.repeat, phase, failure.step if phase == INFERENCE else 0)
-
-
-def _at_fault(located: Located) -> list[int]:
-    """The ranks that the roots name or suspect, the first root's first."""
-    return list(dict.fromkeys(rank for root in located.roots for rank in root.suspects))
 
 
 def _count(totals: np.ndarray, block) -> None:

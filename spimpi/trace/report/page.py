@@ -7,8 +7,9 @@ import numpy as np
 
 from spimpi import __version__
 from spimpi.errors import MissingDependency
+from spimpi.printable import printable
 from spimpi.trace.analysis.rounding import JUMP
-from spimpi.trace.report import growth, places, rank_map, timeline, volume, words
+from spimpi.trace.report import growth, places, rank_map, ranking, timeline, volume, words
 from spimpi.trace.report.facts import Run
 from spimpi.trace.report.squares import FAILED
 from spimpi.trace.report.svg import Picture
@@ -34,16 +35,16 @@ class Figure:
 
 def render(runs: list[Run], differences: list) -> str:
     """The page's HTML. ``differences``: of the first run and each other, or the reason why they
-    could not be compared."""
-    views = [_view(i, run, len(runs)) for i, run in enumerate(runs[:MOST_PICTURED])]
-    compared = [
-        _compared(i, runs[0], run, found)
-        for i, (run, found) in enumerate(zip(runs[1:], differences), 1)
-    ]
-    table = [_line(run, found) for run, found in zip(runs, [None, *differences])]
+    could not be compared. Runs come worst first, whatever their order in the call."""
+    found = [None, *differences]
+    order = sorted(range(len(runs)), key=lambda i: ranking.place(runs[i], found[i]))
+    pictured = order[:MOST_PICTURED]
     page = _template().render(
-        views=views, compared=compared, runs=table, version=__version__,
-        left_out=max(len(runs) - MOST_PICTURED, 0), style=_file("style.css"),
+        total=ranking.overall(runs, differences, order[0]), first=runs[0],
+        views=[_view(i, runs[i], len(runs)) for i in pictured],
+        compared=[_compared(i, runs[0], runs[i], found[i]) for i in pictured if i],
+        runs=[_line(i, runs[i], found[i], i in pictured) for i in order],
+        left_out=len(runs) - len(pictured), version=__version__, style=_file("style.css"),
     )  # fmt: skip
     return "\n".join(line.rstrip() for line in page.splitlines() if line.strip()) + "\n"
 
@@ -63,9 +64,16 @@ def require_jinja2() -> None:
 
 def _template():
     from jinja2 import Environment, StrictUndefined
+    from markupsafe import Markup
+
+    def shown(value):
+        """As svg.escape; a picture is markup already."""
+        is_text = isinstance(value, str) and not isinstance(value, Markup)
+        return printable(value) if is_text else value
 
     environment = Environment(
-        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        finalize=shown,
     )
     return environment.from_string(_file("report.html.j2"))
 
@@ -77,6 +85,7 @@ def _view(number: int, run: Run, n_runs: int) -> dict:
         "id": id,
         "name": run.path.name,
         "path": str(run.path),
+        "origin": words.origin(run),
         "word": word,
         "class_": class_,
         "mark": mark,
@@ -148,11 +157,10 @@ def _roots(run: Run) -> list[tuple[str, ...]]:
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
-    hosts = ", ".join(run.hosts[:4]) + (", …" if len(run.hosts) > 4 else "")
     lines = [("trace", f"{run.path} ({run.driver})")]
     if run.started:
         lines.append(("started", run.started))
-    lines.append(("ranks", f"{len(run.ranks):,} on {len(run.hosts):,} host(s): {hosts}"))
+    lines.append(("ranks", f"{len(run.ranks):,} on {len(run.hosts):,} host(s): {words.few(run.hosts)}"))
     for name in HEADER:
         value = run.attributes.get(name)
         if value not in (None, "", [], {}):
@@ -178,7 +186,7 @@ def _figures(id: str, run: Run, n_runs: int) -> list[Figure]:
         figures.append(
             Figure(
                 own, f"Rank × layer: {sheet.tensor}, {kind}", caption,
-                rank_map.draw(sheet, names, f"{own}-title", own, _first_column(run, sheet)),
+                rank_map.draw(sheet, names, f"{own}-title", own),
                 ("replicas" if sheet.replicas else "verdicts")
                 + (" whole" if sheet.golden is not None else ""), open=i < 2,
             )
@@ -191,6 +199,8 @@ def _figures(id: str, run: Run, n_runs: int) -> list[Figure]:
             caption = "Each rank's steps, and in each the time that its checks span."
             if "model" in run.attributes:
                 caption += " Those of a layer span its computation too."
+        if run.timeless:
+            caption += f" {run.timeless:,} checks whose times can be of no run are left out."
         title, told = f"{own}-title", run.tells_checking
         picture = timeline.draw(run.spans, run.time_rows, run.at_fault, title, told)
         kind = "time checking" if told else "time"
@@ -214,22 +224,12 @@ def _what(sheet) -> str:
     return "all tensors" if sheet.tensor == "all checks" else sheet.tensor
 
 
-def _first_column(run: Run, sheet) -> str:
-    """The map's column in which the run first went wrong, where the map is of that tensor."""
-    if run.first is None or sheet.tensor not in (run.first.tensor, "all checks"):
-        return ""
-    return str(run.first.layer) if run.first.layer >= 0 else ""
-
-
 def _not_here(run: Run, sheet) -> str:
     """That replicas agreed where the run first went wrong, so that the map does not show it."""
-    column = _first_column(run, sheet)
-    if not sheet.replicas or column not in sheet.columns or run.first.op == "agreement":
-        return ""
-    if sheet.wrong[:, sheet.columns.index(column)].any():
+    if not sheet.replicas or sheet.first < 0 or sheet.shows_first:
         return ""
     first = f"the first divergence ({run.first.op})"
-    return f" In layer {column} they agreed: {first} is not in this map."
+    return f" In layer {sheet.columns[sheet.first]} they agreed: {first} is not in this map."
 
 
 def _compared(number: int, first: Run, run: Run, found) -> dict:
@@ -260,7 +260,7 @@ def _difference(found) -> str:
     """The first difference of two runs in words."""
     if found.first < 0:
         n = len(found.table)
-        if found.missing:
+        if found.missing or found.notes:
             return f"Incomplete: no difference in the {n:,} tensors that could be compared."
         return f"No difference in the {n:,} tensors that both have." if n else "Nothing in common."
     row = found.table[found.first]
@@ -278,12 +278,13 @@ def _difference(found) -> str:
     return said
 
 
-def _line(run: Run, found) -> dict:
+def _line(number: int, run: Run, found, pictured: bool) -> dict:
     """A run in the table that compares them."""
     word, class_, mark = words.VERDICTS[run.located.verdict]
     said = "" if found is None else found if isinstance(found, str) else _difference(found)
     return {
-        "name": run.path.name, "word": word, "class_": class_, "mark": mark,
+        "id": f"run{number + 1}" if pictured else "", "host": words.few(run.hosts),
+        "started": run.started, "name": run.path.name, "word": word, "class_": class_, "mark": mark,
         "topology": str(run.attributes.get("topology", "")), "ranks": f"{len(run.ranks):,}",
         "checks": f"{run.located.n_checks:,}", "failed": f"{run.located.n_failed:,}",
         "seconds": f"{run.seconds:.3g} s",

@@ -14,6 +14,7 @@ MOST_LINES = 300  # of the table
 MOST_LINKS = MOST_LINES  # squares that the keyboard reaches; they lead to its lines
 N_COLOURS = 6  # of values; later ones share one
 LETTERS = "ABCDEF"
+NOT_BLAMED = "a check failed; its rank is not blamed for it"
 LEFT, TOP = 92, 40
 WIDTH = 860
 
@@ -26,12 +27,19 @@ class Square:
     found: bool = False  # what one looks for
 
 
-def draw(
-    sheet: Sheet, names: list[int], title_id: str, prefix: str, first: str = ""
-) -> Picture:
+@dataclass(frozen=True)
+class Marks:
+    """Squares of a sheet, bool [ranks × columns]: those that stand out, those at fault."""
+
+    wrong: np.ndarray
+    at_fault: np.ndarray
+
+
+def draw(sheet: Sheet, names: list[int], title_id: str, prefix: str) -> Picture:
     """``names``: the world rank of each row of the sheet; ``prefix``: of the ids that this map's
-    table has; ``first``: the column of the first divergence, whose squares are ringed."""
-    wrong = sheet.wrong
+    table has. In the column of the first divergence what stands out is ringed."""
+    marks = Marks(sheet.wrong, sheet.at_fault)
+    wrong = marks.wrong
     across = rows(sheet.columns, np.flatnonzero(wrong.any(axis=0)).tolist(), MOST_COLUMNS)
     worst_first = np.argsort(-wrong.sum(axis=1), kind="stable")
     down = rows(names, [int(i) for i in worst_first if wrong[i].any()])
@@ -39,16 +47,16 @@ def draw(
     height = min(max(520.0 / max(len(down), 1), 10.0), 26.0)
     bad = [y for y, row in enumerate(down) if row.alone and wrong[row.start].any()]
     content = [_axis(across, down, bad, width, height, _is_layers(sheet))]
-    lines, links = _Lines(sheet, names, prefix), 0
+    lines, links = _Lines(sheet, marks, names, prefix), 0
     for y, row in enumerate(down):
         for x, column in enumerate(across):
-            if (cell := _square(sheet, wrong, row, column)) is None:
+            if (cell := _square(sheet, marks, row, column)) is None:
                 continue
             where = f"{_ranks(row)}, {_place(sheet, column)}"
             at = LEFT + x * width, TOP + y * height
             size = width - 1.5, height - 1.5
             mark = cell.mark if min(size) >= 11 or cell.found else ""
-            if cell.found and first and sheet.columns[column.start] == first:
+            if cell.found and column.start <= sheet.first < column.stop:
                 cell = replace(cell, class_=cell.class_ + " earliest")
                 where = f"first divergence: {where}"
             name = f"{where}: {cell.words}"
@@ -64,28 +72,29 @@ def draw(
         bottom += 10 + height
     total = LEFT + max(len(across) * width, 240) + 8, bottom + 8
     picture = svg.drawing(*total, "".join(content), title_id, role="group")
-    table, ids = lines.table(wrong)
+    table, ids = lines.table()
     note = ""
     if len(table) < lines.total:
         note = f"{len(table)} of {lines.total:,} squares, those that stand out first."
     return Picture(picture, lines.columns, table, note, ids)
 
 
-def words_of(sheet: Sheet, wrong: np.ndarray, i: int, j: int) -> str:
+def words_of(sheet: Sheet, marks: Marks, i: int, j: int) -> str:
     """What one square says, in words."""
     if sheet.replicas and sheet.value[i, j] >= 0:
         n = int(sheet.differs[i, j])
         if n:
             return f"differs from {n} replica" + "s" * (n > 1)
     state = int(sheet.state[i, j])
-    if state & AT_FAULT:
-        return "at fault, as a failed check says"
+    if marks.at_fault[i, j]:
+        said = "as a failed check says" if state & AT_FAULT else "or suspected: its check failed"
+        return f"at fault, {said}"
     if state & MET:
         return "NaN or Inf, which came from before"
     if state & FAILED:
-        if sheet.replicas and not wrong[i, j]:
+        if sheet.replicas and not marks.wrong[i, j]:
             return "equals the majority of its replicas, another one differs"
-        return "a check failed" + ("" if wrong[i, j] else ", which another rank caused")
+        return NOT_BLAMED
     if state & UNKNOWN:
         return "not established"
     if not state:
@@ -93,27 +102,33 @@ def words_of(sheet: Sheet, wrong: np.ndarray, i: int, j: int) -> str:
     return "equals its replicas" if sheet.replicas and sheet.value[i, j] >= 0 else "all held"
 
 
-def _square(sheet, wrong, row: Row, column: Row) -> Square | None:
+def _square(sheet, marks: Marks, row: Row, column: Row) -> Square | None:
     part = np.s_[row.start : row.stop, column.start : column.stop]
     state = sheet.state[part]
     if not state.any():
         return None
-    found = bool(wrong[part].any())
+    found = bool(marks.wrong[part].any())
     if row.alone and column.alone:
         i, j = row.start, column.start
-        words = words_of(sheet, wrong, i, j)
+        words = words_of(sheet, marks, i, j)
         if sheet.replicas and sheet.value[i, j] >= 0:
             words += f"; fingerprint {sheet.fingerprint[i, j]:016x}"
             if not found:
                 return _value(int(sheet.value[i, j]), words)
     else:
-        words = _many(sheet, wrong, part, state)
+        words = _many(sheet, marks, part, state)
         if sheet.replicas and not found:
             values = np.unique(sheet.value[part])
             if len(values) == 1 and values[0] >= 0 and column.alone:
                 return _value(int(values[0]), words)
             return Square("many", words)
-    return _verdict(state, sheet, words, found)
+    if not found:
+        return _verdict(state, words)
+    if sheet.replicas and sheet.differs[part].any():
+        return Square("wrong", words, "≠", True)
+    if marks.at_fault[part].any():
+        return Square("wrong", words, "✕", True)
+    return Square("saw", words, "!", True)
 
 
 def _value(value: int, words: str) -> Square:
@@ -122,11 +137,8 @@ def _value(value: int, words: str) -> Square:
     return Square("v-more", words)
 
 
-def _verdict(state, sheet, words: str, found: bool) -> Square:
+def _verdict(state, words: str) -> Square:
     bits = int(np.bitwise_or.reduce(state, axis=None))
-    if found:
-        differs = sheet.replicas and bool(sheet.differs.any())
-        return Square("wrong", words, "≠" if differs else "✕", True)
     if bits & (FAILED | MET):
         return Square("saw", words, "!")
     if bits & UNKNOWN:
@@ -134,13 +146,16 @@ def _verdict(state, sheet, words: str, found: bool) -> Square:
     return Square("held", words)
 
 
-def _many(sheet, wrong, part, state) -> str:
-    n_wrong = int(wrong[part].sum())
-    if n_wrong:
-        return f"{n_wrong} of {state.size} squares are at fault"
+def _many(sheet, marks: Marks, part, state) -> str:
+    differ = int((sheet.differs[part] > 0).sum()) if sheet.replicas else 0
+    at_fault = int(marks.at_fault[part].sum())
+    if differ or at_fault:
+        said = f"{differ} of {state.size} differ from their replicas" if differ else ""
+        fault = f"{at_fault} of {state.size} squares are at fault" if at_fault else ""
+        return "; ".join(filter(None, (said, fault)))
     bits = int(np.bitwise_or.reduce(state, axis=None))
     if bits & (FAILED | MET):
-        return "checks failed, which other ranks caused"
+        return "checks failed; these ranks are not blamed for it"
     if bits & UNKNOWN:
         return "some not established"
     if sheet.replicas:
@@ -207,8 +222,8 @@ def _place(sheet, column: Row) -> str:
 class _Lines:
     """The map's table: squares that stand out, then the others, as many as are bearable."""
 
-    def __init__(self, sheet: Sheet, names, prefix: str):
-        self.sheet, self.names, self.prefix = sheet, names, prefix
+    def __init__(self, sheet: Sheet, marks: Marks, names, prefix: str):
+        self.sheet, self.marks, self.names, self.prefix = sheet, marks, names, prefix
         self.total = int((sheet.state > 0).sum())
         self.columns = ("rank", "layer" if _is_layers(sheet) else "tensor", "says")
         if sheet.replicas:
@@ -218,15 +233,15 @@ class _Lines:
         """To the line of a square, or of the first that is at fault of a range."""
         i, j = row.start, column.start
         if not (row.alone and column.alone):
-            part = self.sheet.wrong[row.start : row.stop, column.start : column.stop]
+            part = self.marks.wrong[row.start : row.stop, column.start : column.stop]
             di, dj = np.argwhere(part)[0]
             i, j = i + di, j + dj
         return f"#{self.prefix}-{self.names[i]}-{j}"
 
-    def table(self, wrong) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
-        sheet = self.sheet
+    def table(self) -> tuple[tuple[tuple[str, ...], ...], tuple[str, ...]]:
+        sheet, marks = self.sheet, self.marks
         there = np.argwhere(sheet.state > 0)
-        urgency = np.where(wrong, 0, np.where(sheet.state & (FAILED | MET | UNKNOWN), 1, 2))
+        urgency = np.where(marks.wrong, 0, np.where(sheet.state & (FAILED | MET | UNKNOWN), 1, 2))
         order = np.argsort(urgency[there[:, 0], there[:, 1]], kind="stable")[:MOST_LINES]
         lines, ids = [], []
         for i, j in there[order]:
@@ -234,6 +249,6 @@ class _Lines:
             if sheet.replicas:
                 known = sheet.value[i, j] >= 0
                 line += (f"{sheet.fingerprint[i, j]:016x}" if known else "",)
-            lines.append((*line, words_of(sheet, wrong, i, j)))
+            lines.append((*line, words_of(sheet, marks, i, j)))
             ids.append(f"{self.prefix}-{self.names[i]}-{j}")
         return tuple(lines), tuple(ids)

@@ -34,13 +34,9 @@ def rows(names, alone=(), most: int = MOST_ROWS) -> list[Row]:
     return [Row(a, b, _label(names, a, b)) for a, b in zip(cuts, cuts[1:])]
 
 
-def row_of(found: list[Row], ranks, size: int) -> np.ndarray:
-    """The row of each world rank below ``size``; 0 for ranks that the trace lacks."""
-    table = np.zeros(size, np.int64)
-    for number, row in enumerate(found):
-        for info in ranks[row.start : row.stop]:
-            table[info.rank] = number
-    return table
+def row_of(found: list[Row]) -> np.ndarray:
+    """The row of each item, by position."""
+    return np.repeat(np.arange(len(found)), [row.stop - row.start for row in found])
 
 
 def labelled(found: list[Row], height: float, marked=()) -> list[int]:

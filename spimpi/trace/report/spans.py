@@ -5,10 +5,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from spimpi.trace.analysis.order import INFERENCE, phase_of
+from spimpi.trace.names import RankPlaces
 from spimpi.trace.schema import Stage
 
 COLUMNS = ("repeat", "stage", "step", "bytes", "t_start", "t_end")
 GOLDEN = INFERENCE + 1  # written down when the inference has ended
+LONGEST = 1e9  # seconds, 30 years: what lies beyond is no time of a run
 NAMES = ("fabric", "weights", "", "comparison with expected")
 
 
@@ -24,31 +26,34 @@ class Span:
 
 
 class Spans:
-    """Collects the steps' times for rows of ranks: ``row_of`` gives each world rank's.
+    """Collects the steps' times for rows of ranks: ``row_of`` gives that of each in the table.
 
     ``checking``: what a rank spent checking in the whole inference, the mean in seconds, where the
     trace tells it; steps share it by the bytes that they checked. Elsewhere, and without it, a
-    check takes from its start to its end.
+    check takes from its start to its end. ``left_out``: checks whose times can be of no run.
     """
 
     def __init__(self, ranks, row_of: np.ndarray, checking: float | None = None):
         self.row_of, self._spent = row_of, None if checking is None else checking * len(ranks)
-        started = np.nan_to_num([r.started for r in ranks])
-        self.origin = float(started.min()) if len(ranks) else 0.0
-        self._offset = np.zeros(len(row_of))
-        self._offset[[r.rank for r in ranks]] = started - self.origin
+        self._ranks, self.left_out = RankPlaces(ranks), 0
+        started = np.array([r.started for r in ranks], float)
+        first = started[np.isfinite(started)].min(initial=np.inf)
+        self._offset = np.where(np.abs(started - first) <= LONGEST, started - first, 0.0)
         self._kept: dict[tuple[int, int], list] = {}
         self._last = (-1, -1, 0.0)  # rank, segment, time that is covered: pieces of one rank
 
     def add(self, block) -> None:
-        block = block.where(np.isfinite(block["t_start"]) & np.isfinite(block["t_end"]))
+        possible = (np.abs(block["t_start"]) <= LONGEST) & (np.abs(block["t_end"]) <= LONGEST)
+        self.left_out += len(block) - int(possible.sum())
+        block = block.where(possible)
         if not len(block):
             return
         phase = phase_of(block)
         phase[block["stage"] == Stage.GOLDEN] = GOLDEN
-        step = np.where(phase == INFERENCE, block["step"].astype(np.int64), 0)
+        step = np.where(phase == INFERENCE, np.maximum(block["step"].astype(np.int64), 0), 0)
         segment = (block["repeat"].astype(np.int64) << 36) | (phase << 33) | step
-        rank, start, end = block["rank"], block["t_start"], block["t_end"]
+        rank = self._ranks.of(block["rank"])
+        start, end = block["t_start"], block["t_end"]
         size = block["bytes"]
         if not _sorted(rank, segment, start):
             order = np.lexsort((start, segment, rank))
@@ -112,7 +117,6 @@ class Spans:
             mean = float(checking) / max(ranks_of_row[row], 1)
             found.append(Span(row, name, float(start), float(end), mean))
         return found
-
 
     def _seconds_per_byte(self) -> float | None:
         if self._spent is None:

@@ -10,12 +10,14 @@ import numpy as np
 from spimpi.trace.analysis.order import (
     FABRIC, INFERENCE, WEIGHTS, first_layered_tensor, only_met, phase_of,
 )  # fmt: skip
-from spimpi.trace.analysis.reach import blamed_ranks
+from spimpi.trace.analysis.reach import ENDS, blamed_ranks
+from spimpi.trace.names import RankPlaces
 from spimpi.trace.schema import Op, Stage, Status
 
 # What a square holds; the bits add up. AT_FAULT: a failed check, maybe of another rank, names this
-# one. MET: NaN or Inf that came from before, in data that are as expected.
-HELD, UNKNOWN, FAILED, AT_FAULT, MET = 1, 2, 4, 8, 16
+# one. MET: NaN or Inf that came from before, in data that are as expected. AN_END: a failed check
+# between two ranks, of which this is one.
+HELD, UNKNOWN, FAILED, AT_FAULT, MET, AN_END = 1, 2, 4, 8, 16, 32
 COLUMNS = (
     "repeat", "stage", "step", "layer", "tensor", "op", "verdict", "peer", "nonfinite",
     "fingerprint", "expected",
@@ -41,7 +43,9 @@ class Place:
 
 @dataclass(frozen=True)
 class Sheet:
-    """One map. ``columns``: their names; ``state`` uint8 [ranks × columns], of the bits above.
+    """One map. ``columns``: their names; ``state`` uint8 [ranks × columns], of the bits above;
+    ``blamed`` bool [ranks]: those that are at fault for what went wrong in the run, or suspected;
+    ``first``: the column in which the run first went wrong, -1: not in this map.
 
     ``golden`` uint8 [columns]: what the comparison of whole tensors said (None: there was none).
     Of replicas also ``fingerprint`` uint64 and, all [ranks × columns], ``value``: the number of
@@ -52,6 +56,8 @@ class Sheet:
     tensor: str
     columns: tuple[str, ...]
     state: np.ndarray
+    blamed: np.ndarray
+    first: int = -1
     golden: np.ndarray | None = None
     fingerprint: np.ndarray | None = None
     value: np.ndarray | None = None
@@ -62,22 +68,45 @@ class Sheet:
         return self.value is not None
 
     @property
+    def at_fault(self) -> np.ndarray:
+        """Squares of the ranks that are blamed: that a failed check names there, or of whose two
+        ends they are one; in the column in which the run first went wrong, where none is, those
+        that recorded a failure."""
+        found = ((self.state & (AT_FAULT | AN_END)) > 0) & self.blamed[:, None]
+        if self.first >= 0 and not found[:, self.first].any():
+            found[:, self.first] = ((self.state[:, self.first] & FAILED) > 0) & self.blamed
+        return found
+
+    @property
+    def shows_first(self) -> bool:
+        """Whether the map shows where the run first went wrong: there replicas may have agreed."""
+        return self.first >= 0 and bool(self.wrong[:, self.first].any())
+
+    @property
     def wrong(self) -> np.ndarray:
-        """Squares of ranks at fault; where no check names one, all whose check failed."""
+        """Squares that stand out: replicas that differ; else those at fault, and where none is, in
+        the column in which the run first went wrong, all whose check failed."""
         if self.replicas and self.differs.any():
             return self.differs > 0
-        named = (self.state & AT_FAULT) > 0
-        unnamed = ((self.state & FAILED) > 0) & ~named.any(axis=0)
-        return named | unnamed
+        wrong = self.at_fault
+        if self.first >= 0 and not wrong[:, self.first].any():
+            wrong[:, self.first] = (self.state[:, self.first] & FAILED) > 0
+        return wrong
 
 
 class Squares:
-    """Collects the checks of one place of a run; of the last place seen where none is given."""
+    """Collects the checks of one place of a run; of the last place seen where none is given.
 
-    def __init__(self, ranks, tensors, place: Place | None = None, tensor: int = -1):
-        self.place, self.tensor, self.tensors = place, tensor, tensors
-        self.index = np.full(max([r.rank for r in ranks], default=0) + 1, -1)
-        self.index[[r.rank for r in ranks]] = np.arange(len(ranks))
+    ``tensor``, ``layer``: of the first failure; ``at_fault``: the ranks that are blamed.
+    """
+
+    def __init__(
+        self, ranks, tensors, place: Place | None = None, tensor: int = -1, layer: int = -1,
+        at_fault=(),
+    ):  # fmt: skip
+        self.place, self.tensor, self.layer, self.tensors = place, tensor, layer, tensors
+        self._ranks = RankPlaces(ranks)
+        self._blamed = np.isin(self._ranks.ranks, list(at_fault))
         self.n_ranks, self._follow = len(ranks), place is None
         self._code = None if place is None else _code(place)
         self._clear()
@@ -93,7 +122,7 @@ class Squares:
         if not len(block):
             return
         phase = phase_of(block)
-        step = np.where(phase == INFERENCE, block["step"].astype(np.int64), 0)
+        step = np.where(phase == INFERENCE, np.maximum(block["step"].astype(np.int64), 0), 0)
         codes = (block["repeat"].astype(np.int64) << 36) | (phase << 33) | step
         if self._follow and (self._code is None or codes.max() > self._code):
             self._clear()
@@ -146,12 +175,13 @@ class Squares:
         if golden.all():
             return
         state = self._state.setdefault(key, np.zeros((self.n_ranks, self._width), np.uint8))
-        at = self.index[rows["rank"]]
+        at = self._ranks.of(rows["rank"])
         np.bitwise_or.at(state, (at[~golden], column[~golden]), bits[~golden])
-        blamed = blamed_ranks(rows, rows["rank"])
-        blames = failed & ~met & ~golden & (blamed >= 0) & (blamed < len(self.index))
-        there, place = self.index[blamed[blames]], column[blames]
-        np.bitwise_or.at(state, (there[there >= 0], place[there >= 0]), np.uint8(AT_FAULT))
+        blamed = self._ranks.of(blamed_ranks(rows, rows["rank"]))
+        blames = failed & ~met & ~golden & (blamed >= 0)
+        np.bitwise_or.at(state, (blamed[blames], column[blames]), np.uint8(AT_FAULT))
+        ends = failed & ~golden & np.isin(rows["op"], ENDS)
+        np.bitwise_or.at(state, (at[ends], column[ends]), np.uint8(AN_END))
         agreement = rows["op"] == Op.AGREEMENT
         if key < 0 or not agreement.any():
             return
@@ -168,8 +198,9 @@ class Squares:
         there[where] = True
 
     def sheets(self) -> list[Sheet]:
-        """The maps: that of the first failed tensor first, all checks together, the replicated
-        tensors, then others whose checks failed."""
+        """The maps: that of the first failed tensor first (all checks together, where it does not
+        show the failure), the other one of these, the replicated tensors, then others whose
+        checks failed."""
         if not self._state:
             return []
         together = self._together()
@@ -178,7 +209,7 @@ class Squares:
         if first is not None and first.state.shape[1] == 1 and not first.replicas:
             first = None  # of no layer: one column, which is in the map of all checks
         sheets = [first] if first is not None else []
-        sheets.append(together)
+        sheets.insert(first is not None and first.shows_first, together)
         rest = [s for s in own if first is None or s.tensor != first.tensor]
         sheets += [s for s in rest if s.replicas and s.state.shape[1] > 1]
         sheets += [
@@ -194,13 +225,21 @@ class Squares:
         state, golden = self._state[key], self._golden.get(key)
         used = np.flatnonzero(state.any(axis=0))
         names = tuple("no layer" if c == 0 else str(c - 1) for c in used)
+        at = self._column(used, self.layer + 1) if key == self.tensor else -1
         if golden is not None:
             golden = golden[used] if _compared(golden) else None
         if key not in self._replicas:
-            return Sheet(self._name(key), names, state[:, used], golden)
+            return Sheet(self._name(key), names, state[:, used], self._blamed, at, golden)
         found, expected, there = (array[:, used] for array in self._replicas[key])
         value, differs = replicas(found, expected, there)
-        return Sheet(self._name(key), names, state[:, used], golden, found, value, differs)
+        return Sheet(
+            self._name(key), names, state[:, used], self._blamed, at, golden, found, value, differs
+        )
+
+    def _column(self, used, column: int) -> int:
+        """Where the column of the first failure is among those that are used; -1: nowhere."""
+        at = np.flatnonzero(used == column)
+        return int(at[0]) if at.size and not self._follow else -1
 
     def _together(self) -> Sheet:
         if self._width == 1:  # no layers: a column a tensor
@@ -210,7 +249,8 @@ class Squares:
             golden = [self._golden.get(key, np.zeros(1, np.uint8)) for key in keys]
             golden = np.concatenate(golden)
             golden = golden if _compared(golden) else None
-            return Sheet("all checks", names, state, golden)
+            at = self._column(np.array(keys), self.tensor if self.tensor in keys else -1)
+            return Sheet("all checks", names, state, self._blamed, at, golden)
         shape = self.n_ranks + 1, self._width + 1
         both = np.zeros(shape, np.uint8)  # the last row is the golden one, the last column "after"
         for kept, rows in ((self._state, slice(0, -1)), (self._golden, slice(-1, None))):
@@ -223,7 +263,9 @@ class Squares:
         names = {0: "before", self._width: "after"}
         names = tuple(names.get(int(c), str(c - 1)) for c in used)
         golden = both[-1, used] if _compared(both[-1]) else None
-        return Sheet("all checks", names, both[:-1, used], golden)
+        after = self._width if self.tensor >= self._first_layered else 0
+        at = self._column(used, self.layer + 1 if self.layer >= 0 else after)
+        return Sheet("all checks", names, both[:-1, used], self._blamed, at, golden)
 
 
 def replicas(found, expected, there) -> tuple[np.ndarray, np.ndarray]:

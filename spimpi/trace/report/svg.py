@@ -1,7 +1,11 @@
 """SVG as text: elements, texts, axes. Colours are classes of templates/style.css."""
 
 from dataclasses import dataclass
-from html import escape  # noqa: F401  for pictures too
+from html import escape as escape_markup
+
+from spimpi.printable import printable
+
+LEAST, MOST = 1e-100, 1e100  # of an axis
 
 
 @dataclass(frozen=True)
@@ -14,6 +18,11 @@ class Picture:
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
     ids: tuple[str, ...] = ()
+
+
+def escape(text) -> str:
+    """Text as markup has it; nothing in it hides or turns around what stands beside it."""
+    return escape_markup(printable(text))
 
 
 def element(name: str, content: str = "", **attributes) -> str:
@@ -62,8 +71,8 @@ def drawing(width, height, content: str, title_id: str, role: str = "img") -> st
 
 
 def ticks(most: float, about: int = 6) -> list[float]:
-    """Round numbers from 0 up to ``most``."""
-    if not most > 0:
+    """Round numbers from 0 up to ``most``; 0 alone where that is no size to divide."""
+    if not LEAST < most < MOST:
         return [0.0]
     step = 10.0 ** _floor_log10(most / about)
     step *= next(m for m in (1, 2, 5, 10) if most / (step * m) <= about)

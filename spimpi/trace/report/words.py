@@ -22,6 +22,17 @@ VERDICTS = {
     "incomplete": ("INCOMPLETE", "warn", "?"),
     "verified": ("VERIFIED", "good", "✓"),
 }
+DIFFERENT = ("DIFFERENT", "bad", "≠")
+
+
+def few(names) -> str:
+    """The first of them, and that there are more."""
+    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+
+
+def origin(run) -> str:
+    """Where a run was, and when it began."""
+    return ", ".join(filter(None, (few(run.hosts), run.started)))
 
 
 def verdict(run) -> str:
