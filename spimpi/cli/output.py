@@ -94,11 +94,11 @@ class Reporter:
 
             print(as_json(job, outcome, tracer))
             return
-        verdict = outcome.verdict
+        verdict, tokens = outcome.verdict, outcome.answer()
         if verdict.where is not None:
             self._where(verdict)
         self._table(outcome)
-        self._texts(job, outcome)
+        self._texts(job, tokens)
         if tracer:
             self._print(f"trace      {tracer.path} ({outcome.n_events} checks)")
         self._verdict(job, outcome)
@@ -143,13 +143,13 @@ class Reporter:
         self._print("")
         self.console.print(table)
 
-    def _texts(self, job, outcome):
+    def _texts(self, job, answer):
         from spimpi.inference.prompts import decode
 
         self._print("")
-        for i, tokens in enumerate(outcome.tokens if outcome.tokens is not None else ()):
+        for i, tokens in enumerate(answer or ()):
             text = decode(tokens, job.config, job.directory)
-            shown = repr(text) if text is not None else f"tokens {tokens.tolist()}"
+            shown = repr(text) if text is not None else f"tokens {tokens}"
             asked = job.texts[i] if job.texts else decode(job.prompts[i], job.config, job.directory)
             prompt = repr(asked) if asked is not None else f"prompt {i}"
             self._print(f"  {prompt} -> {shown}")

@@ -16,11 +16,11 @@ INTERRUPTED = 130  # as a shell reports SIGINT
 @contextmanager
 def session(
     timeout: float, expect_ranks: int | None, seeded: bool = False, sequence: bool = False,
-    sketches: bool = False,
+    sketches: bool = False, floats: bool = False,
 ):  # fmt: skip
     """Yields (the world, a watchdog). Kernels are compiled once a node before that; ``seeded``:
     those that make weights from a seed too; ``sequence``: those of several sequence ranks;
-    ``sketches``: those of sketches.
+    ``sketches``: those of sketches; ``floats``: those of sums of floats.
 
     A SpimpiError that all ranks raise passes on. One that some raise alone ends the whole job by
     MPI_Abort, with its own status, since the others would wait; any other exception with status 4.
@@ -36,7 +36,7 @@ def session(
     try:
         with Watchdog(timeout, world.rank, host, world.Abort) as watchdog:
             watchdog.at("compiling kernels")
-            import_kernels(world, seeded, sequence, sketches)
+            import_kernels(world, seeded, sequence, sketches, floats)
             yield world, watchdog
         ending.Free()
     except SpimpiError as error:
@@ -103,7 +103,7 @@ def _end_job(world, host, status) -> None:
 
 
 def import_kernels(
-    world, seeded: bool, sequence: bool = False, sketches: bool = False
+    world, seeded: bool, sequence: bool = False, sketches: bool = False, floats: bool = False
 ) -> None:
     """Import all kernels: a leader on every node compiles them, the others load. Collective."""
     from importlib import import_module
@@ -118,6 +118,7 @@ def import_kernels(
     modules += ["spimpi.inference.checkpoint_seeded"] if seeded else []
     modules += ["spimpi.inference.sequence"] if sequence else []
     modules += ["spimpi.inference.sketching"] if sketches else []
+    modules += ["spimpi.inference.float_sums"] if floats else []
     leader_first(world, lambda: [import_module(name) for name in modules])
     gc.freeze()
     gc.enable()

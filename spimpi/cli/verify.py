@@ -56,7 +56,9 @@ def verify(args) -> int:
     if args.sketch and args.no_trace:
         msg = "--sketch puts sketches into the trace, found --no-trace"
         raise UsageError(msg)
-    kernels = (bool(args.config), "sp" in (args.topology or ""), args.sketch)
+    kernels = (
+        bool(args.config), "sp" in (args.topology or ""), args.sketch, args.arith == "blas"
+    )  # fmt: skip
     with session(args.timeout, args.expect_ranks, *kernels) as (comm, watchdog):
         status, finish = _verify(args, comm, watchdog)
     finish()
@@ -129,7 +131,7 @@ def as_json(job, outcome, tracer) -> str:
                 for stage, t in outcome.totals.items()
             },
             "seconds": {k: round(v, 6) for k, v in outcome.seconds.items()},
-            "tokens": outcome.tokens.tolist() if outcome.tokens is not None else None,
+            "tokens": outcome.answer(),
             "trace": str(tracer.path) if tracer else None,
         },
         default=str,

@@ -5,7 +5,9 @@ before they are rounded, so nothing depends on which other keys are present: pre
 prefill and one-by-one decoding give the same bits (docs/exact-arithmetic.md).
 
 Both products are checked per query row (Freivalds, mod 2^64): the scores against the running sum
-of r_j·k_j over the keys, the output against p_j·(v_j·r).
+of h·r_j·k_j over the keys, the output against p_j·(v_j·r). h is odd, of the place in the cache
+(sequence, head): keys and values that move to another place together with their sums show. What
+the products do not hold in place (the exponents, the values' order) a running sum does, the seal.
 """
 
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numba import njit
 
+from spimpi.fingerprint.words import linear_weight
 from spimpi.inference.elementary import bits_of, exp, power_of_two, rounded
 from spimpi.inference.exact import bits, row_input, row_product
 from spimpi.inference.kernels import block_words, segment_words
@@ -30,7 +33,8 @@ class Cache:
     """Keys and values of one layer: integers (float32), exponents, and what their checks need.
 
     Shapes: keys, values (sequences, kv heads, positions, head_dim); exponents and value_sums
-    (sequences, kv heads, positions); key_sums (sequences, kv heads, head_dim).
+    (sequences, kv heads, positions); key_sums (sequences, kv heads, head_dim); seals (sequences, kv
+    heads); lengths (sequences), the position that comes next.
     """
 
     keys: np.ndarray
@@ -39,6 +43,8 @@ class Cache:
     values: np.ndarray
     value_exponents: np.ndarray
     value_sums: np.ndarray
+    seals: np.ndarray
+    lengths: np.ndarray
 
     @classmethod
     def empty(cls, n_sequences, n_kv_heads, n_positions, head_dim):
@@ -50,6 +56,8 @@ class Cache:
             np.zeros((*head, n_positions, head_dim), np.float32),
             np.zeros((*head, n_positions), np.int32),
             np.zeros((*head, n_positions), np.int64),
+            np.zeros(head, np.int64),
+            np.zeros(n_sequences, np.int64),
         )
 
     @staticmethod
@@ -60,6 +68,8 @@ class Cache:
     def clear(self):
         """Start again with no keys; only the running sums have to be reset."""
         self.key_sums[:] = 0
+        self.seals[:] = 0
+        self.lengths[:] = 0
 
 
 @njit(nogil=True, error_model="numpy", fastmath=INTEGER_MATH)
@@ -123,15 +133,27 @@ def _quantize(row, n_bits):
     return exponent, True
 
 
+@inlined
+def _place_weight(r, sequence, kv):
+    """h, the odd weight of a sequence's head: what is moved to another place has another."""
+    return np.int64(linear_weight(np.uint64(r[0]), np.uint64((sequence << 20) + kv)))
+
+
+@inlined
+def _sealed(value_sum, key_exponent, value_exponent):
+    """What a position adds to its head's seal, before its weight r_j·h."""
+    return value_sum + key_exponent + (np.int64(value_exponent) << 32)
+
+
 @kernel(
     "void(f4[:,::1], i8[::1], i8[::1], f4[:,::1], f4[:,::1], i8[::1], i8[::1],"
     " f4[:,:,:,::1], i4[:,:,::1], i8[:,:,::1], f4[:,:,:,::1], i4[:,:,::1], i8[:,:,::1],"
-    " i8[::1], i8[::1], f4[:,::1], u8[::1], u8[:,::1], i8, i8, i8[:,::1], u8[:,::1], u8[:,::1],"
+    " i8[:,::1], i8[::1], i8[::1], i8[::1], f4[:,::1], u8[::1], u8[:,::1], i8, i8, i8[:,::1], u8[:,::1], u8[:,::1],"
     " f4[:,::1], i8, i8)"
 )
 def attend(
     qkv, sequences, positions, cosines, sines, kv_of_head, settings,
-    keys, key_exponents, key_sums, values, value_exponents, value_sums,
+    keys, key_exponents, key_sums, values, value_exponents, value_sums, seals, lengths,
     r, fault, out, words, step_keys, layer, first_row, segments, segments_found, made,
     kv_rows, first_own, key_column,
 ):  # fmt: skip
@@ -146,8 +168,9 @@ def attend(
     window: how many positions a row sees, its own included). fault = (row, product, index): adds
     one to one integer of a product (0: scores with the first key that the row sees, index = head;
     1: output, index = head·head_dim + column); row -1 means none. words receives: 0, 1 the two
-    sides of the scores' check; 2, 3 those of the output's; 4, 5 the wrong rows of each; 6 rows
-    with NaN or Inf. This is the last use of the layer's qkv and makes attn: segments_found[layer]
+    sides of the scores' check; 2, 3 those of the output's and of the seals; 4, 5 the wrong rows of
+    each; 6 rows with NaN or Inf. Seals are looked at once a call for each sequence that attends. A
+    position that does not follow the one before in its sequence makes a row of scores wrong. This is the last use of the layer's qkv and makes attn: segments_found[layer]
     gets the words of qkv's column segments, made[layer] that of attn (step_keys: Keys.of_step).
     """
     head_dim, n_kv, key_bits, value_bits, checked = settings[:5]
@@ -165,7 +188,13 @@ def attend(
         n_keys = position + 1
         first_key = max(0, n_keys - window)
         finite = True
+        if lengths[sequence] != position:
+            words[1] += np.uint64(1)
+            words[4] += np.uint64(1)
+        lengths[sequence] = n_keys
         for kv in range(n_kv):
+            place = _place_weight(r, sequence, kv)
+            weight = place * r[position]
             at = key_column + kv * head_dim
             _rotate(kv_rows[row_of_all, at : at + head_dim], position, cosines, sines, row_buffer)
             exponent, good = _quantize(row_buffer, key_bits)
@@ -173,11 +202,7 @@ def attend(
             key_exponents[sequence, kv, position] = exponent
             for i in range(head_dim):
                 keys[sequence, kv, position, i] = row_buffer[i]
-                key_sums[sequence, kv, i] += np.int64(row_buffer[i]) * r[position]
-            if first_key > 0:  # one key more has left the window
-                gone = first_key - 1
-                for i in range(head_dim):
-                    key_sums[sequence, kv, i] -= np.int64(keys[sequence, kv, gone, i]) * r[gone]
+                key_sums[sequence, kv, i] += np.int64(row_buffer[i]) * weight
             at = key_column + (n_kv + kv) * head_dim
             for i in range(head_dim):
                 row_buffer[i] = kv_rows[row_of_all, at + i]
@@ -189,11 +214,36 @@ def attend(
                 values[sequence, kv, position, i] = row_buffer[i]
                 projected += np.int64(row_buffer[i]) * r[i]
             value_sums[sequence, kv, position] = projected
+            seals[sequence, kv] += weight * _sealed(
+                projected, key_exponents[sequence, kv, position], exponent
+            )
+            if first_key > 0:  # one position more has left the window
+                gone = first_key - 1
+                weight = place * r[gone]
+                for i in range(head_dim):
+                    key_sums[sequence, kv, i] -= np.int64(keys[sequence, kv, gone, i]) * weight
+                seals[sequence, kv] -= weight * _sealed(
+                    value_sums[sequence, kv, gone], key_exponents[sequence, kv, gone],
+                    value_exponents[sequence, kv, gone],
+                )  # fmt: skip
         if row < 0 or row >= qkv.shape[0]:
             continue
 
         bad_scores = False
         bad_output = False
+        last = row_of_all + 1 == kv_rows.shape[0] or row + 1 == qkv.shape[0]
+        if checked and (last or sequences[row_of_all + 1] != sequence):
+            for kv in range(n_kv):
+                total = np.int64(0)
+                for j in range(first_key, n_keys):
+                    total += r[j] * _sealed(
+                        value_sums[sequence, kv, j], key_exponents[sequence, kv, j],
+                        value_exponents[sequence, kv, j],
+                    )  # fmt: skip
+                total *= _place_weight(r, sequence, kv)
+                words[2] += np.uint64(total)
+                words[3] += np.uint64(seals[sequence, kv])
+                bad_output |= total != seals[sequence, kv]
         for head in range(n_heads):
             kv = kv_of_head[head]
             at = head * head_dim
@@ -206,6 +256,7 @@ def attend(
                 probabilities[first_key] += 1.0
             if checked:
                 found, n_wrong = row_product(probabilities[first_key:n_keys], r[first_key:])
+                found *= _place_weight(r, sequence, kv)
                 wanted = row_input(row_buffer, key_sums[sequence, kv])
                 words[0] += np.uint64(found)
                 words[1] += np.uint64(wanted)

@@ -357,6 +357,14 @@ def check_product(xq, wr, y, r):
 
 
 @inlined
+def scaled_back(v, exponent):
+    """v * 2**exponent as float32, rounded once; a zero is +0.0."""
+    # Beyond these bounds a float32 is 0 or inf anyway, so they change nothing.
+    e = min(max(exponent, -1022), 1023)
+    return np.float32(v * power_of_two(e)) + np.float32(0.0)
+
+
+@inlined
 def scale_back(y, ex, ew, b, out):
     """out float32[R, N] = y * 2**(ex + ew - 2 b), rounded once; a zero is +0.0.
 
@@ -367,6 +375,4 @@ def scale_back(y, ex, ew, b, out):
         own = np.int64(ex[row]) - 2 * b
         values, result = y[row], out[row]
         for i in range(values.size):
-            # Beyond these bounds a float32 is 0 or inf anyway, so they change nothing.
-            e = min(max(own + ew[i], -1022), 1023)
-            result[i] = np.float32(np.float64(values[i]) * power_of_two(e)) + np.float32(0.0)
+            result[i] = scaled_back(np.float64(values[i]), own + ew[i])

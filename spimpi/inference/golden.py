@@ -190,9 +190,10 @@ def record(table, n_layers: int, recorder, repeat=0) -> None:
     recorder.add(events, {})
 
 
-def compare(table, golden: Golden, recorder, repeat=0) -> int:
+def compare(table, golden: Golden, recorder, repeat=0, tokens=None) -> int:
     """Compare a run's global table with the golden one, an event a tensor; returns mismatches.
 
+    ``tokens`` [prompts, steps]: the run's, compared with the golden run's beside their words.
     Local: rank 0 does it. Every fingerprint is compared, none is sampled.
     """
     if table.shape[1] != golden.table.shape[1]:
@@ -204,6 +205,10 @@ def compare(table, golden: Golden, recorder, repeat=0) -> int:
         for column, (tensor, layer) in enumerate(columns):
             found, expected = table[step, column], golden.table[step, column]
             differs = bool(found != expected)
+            if tensor == "tokens" and tokens is not None and not differs:
+                differs = not np.array_equal(tokens[:, step], golden.tokens[:, step])
+                if differs:
+                    recorder.note(step, 0, -1, "the tokens differ from the golden run's own")
             wrong += differs
             recorder.one(
                 tensor, Op.CONTENT, Stage.GOLDEN, Established.EXPECTED, found, expected, differs,

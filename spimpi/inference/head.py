@@ -6,9 +6,12 @@ import numpy as np
 
 from spimpi.inference import exact, kernels, product
 from spimpi.inference.ledger import MADE
-from spimpi.inference.product import NO_KEYS, NO_SEGMENTS, NO_WORDS
+from spimpi.inference.tensors import HIDDEN
+from spimpi.inference.product import NO_WORDS, NOT_HELD
 from spimpi.reduction import blocks
 
+NO_WEIGHTS = np.empty(0, np.uint32)
+USED = 1  # of ledger.rows, after MADE
 
 class Head:
     """Takes each prompt's last row and chooses the next token. Ties go to the lowest id."""
@@ -23,6 +26,8 @@ class Head:
         self.pieces = [self.logits]
         self.gathered = np.empty(0, np.float32)
         self.starts = np.array(self.columns.starts, np.int64)
+        self.segments = np.array([(0, self.columns.start, width)], np.int64)
+        self.own = np.empty(n, np.int64)  # the tokens as the check chooses them
         if facts.ctx.tensor.size > 1:
             self.counts = [n * size for size in self.columns.all_sizes]
             self.gathered = np.empty(sum(self.counts), np.float32)
@@ -33,33 +38,46 @@ class Head:
             self.scaled, self.product = np.empty(self.rows.shape), np.empty(self.logits.shape)
             self.maxima, self.exponents = np.empty(n, np.uint32), np.empty(n, np.int32)
 
-    def take(self, x, last: np.ndarray, start: int) -> None:
+    def take(self, x, last: np.ndarray, batch) -> None:
         """Keep those rows of a microbatch that are the last of their prompt.
 
-        ``last``: which global rows of the step those are; ``start``: the microbatch's first row.
+        ``last``: which global rows of the step those are.
         """
+        start, ledger = batch.first_row, self.facts.ledger
         chosen = (last >= start) & (last < start + x.shape[0])
         self.rows[chosen] = x[last[chosen] - start]
+        if self.facts.checked:
+            words = ledger.rows[ledger.now]
+            if batch.microbatch == 0:
+                words[MADE] = 0
+            kernels.fingerprint_some_rows(
+                x.view(np.uint32), last, start, batch.keys[-1], HIDDEN, words, MADE
+            )
 
-    def sample(self, step: int):
+    def sample(self, step: int, last: np.ndarray, keys: np.ndarray):
         """(tokens int64 [prompts], their fingerprint). Collective over ctx.tensor.
 
-        What compares ranks is left in the ledger.
+        ``last``: which global rows the step's are; ``keys``: Keys.of_step. What compares ranks is
+        left in the ledger.
         """
         facts, tensor, ledger = self.facts, self.facts.ctx.tensor, self.facts.ledger
         eps, faults = facts.config.rms_norm_eps, facts.faults
         kernels.rmsnorm(self.rows, facts.part.norm, eps, self.normed)
+        words = ledger.logits[ledger.now]
         if self.exact:
-            self._exact_logits()
+            self._exact_logits(step)
         else:
             np.matmul(self.normed, facts.part.head.values.T, out=self.logits)
-        words = ledger.logits[ledger.now]
         if facts.checked:
             start = perf_counter()
-            kernels.fingerprint_block(
-                self.logits.view(np.uint32), facts.end_keys[step], 0, facts.first_prompt,
-                self.columns.start, facts.config.vocab_size, words, MADE,
-            )  # fmt: skip
+            kernels.fingerprint_rows(
+                self.rows.view(np.uint32), last, keys[-1], HIDDEN, ledger.rows[ledger.now], USED
+            )
+            if not self.exact:
+                kernels.fingerprint_block(
+                    self.logits.view(np.uint32), facts.end_keys[step], 0, facts.first_prompt,
+                    self.columns.start, facts.config.vocab_size, words, MADE,
+                )  # fmt: skip
             ledger.seconds += perf_counter() - start
         if faults is not None:
             faults.payload("logits", -1, self.logits, facts.first_prompt)
@@ -73,15 +91,17 @@ class Head:
         if facts.checked:
             start = perf_counter()
             kernels.check_sampled(
-                self.logits.view(np.uint32), self.gathered.view(np.uint32), self.starts, chosen,
-                facts.end_keys, step, facts.first_prompt, tensor.rank, words, tokens,
+                self.logits, self.gathered, self.starts, self.own, facts.end_keys, step,
+                facts.first_prompt, tensor.rank, words, tokens,
             )  # fmt: skip
             ledger.times[ledger.now] = start
             ledger.seconds += perf_counter() - start
+            facts.chosen[step] = tokens[MADE]
         return chosen, tokens[MADE]
 
-    def _exact_logits(self) -> None:
+    def _exact_logits(self, step: int) -> None:
         facts, head, ledger = self.facts, self.facts.part.head, self.facts.ledger
+        now = ledger.now
         exact.row_absmax(self.normed, self.maxima)
         bad_rows = exact.quantize_rows(
             self.normed, self.maxima, head.bits, self.scaled, self.exponents
@@ -90,11 +110,13 @@ class Head:
         if facts.faults is not None:
             facts.faults.miscompute("logits", -1, self.product, facts.first_prompt)
         product.finish_projection(
-            self.scaled, head.projection, self.product, head.r, self.exponents, head.exponents,
-            head.bits, self.logits, facts.checked, 0, ledger.now, ledger.product_found,
-            ledger.product_expected, ledger.product_bad, NO_KEYS, 0, NO_SEGMENTS, 0, NO_WORDS,
+            self.rows, facts.part.norm, facts.config.rms_norm_eps, head.projection, self.product,
+            head.r, self.exponents, head.exponents, head.bits, self.logits, facts.checked, 0, now,
+            ledger.product_found, ledger.product_expected, ledger.product_bad,
+            facts.logits_keys[step : step + 2], facts.first_prompt, self.segments,
+            facts.config.vocab_size, ledger.logits[now : now + 1], NO_WEIGHTS, NO_WORDS, NOT_HELD,
         )  # fmt: skip
-        ledger.product_bad[1, ledger.now] = bad_rows
+        ledger.product_bad[1, now] = bad_rows
 
 
 def argmax(pieces) -> np.ndarray:
@@ -107,7 +129,7 @@ def argmax(pieces) -> np.ndarray:
         if best is None:
             best, value = index, largest
         else:
-            better = largest > value
+            better = (largest > value) | (np.isnan(largest) & ~np.isnan(value))  # as in a block
             best = np.where(better, index + first, best)
             value = np.where(better, largest, value)
         first += block.shape[1]

@@ -8,26 +8,70 @@ order, so that a result does not depend on how many rows there are or how they w
 
 import numpy as np
 
+from spimpi.fingerprint.tag import GOLDEN as _GOLDEN
 from spimpi.fingerprint.words import GOLDEN, ONE, close, element, element8, mix, mix_open
 from spimpi.inference.elementary import exp, sincos
-from spimpi.inference.tensors import FFN, HIDDEN, REST, RESID
+from spimpi.inference.tensors import FFN, HIDDEN, PRODUCTS, REST, RESID
 from spimpi.jit import inlined, kernel
 
 REST_INPUT, REST_RESID, REST_FFN = (REST.index(name) for name in ("input", "resid", "ffn"))
+ATTN_OUT_PRODUCT, GATE_UP_PRODUCT, FFN_OUT_PRODUCT = (
+    PRODUCTS.index(name) for name in ("attn_out", "gate_up", "ffn_out")
+)
+HELD_DELTA, HELD_GATE_UP = 0, 2  # in ``held``: what is added after attention, after the FFN; gate_up
+_HELD_ROWS = np.uint64(_GOLDEN)
+
+
+@inlined
+def normed_row(row, weight, eps, out):
+    """out = row / sqrt(mean(row²) + eps) · weight (Zhang and Sennrich 2019)."""
+    total = 0.0
+    for i in range(row.shape[0]):
+        value = np.float64(row[i])
+        total += value * value
+    scale = 1.0 / np.sqrt(total / row.shape[0] + eps)
+    for i in range(row.shape[0]):
+        out[i] = np.float32(np.float64(row[i]) * scale * np.float64(weight[i]))
 
 
 @kernel("void(f4[:,::1], f4[::1], f8, f4[:,::1])")
 def rmsnorm(x, weight, eps, out):
-    """out = x / sqrt(mean(x²) + eps) · weight, row by row (Zhang and Sennrich 2019)."""
-    n_rows, width = x.shape
-    for row in range(n_rows):
-        total = 0.0
-        for i in range(width):
-            value = np.float64(x[row, i])
-            total += value * value
-        scale = 1.0 / np.sqrt(total / width + eps)
-        for i in range(width):
-            out[row, i] = np.float32(np.float64(x[row, i]) * scale * np.float64(weight[i]))
+    """out = x / sqrt(mean(x²) + eps) · weight, row by row."""
+    for row in range(x.shape[0]):
+        normed_row(x[row], weight, eps, out[row])
+
+
+# What one kernel of a rank hands to its next in memory is held by a word of its own: a sum of
+# products of 32 bits, several times as fast as a fingerprint, and as sure to see one element.
+
+
+@inlined
+def held_row(bits, weights):
+    """Word of a row of 4-byte words; ``weights``: odd uint32, one a column."""
+    total = np.uint64(0)
+    for i in range(bits.shape[0]):
+        total += np.uint64(bits[i]) * np.uint64(weights[i])
+    return total
+
+
+@inlined
+def held_on(total, bits, weights):
+    """The word of the rows so far and of one row more."""
+    return total * _HELD_ROWS + held_row(bits, weights)
+
+
+@inlined
+def held_words(bits, weights):
+    total = np.uint64(0)
+    for row in range(bits.shape[0]):
+        total = held_on(total, bits[row], weights)
+    return total
+
+
+@kernel("void(u4[:,::1], u4[::1], u8[:,::1], i8, i8)")
+def hold(bits, weights, held, i, slot):
+    """held[i, slot] = the word of an array that the next kernel takes."""
+    held[i, slot] = held_words(bits, weights)
 
 
 @kernel("void(f4[::1], f4[:,::1], f4[:,::1])")
@@ -84,15 +128,24 @@ def fingerprint_segments(x, keys, which, first_row, segments, n_cols, words, slo
         words[slot + s] = segment_words(x, keys[which], first_row, segments[s], n_cols)
 
 
-@kernel("void(u4[:,::1], b1[::1], u8[::1], i8, i8, u8[::1], i8)")
-def fingerprint_chosen_rows(x, chosen, keys, which, first_row, words, slot):
-    """words[slot] = share of those whole rows of x that are chosen."""
-    n_cols = x.shape[1]
+@kernel("void(u4[:,::1], i8[::1], u8[::1], i8, u8[::1], i8)")
+def fingerprint_rows(x, rows, keys, which, words, slot):
+    """words[slot] = share of whole rows; row i of x is row rows[i] of the tensor."""
     share = np.uint64(0)
-    for row in range(x.shape[0]):
-        if chosen[row]:
-            share ^= row_words(x[row], keys[which], np.uint64((first_row + row) * n_cols))
+    for i in range(x.shape[0]):
+        share ^= row_words(x[i], keys[which], np.uint64(rows[i] * x.shape[1]))
     words[slot] = share
+
+
+@kernel("void(u4[:,::1], i8[::1], i8, u8[::1], i8, u8[::1], i8)")
+def fingerprint_some_rows(x, rows, first_row, keys, which, words, slot):
+    """words[slot] ^= share of those rows of a tensor that x holds, its rows first_row…"""
+    share = np.uint64(0)
+    for i in range(rows.shape[0]):
+        row = rows[i] - first_row
+        if 0 <= row < x.shape[0]:
+            share ^= row_words(x[row], keys[which], np.uint64(rows[i] * x.shape[1]))
+    words[slot] ^= share
 
 
 @inlined
@@ -109,26 +162,42 @@ def fingerprint_tokens(tokens, keys, step, first, words, slot):
     words[slot] = token_words(tokens, keys[step], first)
 
 
-@kernel("void(u4[:,::1], u4[::1], i8[::1], i8[::1], u8[:,::1], i8, i8, i8, u8[::1], u8[::1])")
-def check_sampled(logits, gathered, starts, chosen, keys, step, first_row, part, found, tokens):
-    """found = (…, what was gathered, this rank's part of it again), tokens[0] = those chosen.
+@inlined
+def _larger(value, best):
+    """Whether a logit replaces the best so far; the first NaN does, as in numpy's argmax."""
+    return value > best or (value != value and best == best)
+
+
+@kernel("void(f4[:,::1], f4[::1], i8[::1], i8[::1], u8[:,::1], i8, i8, i8, u8[::1], u8[::1])")
+def check_sampled(logits, gathered, starts, own, keys, step, first_row, part, found, tokens):
+    """found = (…, what was gathered, this rank's part of it again), tokens[0] = the tokens.
 
     gathered holds the parts [rows, columns] of all ranks one after the other; part p has columns
-    starts[p] to starts[p + 1] and this rank's is ``part``. keys[step]: of logits and of tokens.
+    starts[p] to starts[p + 1] and this rank's is ``part``; it is empty where there is one part.
+    keys[step]: of logits and of tokens. The tokens are chosen here once more, into ``own``, each
+    the lowest id of the largest logit: what Head chose must have their fingerprint.
     """
     n_rows, n_parts = logits.shape[0], starts.shape[0] - 1
     n_cols, key = starts[n_parts], keys[step, 0]
-    found[2] = block_words(logits, key, first_row, starts[part], n_cols)
-    total = np.uint64(0)
-    if gathered.shape[0] > 0:
+    found[2] = block_words(logits.view(np.uint32), key, first_row, starts[part], n_cols)
+    total, bits = np.uint64(0), gathered.view(np.uint32)
+    for row in range(n_rows):
+        best, at = np.float32(-np.inf), 0
         for p in range(n_parts):
             width = starts[p + 1] - starts[p]
-            for row in range(n_rows):
-                at = n_rows * starts[p] + row * width
+            if gathered.shape[0] > 0:
+                begin = n_rows * starts[p] + row * width
+                values = gathered[begin : begin + width]
                 first = np.uint64((first_row + row) * n_cols + starts[p])
-                total ^= row_words(gathered[at : at + width], key, first)
+                total ^= row_words(bits[begin : begin + width], key, first)
+            else:
+                values = logits[row]
+            for j in range(width):
+                if _larger(values[j], best):
+                    best, at = values[j], starts[p] + j
+        own[row] = at
     found[1] = total
-    tokens[0] = token_words(chosen, keys[step, 1], first_row)
+    tokens[0] = token_words(own, keys[step, 1], first_row)
 
 
 @kernel("void(u4[::1], u8, u8[::1])")
@@ -136,6 +205,15 @@ def pack_maxima(maxima, rank, packed):
     """Maximum and owner in one word, so that one MPI_MAX gives both; ties to the lowest rank."""
     for row in range(maxima.shape[0]):
         packed[row] = (np.uint64(maxima[row]) << np.uint64(32)) | (np.uint64(0xFFFFFFFF) - rank)
+
+
+@inlined
+def maxima_word(maxima, key, first_row):
+    """Fingerprint of reduced maxima, as unpack_maxima takes it."""
+    share = np.uint64(0)
+    for row in range(maxima.shape[0]):
+        share ^= element(key, np.uint64(first_row + row), np.uint64(maxima[row]))
+    return share
 
 
 @kernel("i8(u8[::1], u8[::1], u4[::1], u8, u8, u8, i8, u8[::1], i8)")
@@ -148,7 +226,6 @@ def unpack_maxima(sent, reduced, maxima, rank, n_ranks, key, first_row, words, s
     words[slot] = its fingerprint, for agreement.
     """
     bad = 0
-    share = np.uint64(0)
     for row in range(maxima.shape[0]):
         value = reduced[row] >> np.uint64(32)
         owner = np.uint64(0xFFFFFFFF) - (reduced[row] & np.uint64(0xFFFFFFFF))
@@ -156,27 +233,36 @@ def unpack_maxima(sent, reduced, maxima, rank, n_ranks, key, first_row, words, s
         low = value < mine or sent[row] >> np.uint64(32) != mine
         if low or owner >= n_ranks or (owner == rank and value != mine):
             bad += 1
-        share ^= element(key, np.uint64(first_row + row), value)
         maxima[row] = np.uint32(value)
-    words[slot] = share
+    words[slot] = maxima_word(maxima, key, first_row)
     return bad
 
 
 @kernel(
-    "void(f4[:,::1], f4[:,::1], f4[:,::1], u8[:,::1], i8, i8, i8, b1, u8[:,::1], u8[:,::1],"
-    " u8[::1])"
+    "void(f4[:,::1], f4[:,::1], f4[::1], f8, f4[:,::1], u8[:,::1], i8, i8, i8, b1, u8[:,::1],"
+    " u8[:,::1], u8[::1], u4[::1], u8[:,::1], u8[:,::1], i8[:,::1])"
 )
-def add_residual(x, delta, out, keys, i, first_row, half, checked, found, made, hidden):
+def add_residual(
+    x, delta, norm, eps, out, keys, i, first_row, half, checked, found, made, hidden, weights, held,
+    product_found, product_bad,
+):  # fmt: skip
     """out = x + delta in float32, for layer i; half 0: after attention, 1: after the FFN.
 
-    This is the last use of x and makes out, so both are fingerprinted: found[i] gets the input's
-    (half 0) or resid's word, made[i] resid's (half 0), hidden[i] the output's (half 1). ``keys``:
-    Keys.of_step.
+    ``norm``: that of delta (OLMo), else empty. This is the last use of x and makes out, so both
+    are fingerprinted: found[i] gets the input's (half 0) or resid's word, made[i] resid's (half
+    0), hidden[i] the output's (half 1). ``keys``: Keys.of_step. A delta that is no longer as its
+    product left it (held[i, half]; ``weights``: hold's) fails that product.
     """
     n_rows, width = x.shape
+    normed = np.empty(norm.shape[0], np.float32)
     for row in range(n_rows):
-        for j in range(width):
-            out[row, j] = x[row, j] + delta[row, j]
+        if norm.shape[0] > 0:
+            normed_row(delta[row], norm, eps, normed)
+            for j in range(width):
+                out[row, j] = x[row, j] + normed[j]
+        else:
+            for j in range(width):
+                out[row, j] = x[row, j] + delta[row, j]
     if not checked:
         return
     before, after = x.view(np.uint32), out.view(np.uint32)
@@ -186,13 +272,24 @@ def add_residual(x, delta, out, keys, i, first_row, half, checked, found, made, 
     else:
         found[i, REST_RESID] = block_words(before, keys[i + 1, RESID], first_row, 0, width)
         hidden[i] = block_words(after, keys[i + 1, HIDDEN], first_row, 0, width)
+    off = held_words(delta.view(np.uint32), weights) - held[i, half]
+    product = ATTN_OUT_PRODUCT if half == 0 else FFN_OUT_PRODUCT
+    product_found[i, product] += off
+    product_bad[i, product] += off != 0
 
 
-@kernel("void(f4[:,::1], f4[:,::1], u8[:,::1], i8, i8, i8, i8, b1, u8[:,::1])")
-def swiglu(gate_up, out, keys, i, first_row, first_col, n_cols, checked, made):
+@kernel(
+    "void(f4[:,::1], f4[:,::1], u8[:,::1], i8, i8, i8, i8, b1, u8[:,::1], u4[::1], u8[:,::1],"
+    " u8[:,::1], i8[:,::1])"
+)
+def swiglu(
+    gate_up, out, keys, i, first_row, first_col, n_cols, checked, made, weights, held,
+    product_found, product_bad,
+):  # fmt: skip
     """out = silu(gate) · up; ``gate_up`` holds the gate's columns first (Shazeer 2020).
 
-    made[i] gets the fingerprint of out, at column first_col of n_cols.
+    made[i] gets the fingerprint of out, at column first_col of n_cols. A gate_up that is no longer
+    as its product left it (held[i, HELD_GATE_UP]; ``weights``: hold's) fails that product.
     """
     n_rows, width = out.shape
     for row in range(n_rows):
@@ -203,6 +300,9 @@ def swiglu(gate_up, out, keys, i, first_row, first_col, n_cols, checked, made):
     if checked:
         bits = out.view(np.uint32)
         made[i, REST_FFN] = block_words(bits, keys[i + 1, FFN], first_row, first_col, n_cols)
+        off = held_words(gate_up.view(np.uint32), weights) - held[i, HELD_GATE_UP]
+        product_found[i, GATE_UP_PRODUCT] += off
+        product_bad[i, GATE_UP_PRODUCT] += off != 0
 
 
 @inlined

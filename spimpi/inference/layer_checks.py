@@ -63,6 +63,7 @@ def layer_plan(exact: bool, n_tensor_ranks: int, held, qk_norm: bool = False):
         if exact:
             across(tensor, Op.ALLREDUCE_SUM, moved | agreed | computed, "sums", index)
         else:
+            across(tensor, Op.ALLREDUCE_SUM, moved, "bounds", index)
             across(tensor, Op.AGREEMENT, agreed, "sums", index)
 
     at_rest("input")
@@ -126,12 +127,17 @@ class EventWriter:
 
     def _position(self, kind, index) -> int:
         """Where ``_compare`` puts a result, before it brings them into the plan's order."""
+        if kind == "bounds":  # of sums of floats, in place of the products
+            return len(REST) + index
         if kind in ACROSS:
             return len(REST) + len(PRODUCTS) + self.columns.at(kind, index)
         return index + (len(REST) if kind == "product" else 0)
 
-    def write(self, ledger, repeat) -> np.ndarray:
-        """The events of a group, [layers × checks]. Collective where a check failed."""
+    def write(self, ledger, repeat, float_sums=None) -> np.ndarray:
+        """The events of a group, [layers × checks]. Collective where a check failed.
+
+        ``float_sums``: float_sums.FloatSums of the group, in BLAS arithmetic over tensor ranks.
+        """
         results, merged = ledger.results, ledger.merged
         n_slots, n_layers = ledger.n_slots, len(self.template)
         step, microbatch, n_rows = np.repeat(ledger.places[:n_slots], n_layers, axis=0).T
@@ -146,6 +152,8 @@ class EventWriter:
         if bad.any():
             events["verdict"][bad] = Status.FAILED
             events["peer"][bad] = self.ctx.rank
+        if float_sums is not None:
+            self._bounds(events, results, float_sums)
         if merged is not None and self._wrong_records(merged).any():
             self._name_culprits(events, ledger, bad)
         return events.ravel()
@@ -173,6 +181,20 @@ class EventWriter:
         else:
             wrong[:, self.columns.heads :] = False  # compared in exact arithmetic alone
         return wrong
+
+    def _bounds(self, events, results, float_sums):
+        """Sums of floats by what rounding explains: no word is known of what they should be."""
+        for column, check in enumerate(self.plan):
+            if check.source[0] != "bounds":
+                continue
+            index = check.source[1]
+            bad, peers = float_sums.bad[:, index], float_sums.peers[:, index]
+            own = events[:, column]
+            own["fingerprint"] = results.sums[:, index]
+            own["expected"] = np.where(bad, 0, own["fingerprint"])
+            own["verdict"] = np.where(bad, Status.FAILED, Status.VERIFIED)
+            world = [self.ctx.grid.rank_of(*self.ctx.place[:3], t) for t in range(self.ctx.tensor.size)]
+            own["peer"] = np.where(bad & (peers >= 0), np.array(world)[peers], -1)
 
     def _count_nonfinite(self, events, results):
         """Rows with NaN or Inf fail the check of the tensor in which they were met."""

@@ -17,7 +17,8 @@ from spimpi.inference.exact import odd_vector
 from spimpi.inference.ledger import (
     ATTN, ATTN_OUT, FFN, FFN_OUT, PRODUCTS, QK_SUM, LayerResults,
 )  # fmt: skip
-from spimpi.inference.product import NO_SEGMENTS
+from spimpi.inference.kernels import HELD_GATE_UP as GATE_UP
+from spimpi.inference.product import NO_NORM, NO_SEGMENTS, NOT_HELD
 from spimpi.inference.rope import rope_factor, rope_inverse_frequencies
 from spimpi.inference.tensors import ATTN as KEY_ATTN
 from spimpi.inference.tensors import ATTN_MAX, QKV, Widths
@@ -62,10 +63,7 @@ class Layers:
         self.widths = Widths.of(config)
         self.many = ctx.tensor.size > 1
         shard, d = part.shard, config.head_dim
-        self.kv_of_head = np.array(
-            [h // shard.group - shard.kv_heads.start for h in range(shard.heads.start, shard.heads.stop)],
-            np.int64,
-        )  # fmt: skip
+        self.kv_of_head = self._kv_of_head()
         self.segments, self.owned, self.shared, self.shared_at = _segments(shard, config)
         hidden = (0, self.widths.hidden)
         # Tensor -> (its key, its first column here, its global columns).
@@ -81,7 +79,24 @@ class Layers:
         self.rotary = {sliding: self._rotary(sliding) for sliding in set(self.sliding)}
         self.caches = [self._cache() for _ in part.layers]
         self.sequence = None  # sequence.SequenceGroup, where there are several sequence ranks
+        self.weights = self._held_weights()
         self.qk_norm = self._qk_norm() if config.qk_norm else None
+
+    def _kv_of_head(self) -> np.ndarray:
+        """Which of the key/value heads here each head here attends to."""
+        shard = self.part.shard
+        heads = range(shard.heads.start, shard.heads.stop)
+        return np.array([h // shard.group - shard.kv_heads.start for h in heads], np.int64)
+
+    def constants(self) -> list[np.ndarray]:
+        """What layers are computed with beside weights, in an order of its own."""
+        tables = [table for sliding in sorted(self.rotary) for table in self.rotary[sliding]]
+        return [self.kv_of_head, *tables]
+
+    def constants_again(self) -> list[np.ndarray]:
+        """The same, made once more."""
+        tables = [table for sliding in sorted(self.rotary) for table in self._rotary(sliding)]
+        return [self._kv_of_head(), *tables]
 
     def _rotary(self, sliding: bool):
         """Cosines and sines of the rotary embedding, float32 [positions, head_dim / 2]."""
@@ -90,6 +105,12 @@ class Layers:
         kernels.rope_table(rope_inverse_frequencies(self.config, sliding), cosines, sines)
         factor = rope_factor(self.config, sliding)
         return cosines * factor, sines * factor
+
+    def _held_weights(self) -> np.ndarray:
+        """Odd uint32, one a column of the widest array that a kernel leaves for the next."""
+        matrices = [m for a in self.part.layers for m in (a.o, a.gate_up)]
+        widest = max(m.values.shape[0] for m in matrices)
+        return odd_vector(np.uint64(self.ctx.seed), widest).astype(np.uint32)
 
     def _window(self, sliding: bool) -> int:
         """How many positions a row of such a layer sees, its own included."""
@@ -125,27 +146,18 @@ class Layers:
         self._attend(i, b)
         self._made("attn", name, space.attn, b)
         self._reduce("attn_out", 0, i, space.attn, layer.o, b)
-        self._fault("resid", name, space.delta, b, replica=True)
-        delta = self._added(layer.attn_norm, b)
-        kernels.add_residual(
-            x, delta, space.resid, b.keys, i, b.first_row, 0, self.checked,
-            results.rest_found, results.rest_expected, results.hidden,
-        )  # fmt: skip
+        self._add("resid", 0, i, x, layer.attn_norm, space.resid, b)
         self._made("resid", name, space.resid, b)
         self._project("gate_up", i, space.resid, second_norm, layer.gate_up, space.gate_up, b)
         first_col, n_cols = self.columns[FFN][1:]
         kernels.swiglu(
             space.gate_up, space.ffn, b.keys, i, b.first_row, first_col, n_cols, self.checked,
-            results.rest_expected,
+            results.rest_expected, self.weights, results.held, results.product_found,
+            results.product_bad,
         )  # fmt: skip
         self._made("ffn", name, space.ffn, b)
         self._reduce("ffn_out", 1, i, space.ffn, layer.down, b)
-        self._fault("hidden", name, space.delta, b, replica=True)
-        delta = self._added(layer.ffn_norm, b)
-        kernels.add_residual(
-            space.resid, delta, out, b.keys, i, b.first_row, 1, self.checked,
-            results.rest_found, results.rest_expected, results.hidden,
-        )  # fmt: skip
+        self._add("hidden", 1, i, space.resid, layer.ffn_norm, out, b)
         self._made("hidden", name, out, b)
         results.times[i, 1] = perf_counter()
 
@@ -162,12 +174,23 @@ class Layers:
         """The norms of the inputs of attention and of the FFN; None where they come after."""
         return (None, None) if self.config.qk_norm else (layer.attn_norm, layer.ffn_norm)
 
-    def _added(self, norm, b):
-        """What a block adds to the residual stream: its output, in OLMo after a norm."""
-        if not self.config.qk_norm:
-            return b.space.delta
-        kernels.rmsnorm(b.space.delta, norm, self.config.rms_norm_eps, b.space.normed)
-        return b.space.normed
+    def _add(self, tensor, half, i, x, norm, out, b):
+        """out = x + what a block made, in OLMo after a norm: the residual stream."""
+        delta, results = b.space.delta, b.results
+        if self.faults is not None:
+            self._different(tensor, half, i, delta, b)
+        kernels.add_residual(
+            x, delta, norm if self.config.qk_norm else NO_NORM, self.config.rms_norm_eps, out,
+            b.keys, i, b.first_row, half, self.checked, results.rest_found, results.rest_expected,
+            results.hidden, self.weights, results.held, results.product_found, results.product_bad,
+        )  # fmt: skip
+
+    def _different(self, tensor, half, i, delta, b):
+        """A fault's replica: what this rank adds comes out different, before any word of it."""
+        before = delta.tobytes()
+        self.faults.replica(tensor, self.ctx.layers[i], delta, b.first_row)
+        if delta.tobytes() != before and self.checked:
+            kernels.hold(delta.view(np.uint32), self.weights, b.results.held, i, half)
 
     def _normed(self, x, norm, b):
         """norm(x), or x where a block's input has no norm."""
@@ -176,10 +199,9 @@ class Layers:
         kernels.rmsnorm(x, norm, self.config.rms_norm_eps, b.space.normed)
         return b.space.normed
 
-    def _fault(self, tensor, layer, array, b, replica=False):
+    def _fault(self, tensor, layer, array, b):
         if self.faults is not None:
-            apply = self.faults.replica if replica else self.faults.payload
-            apply(tensor, layer, array, b.first_row)
+            self.faults.payload(tensor, layer, array, b.first_row)
 
     def _made(self, tensor, layer, array, b):
         """A tensor of golden tables is there: faults are planted, then it is sketched."""
@@ -242,32 +264,33 @@ class ExactLayers(Layers):
         return ExactQKNorm(self)
 
     def _product(self, tensor, i, x, maxima, matrix, b):
-        """(scaled integers of x, their product with the matrix, rows that are not finite)."""
+        """(x, scaled to integers, times the matrix; how many rows are not finite)."""
         space = b.space
         scaled, y = space.scaled(*x.shape), space.product(b.n_rows, matrix.values.shape[0])
         bad_rows = exact.quantize_rows(x, maxima, matrix.bits, scaled, space.exponents)
         exact.matmul(scaled, matrix.values, y, self.scratch)
         if self.faults is not None:
             self.faults.miscompute(tensor, self.ctx.layers[i], y, b.first_row)
-        return scaled, y, bad_rows
+        return y, bad_rows
 
     def _project(self, tensor, i, x, norm, matrix, out, b):
         """out = norm(x), or x without a norm, times a matrix whose outputs this rank holds."""
-        space, x = b.space, self._normed(x, norm, b)
-        exact.row_absmax(x, space.maxima)
-        scaled, y, bad = self._product(tensor, i, x, space.maxima, matrix, b)
-        segments = self.segments if tensor == "qkv" else NO_SEGMENTS
-        self._finish(tensor, i, scaled, y, matrix, out, segments, b)
+        space, normed = b.space, self._normed(x, norm, b)
+        exact.row_absmax(normed, space.maxima)
+        y, bad = self._product(tensor, i, normed, space.maxima, matrix, b)
+        segments, held = (self.segments, NOT_HELD) if tensor == "qkv" else (NO_SEGMENTS, GATE_UP)
+        self._finish(tensor, i, x, norm, y, matrix, out, segments, held, b)
         if bad:
             b.results.nonfinite[i, 0 if tensor == "qkv" else 2] += bad
 
-    def _finish(self, tensor, i, scaled, y, matrix, out, segments, b):
+    def _finish(self, tensor, i, x, norm, y, matrix, out, segments, held, b):
         results = b.results
         product.finish_projection(
-            scaled, matrix.projection, y, matrix.r, b.space.exponents, matrix.exponents,
-            matrix.bits, out, self.checked, i, PRODUCTS.index(tensor), results.product_found,
-            results.product_expected, results.product_bad, b.keys, b.first_row, segments,
-            self.widths.qkv, results.segments,
+            x, NO_NORM if norm is None else norm, self.config.rms_norm_eps, matrix.projection, y,
+            matrix.r, b.space.exponents, matrix.exponents, matrix.bits, out, self.checked, i,
+            PRODUCTS.index(tensor), results.product_found, results.product_expected,
+            results.product_bad, b.keys, b.first_row, segments, self.widths.qkv, results.segments,
+            self.weights, results.held, held,
         )  # fmt: skip
 
     def _attend(self, i, b):
@@ -281,8 +304,9 @@ class ExactLayers(Layers):
         attend(
             b.space.qkv, rows.sequences, rows.positions, *self.rotary[sliding], self.kv_of_head,
             self.settings[sliding], cache.keys, cache.key_exponents, cache.key_sums, cache.values,
-            cache.value_exponents, cache.value_sums, self.r, fault, b.space.attn, words, b.keys, i,
-            b.first_row, self.segments, found, results.rest_expected, kv, first_own, key_column,
+            cache.value_exponents, cache.value_sums, cache.seals, cache.lengths, self.r, fault,
+            b.space.attn, words, b.keys, i, b.first_row, self.segments, found,
+            results.rest_expected, kv, first_own, key_column,
         )  # fmt: skip
         if self.sequence:
             self.sequence.used(i, kv, self.widths.qkv, b)
@@ -301,26 +325,27 @@ class ExactLayers(Layers):
             self.global_maxima(
                 MAXIMA[which], which, ATTN_MAX + which, space.maxima, space.words, i, b
             )
-        scaled, y, bad = self._product(tensor, i, x, space.maxima, matrix, b)
+        y, bad = self._product(tensor, i, x, space.maxima, matrix, b)
         if bad:
             results.nonfinite[i, 1 + 2 * which] += bad
         rest = ATTN if which == 0 else FFN
         if not self.many:
-            self._finish(tensor, i, scaled, y, matrix, space.delta, NO_SEGMENTS, b)
+            self._finish(tensor, i, x, None, y, matrix, space.delta, NO_SEGMENTS, which, b)
             self.fingerprint(results.rest_found[i], rest, i, x, b)
             return
         sent, summed = space.sent[which], space.summed[which]
         product.finish_partial(
-            scaled, matrix.projection, y, matrix.r, sent, self.checked, i, PRODUCTS.index(tensor),
-            results.product_found, results.product_expected, results.product_bad, b.keys,
-            b.first_row, which, results.rest_expected,
+            x, space.maxima, matrix.projection, y, matrix.r, matrix.bits, sent, self.checked, i,
+            PRODUCTS.index(tensor), results.product_found, results.product_expected,
+            results.product_bad, b.keys, b.first_row, which, results.rest_expected,
         )  # fmt: skip
         self.sum_over_ranks(tensor, i, sent, summed, b)
         first_col, n_cols = self.columns[rest][1:]
         product.finish_sum(
-            x.view(np.uint32), sent, summed, space.exponents, matrix.exponents, matrix.bits,
+            x.view(np.uint32), sent, summed, space.maxima, matrix.exponents, matrix.bits,
             space.delta, self.checked, i, which, b.first_row, first_col, n_cols, b.keys,
-            results.rest_found, results.sums_by_tensor,
+            results.rest_found, results.sums_by_tensor, results.maxima, results.max_bad,
+            self.weights, results.held,
         )  # fmt: skip
 
     def global_maxima(self, name, slot, key, maxima, words, i, b):
@@ -346,6 +371,12 @@ class BlasLayers(Layers):
     """Layers in float32 BLAS and MPI_SUM of floats: another split, other bits."""
 
     exact = False
+    float_sums = None  # float_sums.FloatSums, where several tensor ranks are checked
+
+    def sum_over_ranks(self, tensor, i, sent, summed, b):
+        super().sum_over_ranks(tensor, i, sent, summed, b)
+        if self.float_sums is not None:
+            self.float_sums.take(tensor, i, sent, summed, b)
 
     def _project(self, tensor, i, x, norm, matrix, out, b):
         np.matmul(self._normed(x, norm, b), matrix.values.T, out=out)

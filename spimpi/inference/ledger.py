@@ -12,13 +12,11 @@ from time import perf_counter
 
 import numpy as np
 
-from spimpi.inference.tensors import REST
+from spimpi.inference.tensors import PRODUCTS, REST
 from spimpi.reduction import ALL_ONES, empty_records
 
 # Positions in ``rest_*``: tensors that are fingerprinted when made and again when used up.
 INPUT, QKV, ATTN, RESID, FFN, ATTN_OUT, FFN_OUT, QK_SUM, QK_NORMED = range(len(REST))
-# Products of a layer, as ``product_*`` hold them.
-PRODUCTS = ("qkv", "scores", "attn", "attn_out", "gate_up", "ffn_out")
 SUMS = slice(ATTN_OUT, QK_SUM + 1)  # where rest_* and sums_by_tensor hold what is summed
 QK = 2  # place of a QK norm among the sums and the maxima
 # Columns of ``logits`` and ``tokens``: when made, as gathered or handed on, after the last use.
@@ -75,7 +73,7 @@ def _arrays(n_slots: int, n_layers: int, n_segments: int, n_heads: int) -> dict[
     words = {
         "rest_expected": len(REST), "rest_found": len(REST), "sums_by_tensor": len(REST),
         "product_found": 6, "product_expected": 6, "maxima": 3, "segments": n_segments,
-        "segments_found": n_segments, "normed_found": n_segments, "heads": n_heads,
+        "segments_found": n_segments, "normed_found": n_segments, "heads": n_heads, "held": 3,
     }  # fmt: skip
     counts = {"max_bad": 3, "product_bad": 6, "nonfinite": 5}
     arrays = {k: np.zeros((n_slots, n_layers, n), np.uint64) for k, n in words.items()}
@@ -107,6 +105,7 @@ class Ledger:
         self.last_found = np.zeros(n_slots, np.uint64)  # the stage's output after its last use
         self.logits = np.zeros((MOST_STEPS, 3), np.uint64)
         self.tokens = np.zeros((MOST_STEPS, 3), np.uint64)
+        self.rows = np.zeros((MOST_STEPS, 2), np.uint64)  # the head's: as taken, as used
         # The head's product; product_bad: failing rows, rows that are not finite.
         self.product_found, self.product_expected = np.zeros((2, 1, MOST_STEPS), np.uint64)
         self.product_bad = np.zeros((2, MOST_STEPS), np.int64)

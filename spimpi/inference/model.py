@@ -59,7 +59,8 @@ class Stage:
             ctx, config, part, list(lengths), n_steps, first, decoded.size,
             Schedule(grid.pp, *map(len, self.cuts), n_steps),
             np.zeros((n_steps, len(golden_columns(config.n_layers))), np.uint64),
-            recorder, faults, watch or Unwatched(),
+            recorder, faults, watch or Unwatched(), chosen=np.zeros(n_steps, np.uint64),
+            used=np.zeros(n_steps, np.uint64),
         )  # fmt: skip
         self.ctx, self.config, self.part = ctx, config, part
         kind = ExactLayers if exact_arithmetic else BlasLayers
@@ -85,6 +86,13 @@ class Stage:
             self.sequence = self.layers.sequence = SequenceGroup(
                 self.facts, self.splits, self.layers.segments, len(self.ledger.slots)
             )
+        self.float_sums = None
+        if checked and not exact_arithmetic and grid.tp > 1:
+            from spimpi.inference.float_sums import FloatSums
+
+            self.float_sums = self.layers.float_sums = FloatSums(
+                self.facts, len(self.ledger.slots), len(part.layers)
+            )
         self.links = Links(self.facts, most, self.keys)
         self.head = None
         if ctx.is_last_stage:
@@ -101,6 +109,11 @@ class Stage:
             self._layer_events = EventWriter(ctx, plan, ctx.layers, index, self._row_bytes())
             self._step_events = StepEvents(self.facts, index, exact_arithmetic)
             self._seconds_per_byte = _checking_speed()
+
+    @property
+    def chosen(self) -> np.ndarray:
+        """Each step's word of this rank's prompts' tokens as they were chosen, uint64 [steps]."""
+        return self.facts.chosen
 
     @property
     def golden(self) -> np.ndarray:
@@ -129,7 +142,7 @@ class Stage:
         """
         self.layers.clear()
         self.ledger.restart()
-        self.facts.golden[:] = 0
+        self.facts.golden[:] = self.facts.used[:] = 0
         self.facts.repeat = repeat
         if repeat:  # would have the same sketches
             self.sketcher = self.layers.sketcher = None
@@ -142,6 +155,8 @@ class Stage:
             if chosen is not None:
                 tokens = chosen.copy()
                 made.append(tokens)
+        if self.facts.checked and self.ctx.is_first_stage:
+            self.facts.recorder.add(self._step_events.ids_used(), {})
         return np.stack(made, axis=1) if made else None
 
     def own_tokens(self, prompts) -> np.ndarray:
@@ -183,8 +198,10 @@ class Stage:
         chosen = None
         if self.head:
             if self.sequence and step == 0:
-                self.sequence.gather_last(keys, self.head.rows)
-            sampled = self.head.sample(step)
+                self.ledger.rows[self.ledger.now, MADE] = self.sequence.gather_last(
+                    keys, self.head.rows
+                )
+            sampled = self.head.sample(step, last, keys)
             if self.sketcher:
                 self.sketcher.take("logits", -1, self.head.logits, facts.first_prompt)
             chosen = links.hand_on_tokens(step, *sampled)
@@ -227,7 +244,7 @@ class Stage:
             if self.sequence and batch.step == 0:
                 self.sequence.take_last(x, batch)
             else:
-                self.head.take(x, last, batch.first_row)
+                self.head.take(x, last, batch)
             links.check_last(x, batch)
 
     def _close_group(self, step) -> None:
@@ -243,7 +260,10 @@ class Stage:
         facts.watch.enter("agreement", "all layers", step, -1)
         start = perf_counter()
         ledger.finish()
-        events = [self._layer_events.write(ledger, facts.repeat), self._step_events.write(ledger)]
+        if self.float_sums:
+            self.float_sums.close(ledger)
+        layers = self._layer_events.write(ledger, facts.repeat, self.float_sums)
+        events = [layers, self._step_events.write(ledger)]
         self._share_golden()
         # Most checks of the layers ride in the kernels that compute: no clock sees them apart.
         riding = int(events[0]["bytes"].sum()) * self._seconds_per_byte

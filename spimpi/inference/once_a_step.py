@@ -4,6 +4,8 @@ Embedding (first stage), the stage's output, logits and tokens (last stage). Wha
 in the ledger; what they compare over the tensor ranks has been reduced with it.
 """
 
+from time import perf_counter
+
 import numpy as np
 
 from spimpi.checks.assembled import judge
@@ -52,7 +54,10 @@ class StepEvents:
         whole = 4 * facts.n_prompts * facts.config.vocab_size
         part = 4 * facts.n_prompts * facts.part.shard.vocabulary().size
         ids = 8 * facts.n_prompts
-        made = []
+        made = [self._local(
+            "last_rows", Op.AT_REST, MOVED, ledger.rows[:n, 1], ledger.rows[:n, MADE],
+            bytes=4 * facts.n_prompts * facts.config.hidden_size, **by_step,
+        )]  # fmt: skip
         if self.exact:
             bad_rows, nonfinite = ledger.product_bad[:, :n]
             found, expected = ledger.product_found[0, :n], ledger.product_expected[0, :n]
@@ -71,6 +76,19 @@ class StepEvents:
             ))  # fmt: skip
             made.append(self._across("tokens", Op.AGREEMENT, AGREED, tokens, bytes=ids, **by_step))
         return made
+
+    def ids_used(self) -> np.ndarray:
+        """The tokens of each step but the last, as the next step embedded them: events at its end.
+
+        On the first stage, which has their words (StageFacts.chosen and used).
+        """
+        facts, n = self.facts, self.facts.n_steps - 1
+        events = self._local(
+            "tokens", Op.AT_REST, MOVED, facts.used[1:], facts.chosen[:n], step=np.arange(n),
+            microbatch=0, bytes=8 * facts.n_prompts, repeat=facts.repeat, t_start=perf_counter(),
+        )  # fmt: skip
+        events["t_end"] = events["t_start"]
+        return events
 
     def _compared(self, ledger):
         """(found, Comparison) of what the tensor ranks put together: embed, logits, tokens."""

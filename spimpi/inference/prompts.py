@@ -79,6 +79,8 @@ def decode(ids, config: ModelConfig, directory=None) -> str | None:
     """The text of ids, or None where the model has no text for them (no tokenizer, no bytes)."""
     tokenizer = _tokenizer(directory)
     ids = [int(token) for token in ids]
+    if any(not 0 <= token < config.vocab_size for token in ids):
+        return None  # of a corrupted run
     if tokenizer is not None:
         return tokenizer.decode(ids)
     if any(token >= BYTE_VOCABULARY for token in ids):

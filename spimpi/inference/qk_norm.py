@@ -14,13 +14,13 @@ import numpy as np
 from spimpi.fingerprint.words import linear_weight
 from spimpi.inference.elementary import power_of_two, rounded
 from spimpi.inference.exact import NOT_FINITE, exponent_of
-from spimpi.inference.kernels import segment_words
+from spimpi.inference.kernels import maxima_word, segment_words
 from spimpi.inference.ledger import QK, QK_NORMED, QK_SUM
 from spimpi.inference.product import linear_words
 from spimpi.inference.tensors import QK_MAX, QKV, REST
 from spimpi.inference.tensors import QK_NORMED as KEY_QK_NORMED
 from spimpi.inference.tensors import QK_SUM as KEY_QK_SUM
-from spimpi.jit import kernel
+from spimpi.jit import inlined, kernel
 
 REST_QK_SUM, REST_QK_NORMED = REST.index("qk_sum"), REST.index("qk_normed")
 NONFINITE_QKV = 4  # layer_checks.NONFINITE
@@ -47,6 +47,18 @@ def row_maxima(qkv, columns, maxima):
             maxima[row, which] = largest
 
 
+@inlined
+def _squares(values, largest, n_bits):
+    """The sum of the squared integers of some values; 0 where they are not finite, or all zero."""
+    total = np.int64(0)
+    if 0 < largest < NOT_FINITE:
+        scale = power_of_two(n_bits - exponent_of(largest))
+        for i in range(values.shape[0]):
+            q = np.int64(rounded(np.float64(values[i]) * scale))
+            total += q * q
+    return total
+
+
 @kernel(
     "void(f4[:,::1], i8[::1], i8[::1], u4[:,::1], i8[:,::1], b1, u8[:,::1], i8, i8, u8[:,::1])"
 )
@@ -59,13 +71,7 @@ def sum_squares(qkv, columns, n_bits, maxima, sent, checked, keys, layer, first_
     for row in range(qkv.shape[0]):
         for which in range(2):
             start, stop = (0, columns[0]) if which == 0 else (columns[1], columns[2])
-            largest, total = maxima[row, which], np.int64(0)
-            if 0 < largest < NOT_FINITE:
-                scale = power_of_two(n_bits[which] - exponent_of(largest))
-                for i in range(start, stop):
-                    q = np.int64(rounded(np.float64(qkv[row, i]) * scale))
-                    total += q * q
-            sent[row, which] = total
+            sent[row, which] = _squares(qkv[row, start:stop], maxima[row, which], n_bits[which])
     if checked:
         key, share = keys[layer + 1, KEY_QK_SUM], np.uint64(0)
         for row in range(qkv.shape[0]):
@@ -75,23 +81,47 @@ def sum_squares(qkv, columns, n_bits, maxima, sent, checked, keys, layer, first_
         made[layer, REST_QK_SUM] = share
 
 
+@inlined
+def _differs(qkv, columns, n_bits, maxima, sent, alone):
+    """Whether maxima and sums are not those of these queries and keys; ``alone``: of whole rows."""
+    bits = qkv.view(np.uint32)
+    differs = False
+    for row in range(qkv.shape[0]):
+        for which in range(2):
+            start, stop = (0, columns[0]) if which == 0 else (columns[1], columns[2])
+            largest, given = np.uint32(0), maxima[row, which]
+            for i in range(start, stop):
+                largest = max(largest, np.uint32(bits[row, i] & 0x7FFFFFFF))
+            differs |= largest > given or (alone and largest != given)
+            differs |= sent[row, which] != _squares(qkv[row, start:stop], given, n_bits[which])
+    return differs
+
+
 @kernel(
     "i8(f4[:,::1], i8[::1], i8[::1], i8[::1], f4[::1], f8, u4[:,::1], i8[:,::1], i8[:,::1], b1,"
-    " u8[:,::1], i8, i8, i8[:,::1], i8, u8[:,::1], u8[:,::1], u8[:,::1], u8[:,::1])"
+    " u8[:,::1], i8, i8, i8[:,::1], i8, u8[:,::1], u8[:,::1], u8[:,::1], u8[:,::1], b1, u8[:,::1],"
+    " i8[:,::1])"
 )
 def normalise(
     qkv, columns, n_bits, widths, weight, eps, maxima, sent, summed, checked, keys, layer,
-    first_row, segments, n_cols, segments_found, found, sums, made,
+    first_row, segments, n_cols, segments_found, found, sums, made, alone, max_words, max_bad,
 ):  # fmt: skip
     """qkv = queries and keys / sqrt(mean square + eps) · weight, in place; values stay.
 
     widths: of the GLOBAL queries and keys; summed: their sums of squares. Queries or keys of a row
     that is not finite become zeros; returns the number of such rows. It is the last use of what
     qkv held, of ``sent`` and of ``summed``: segments_found[layer] gets the words of qkv's column
-    segments, found[layer] and sums[layer] those of the sums, made[layer] that of the new qkv.
+    segments, found[layer] and sums[layer] those of the sums, made[layer] that of the new qkv: none
+    that it can have where maxima and sums are not those of qkv (``alone``: of one tensor rank).
+    Reduced maxima that are no longer as they arrived (max_words[layer, QK]) count in max_bad.
     """
     bits = qkv.view(np.uint32)
+    differs = False
     if checked:
+        differs = _differs(qkv, columns, n_bits, maxima, sent, alone)
+        if not alone:
+            word = maxima_word(maxima.reshape(maxima.size), keys[layer + 1, QK_MAX], 2 * first_row)
+            max_bad[layer, QK] += word != max_words[layer, QK]
         for s in range(segments.shape[0]):
             segments_found[layer, s] = segment_words(
                 bits, keys[layer + 1, QKV], first_row, segments[s], n_cols
@@ -122,7 +152,7 @@ def normalise(
             share ^= segment_words(
                 bits, keys[layer + 1, KEY_QK_NORMED], first_row, segments[s], n_cols
             )
-        made[layer, REST_QK_NORMED] = share
+        made[layer, REST_QK_NORMED] = ~share if differs else share
     return n_bad
 
 
@@ -166,7 +196,7 @@ class ExactQKNorm(QKNorm):
             layers.config.rms_norm_eps, maxima, sent, summed if layers.many else sent,
             layers.checked, b.keys, i, b.first_row, layers.segments, layers.widths.qkv,
             results.segments_found, results.rest_found, results.sums_by_tensor,
-            results.rest_expected,
+            results.rest_expected, not layers.many, results.maxima, results.max_bad,
         )  # fmt: skip
         if bad_rows:
             results.nonfinite[i, NONFINITE_QKV] += bad_rows

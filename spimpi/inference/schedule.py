@@ -10,6 +10,7 @@ from spimpi.topology.pipeline import n_microbatches
 from spimpi.topology.tensor import TensorShard
 
 TENSORS_OF_A_LAYER, NORMS_OF_A_LAYER, MATRICES_OF_A_LAYER = 9, 2, 7
+MATRICES_HERE = 4  # as they are multiplied: q, k and v are one, gate and up are one
 QK_NORMS = 2  # tensors more, of which the keys' has shared heads
 
 
@@ -28,7 +29,11 @@ def expected_events(ctx, job, n_runs: int, has_golden: bool) -> int:
     held = sum(head in shard.kv_heads for head in shared)
     count += n_runs * sum(_step(ctx, job, held, step) for step in steps)
     if ctx.is_first_stage:
-        count += n_runs * ((grid.sp > 1) + (grid.dp > 1))  # the tokens, gathered
+        # The prompts' ids, and each step's tokens, as they were embedded; the tokens, gathered.
+        count += n_runs * (job.n_tokens + (grid.sp > 1) + (grid.dp > 1))
+    if ctx.rank == 0:
+        count += n_runs * job.n_tokens  # the tokens that are handed out
+    count += n_runs * _standing(ctx, job)
     if ctx.is_last_stage and grid.sp > 1:
         count += n_runs  # the prefill's last rows, gathered
     if ctx.rank == 0 and has_golden:
@@ -58,6 +63,13 @@ def _weights(ctx, job, shard, shared) -> int:
     return tensors + copies + maxima
 
 
+def _standing(ctx, job) -> int:
+    """What is looked at again after a run: norms, exponents, embedding, rotary tables."""
+    layers = len(ctx.layers)
+    count = layers * (NORMS_OF_A_LAYER + job.config.qk_norm + MATRICES_HERE * job.exact)
+    return count + ctx.is_first_stage + ctx.is_last_stage * (1 + job.exact) + 1
+
+
 def _derived(ctx, shard, shared) -> int:
     layers = len(ctx.layers)
     count = 2 * (MATRICES_OF_A_LAYER * layers + ctx.is_last_stage)  # integers and exponents
@@ -79,17 +91,18 @@ def _step(ctx, job, n_shared, step) -> int:
     many = grid.tp > 1
     # A layer: five tensors at rest; exact: six products; over tensor ranks: two partial sums at
     # rest, two sums, agreement after attention and of the output; exact: the shared heads that
-    # this rank holds, two maxima.
-    layer = 5 + 6 * job.exact + many * (6 + (n_shared + 2) * job.exact)
+    # this rank holds, two maxima; else: the two sums' agreement beside their bound.
+    layer = 5 + 6 * job.exact + many * (6 + (n_shared + 2) * job.exact + 2 * (not job.exact))
     layer += grid.sp > 1  # keys and values, gathered
     # A QK norm: what it makes, at rest; over tensor ranks its sum at rest and summed; exact: its
-    # maximum.
-    layer += job.config.qk_norm * (1 + many * (2 + job.exact))
+    # maximum; else the sum's agreement beside its bound.
+    layer += job.config.qk_norm * (1 + many * 3)
     # Each microbatch: layers, the stage's output at rest, and the embedding's reduction or the
     # hand-off that came in.
     count = n * (len(ctx.layers) * layer + 1 + (many if ctx.is_first_stage else 1))
     if ctx.is_last_stage:
-        count += job.exact + 1 + 1 + 2 * many  # logits: product, at rest; tokens at rest; gathered
+        # The head's rows at rest; logits: product, at rest; tokens at rest; gathered.
+        count += 1 + job.exact + 1 + 1 + 2 * many
     if ctx.is_first_stage and grid.pp > 1:
         count += 1  # the closing hop
     return count

@@ -15,7 +15,8 @@ from time import perf_counter
 
 import numpy as np
 
-from spimpi.inference.sequence_kernels import fingerprint_rows, gathered_words
+from spimpi.inference.kernels import fingerprint_rows
+from spimpi.inference.sequence_kernels import gathered_words
 from spimpi.inference.tensors import HIDDEN, QK_NORMED, QKV
 from spimpi.reduction import blocks, empty_records
 from spimpi.topology.sequence import last_row_holders
@@ -145,13 +146,14 @@ class SequenceGroup:
         self.n_taken += 1
         if self.facts.checked:
             rows = np.array([row], np.int64)
-            fingerprint_rows(x[-1:].view(np.uint32), rows, batch.keys[-1, HIDDEN], self._taken, 0)
+            fingerprint_rows(x[-1:].view(np.uint32), rows, batch.keys[-1], HIDDEN, self._taken, 0)
             self.last_words[2] ^= self._taken[0]
 
-    def gather_last(self, keys: np.ndarray, out: np.ndarray) -> None:
+    def gather_last(self, keys: np.ndarray, out: np.ndarray) -> np.uint64:
         """Give each rank the last rows of the prompts that it decodes: out, [prompts, hidden].
 
-        ``keys``: Keys.of_step of the prefill. Collective over ctx.sequence.
+        ``keys``: Keys.of_step of the prefill. Returns the word of what it gave this rank, taken
+        where it was gathered. Collective over ctx.sequence.
         """
         facts, last = self.facts, self.last
         facts.watch.enter("allgather", "last_rows", 0, -1)
@@ -164,12 +166,14 @@ class SequenceGroup:
         out[own[mine]] = last[mine]
         self.n_taken = 0
         if facts.checked:
-            start, key, bits = perf_counter(), keys[-1, HIDDEN], last.view(np.uint32)
+            start, bits = perf_counter(), last.view(np.uint32)
             first = sum(self.last_counts[: self.rank])
             piece = slice(first, first + self.last_counts[self.rank])
-            fingerprint_rows(bits, self.last_rows, key, self.last_words, WHOLE)
-            fingerprint_rows(bits[piece], self.last_rows[piece], key, self.last_words, OWN)
+            for rows, words, slot in ((slice(None), self.last_words, WHOLE),
+                                      (piece, self.last_words, OWN), (mine, self._taken, 0)):  # fmt: skip
+                fingerprint_rows(bits[rows], self.last_rows[rows], keys[-1], HIDDEN, words, slot)
             self.seconds += perf_counter() - start
+        return self._taken[0]
 
     # What the checks found
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from spimpi.inference.kernels import row_words, segment_words
+from spimpi.inference.kernels import segment_words
 from spimpi.jit import kernel
 
 
@@ -24,12 +24,3 @@ def gathered_words(x, keys, which, pieces, own, segments, n_cols, words):
         total ^= share
         at += pieces[s, 1]
     words[0] = total
-
-
-@kernel("void(u4[:,::1], i8[::1], u8, u8[::1], i8)")
-def fingerprint_rows(x, rows, key, words, slot):
-    """words[slot] = share of whole rows; row i of x is row rows[i] of the tensor."""
-    share = np.uint64(0)
-    for i in range(x.shape[0]):
-        share ^= row_words(x[i], key, np.uint64(rows[i] * x.shape[1]))
-    words[slot] = share

@@ -7,6 +7,8 @@ import numpy as np
 
 from spimpi.fingerprint.tag import CONTENT, Tag
 from spimpi.inference import kernels
+from spimpi.inference.tensors import QKV
+from spimpi.inference.token_words import token_keys
 from spimpi.topology.pipeline import Schedule
 from spimpi.watchdog import Unwatched
 
@@ -18,7 +20,9 @@ class StageFacts:
     first_prompt and n_prompts: the prompts whose next tokens this rank chooses, those of its data
     rank (where sequence ranks share these, a block of them); golden: this rank's shares of the golden
     table, uint64 [steps, columns]; repeat: the run's number in this job; watch: told where the
-    rank is; ledger: where checks leave their words. recorder None: no checks.
+    rank is; ledger: where checks leave their words. recorder None: no checks. chosen: each step's
+    word of the tokens of n_prompts, as they were chosen (first and last stage); used: of the ids
+    that it embedded: prompts', later the tokens of the step before (first stage).
     """
 
     ctx: object
@@ -35,6 +39,8 @@ class StageFacts:
     watch: object = Unwatched()
     repeat: int = 0
     ledger: object = None
+    chosen: np.ndarray = None
+    used: np.ndarray = None
 
     @property
     def checked(self) -> bool:
@@ -53,17 +59,31 @@ class StageFacts:
     @cached_property
     def end_keys(self) -> np.ndarray:
         """Stream keys of every step's logits and tokens, uint64 [steps, 2]."""
-        n, vocabulary, seed = len(self.lengths), self.config.vocab_size, self.ctx.seed
-        return np.array(
-            [
-                (
-                    Tag(seed, "logits", -1, step).key(CONTENT, (n, vocabulary), 4),
-                    Tag(seed, "tokens", -1, step).key(CONTENT, (n,), 8),
-                )
-                for step in range(self.n_steps)
-            ],
-            np.uint64,
-        )
+        shape, seed = (len(self.lengths), self.config.vocab_size), self.ctx.seed
+        tags = (Tag(seed, "logits", -1, step) for step in range(self.n_steps))
+        logits = np.array([tag.key(CONTENT, shape, 4) for tag in tags], np.uint64)
+        return np.stack([logits, token_keys(seed, shape[0], self.n_steps)], axis=1)
+
+    @cached_property
+    def id_keys(self) -> np.ndarray:
+        """Stream keys of the ids that each step embeds, one a row: the prompts', then tokens."""
+        shape = (self.n_rows(0),)
+        prompts = Tag(self.ctx.seed, "prompts").key(CONTENT, shape, 8)
+        return np.append(np.uint64(prompts), self.end_keys[:-1, 1])
+
+    def use_ids(self, step: int, ids, first_row: int) -> None:
+        """The ids of a microbatch are embedded: their share of the step's word."""
+        word = np.zeros(1, np.uint64)
+        kernels.fingerprint_tokens(ids, self.id_keys, step, first_row, word, 0)
+        self.used[step] ^= word[0]
+
+    @cached_property
+    def logits_keys(self) -> np.ndarray:
+        """Stream keys as product.finish_projection takes them: of a step's logits in row step + 1
+        for its tensor QKV."""
+        keys = np.zeros((self.n_steps + 1, QKV + 1), np.uint64)
+        keys[1:, QKV] = self.end_keys[:, 0]
+        return keys
 
     @cached_property
     def token_keys(self) -> np.ndarray:

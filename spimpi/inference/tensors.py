@@ -17,13 +17,15 @@ LAYER_TENSORS = ("hidden", "qkv", "attn", "resid", "ffn", "attn_out", "ffn_out",
                  "ffn_max", "qk_normed", "qk_sum", "qk_max")  # fmt: skip
 # Tensors that are fingerprinted when made and again after their last use, as results hold them.
 REST = ("input", "qkv", "attn", "resid", "ffn", "attn_out", "ffn_out", "qk_sum", "qk_normed")
+# Products of a layer, in program order.
+PRODUCTS = ("qkv", "scores", "attn", "attn_out", "gate_up", "ffn_out")
 
 # Fingerprints that a golden run writes down for each layer, in program order.
 GOLDEN_LAYER = ("qkv", "attn", "resid", "ffn", "hidden")
 GOLDEN_ENDS = ("embed", "logits", "tokens")
 
 # All tensors of the inference in program order, as `--inject` and the trace name them.
-PROGRAM = ("embed", "qkv", "qk_max", "qk_sum", "qk_normed", "kv", "scores", "attn",
+PROGRAM = ("rotary", "prompts", "embed", "qkv", "qk_max", "qk_sum", "qk_normed", "kv", "scores", "attn",
            "attn_max", "attn_out", "resid", "gate_up", "ffn", "ffn_max", "ffn_out", "hidden",
            "last_rows", "logits", "tokens")  # fmt: skip
 

@@ -15,11 +15,18 @@ from spimpi.fingerprint.tag import LINEAR, Tag
 from spimpi.inference import exact
 from spimpi.inference.checkpoint import float32
 from spimpi.inference.kernels import pack_maxima, unpack_maxima
+from spimpi.inference.standing import Standing
 from spimpi.partition import Slab
 from spimpi.reduction import PATIENCE, together
 from spimpi.topology.tensor import TensorShard
 
+EMBEDDING = "model.embed_tokens.weight"
 TIED_COPY = "lm_head.weight (tied copy)"
+# Matrices that are made of several of the checkpoint's, by the first of them.
+FIRST_OF = {
+    "qkv": "self_attn.q_proj", "o_proj": "self_attn.o_proj", "gate_up": "mlp.gate_proj",
+    "down_proj": "mlp.down_proj",
+}  # fmt: skip
 # Norms over the hidden width, and how --inject names them.
 NORM_PLACES = {
     "input_layernorm": "input_norm",
@@ -84,6 +91,7 @@ class Part:
     bytes_of: dict[str, int] = field(default_factory=dict)
     copies: dict[tuple[str, int], int] = field(default_factory=dict)
     maxima: list[tuple[int, str, int, int]] = field(default_factory=list)
+    standing: list[Standing] = field(default_factory=list)
     problem: str = ""
 
     @property
@@ -127,8 +135,10 @@ class Loader:
         vocab = (vocabulary.start, vocabulary.stop)
         if ctx.is_first_stage:
             with together(ctx.tensor, PATIENCE):
-                raw = self._read("model.embed_tokens.weight", "embed_tokens", -1, vocab)
+                raw = self._read(EMBEDDING, "embed_tokens", -1, vocab)
             part.embed = raw
+            slab = slab_of(self.checkpoint.tensors[EMBEDDING].shape, vocab, None)
+            part.standing.append(Standing(EMBEDDING, -1, raw, part.shares[EMBEDDING], slab))
         for layer in ctx.layers:
             part.layers.append(self._layer(layer))
             if progress:
@@ -136,11 +146,11 @@ class Loader:
         if ctx.is_last_stage:
             with together(ctx.tensor, PATIENCE):
                 part.norm = float32(self._read("model.norm.weight", "norm", -1))
+                self._stands("model.norm.weight", -1, part.norm)
                 if not config.tie_word_embeddings:
                     raw = self._read("lm_head.weight", "lm_head", -1, vocab)
                 elif not ctx.is_first_stage:
-                    name = "model.embed_tokens.weight"
-                    raw = self._read(name, "lm_head", -1, vocab, share_as=TIED_COPY)
+                    raw = self._read(EMBEDDING, "lm_head", -1, vocab, share_as=TIED_COPY)
             part.head = self._matrix("lm_head", -1, [float32(raw)], config.hidden_size)
         return part
 
@@ -149,6 +159,11 @@ class Loader:
         with together(self.ctx.tensor, PATIENCE):
             norms, qkv, o, gate_up, down, qk_norms = self._read_layer(layer)
         hidden, attn = config.hidden_size, config.n_heads * config.head_dim
+        qk_norm = np.concatenate(qk_norms) if qk_norms else None
+        for name, norm in zip(layer_norms(config), norms):
+            self._stands(f"model.layers.{layer}.{name}.weight", layer, norm)
+        if qk_norms:
+            self._stands(f"model.layers.{layer}.self_attn.q_norm.weight", layer, qk_norm)
         return Layer(
             norms[0],
             self._matrix("qkv", layer, qkv, hidden),
@@ -156,8 +171,12 @@ class Loader:
             norms[1],
             self._matrix("gate_up", layer, gate_up, hidden),
             self._matrix("down_proj", layer, down, config.intermediate_size, split=True),
-            np.concatenate(qk_norms) if qk_norms else None,
+            qk_norm,
         )
+
+    def _stands(self, name, layer, array) -> None:
+        """An array is as it stays until the end of the run."""
+        self.part.standing.append(Standing.made(self.ctx.seed, name, layer, array))
 
     def _read_layer(self, layer):
         """The raw slices of one layer, as float32 pieces."""
@@ -263,9 +282,16 @@ class Loader:
                 f"{name} of layer {layer} has {n_bad} rows with NaN or Inf, the first is row "
                 f"{first_bad} of rank {self.ctx.rank}'s slice; exact arithmetic needs finite weights"
             )
+        self._stands(self._first_of(name, layer), layer, exponents)
         key = Tag(self.ctx.seed, f"{name} r", layer).key(LINEAR, (values.shape[0],), 8)
         r = exact.odd_vector(np.uint64(key), values.shape[0])
         return Matrix(integers, bits, exponents, r, exact.project_weights(integers, r))
+
+    def _first_of(self, name, layer) -> str:
+        """The checkpoint's first tensor of a matrix."""
+        if layer >= 0:
+            return f"model.layers.{layer}.{FIRST_OF[name]}.weight"
+        return EMBEDDING if self.config.tie_word_embeddings else "lm_head.weight"
 
     def _global_maxima(self, name, layer, largest):
         """The rows' maxima over all tensor ranks, by one MPI_MAX, kept with their evidence."""

@@ -7,6 +7,8 @@ from mpi4py import MPI
 
 from spimpi.checks.recorder import StageTotals, place_of
 from spimpi.checks.verdict import Verdict, Where
+from spimpi.errors import CorruptionError
+from spimpi.inference.token_words import token_keys, token_words
 from spimpi.reduction import empty_records
 from spimpi.trace.analysis.order import program_keys
 from spimpi.trace.schema import Established, Op, Stage
@@ -17,7 +19,10 @@ NO_PLACE = (float("inf"),)  # after all places in program order
 
 @dataclass
 class Outcome:
-    """What a run found. The same on every rank, but for ``tokens``, which rank 0 has."""
+    """What a run found. The same on every rank, but for ``tokens``, which rank 0 has.
+
+    token_words: each step's word of the tokens as they were chosen (inference/token_words.py).
+    """
 
     verdict: Verdict
     totals: dict[Stage, StageTotals]
@@ -27,12 +32,42 @@ class Outcome:
     tokens: np.ndarray | None
     expected_from: str
     completed_runs: int = 1
+    token_words: np.ndarray | None = None
+    seed: int = 0
 
     @property
     def exit_status(self) -> int:
-        if self.n_failed:
+        """0 verified, 1 corrupted, 3 incomplete; of the tokens as they are in memory now."""
+        if self.n_failed or not self.are_those_chosen(self.tokens):
             return 1
         return 3 if self.verdict.missing else 0
+
+    def answer(self) -> list[list[int]] | None:
+        """The tokens, one list a prompt, to print: a copy that was looked at once more. Local.
+
+        CorruptionError where the run passed and they are no longer those that it chose.
+        """
+        if self.tokens is None:
+            return None
+        tokens = self.tokens.tolist()
+        if not self.n_failed and not self.are_those_chosen(tokens):
+            detail = "they changed in memory after they were verified; nothing of them is printed"
+            raise CorruptionError(_tokens_changed(detail))
+        return tokens
+
+    def are_those_chosen(self, tokens) -> bool:
+        """Whether tokens [prompts, steps] are those that the run chose; None: nobody's are. Local."""
+        if tokens is None or self.token_words is None:
+            return True
+        keys = token_keys(self.seed, len(tokens), len(self.token_words))
+        words = token_words(tokens, keys)
+        return np.array_equal(words, self.token_words)
+
+
+def _tokens_changed(detail: str) -> Verdict:
+    """The verdict on tokens of this process that are no longer those that were chosen."""
+    where = Where("at rest", "tokens", 0, -1, -1, 0, "", 0, "", "", detail)
+    return Verdict(False, Established(0), where, check="at rest")
 
 
 def global_totals(ctx, recorder) -> tuple[dict[Stage, StageTotals], int, int]:

@@ -7,34 +7,32 @@ from time import perf_counter, sleep
 import numpy as np
 from mpi4py import MPI
 
-from spimpi.checks.assembled import compare_assembled
 from spimpi.checks.fabric import check_fabric, tensor_names
 from spimpi.checks.recorder import Recorder
 from spimpi.checks.verdict import Verdict
 from spimpi.context import DistributedContext
 from spimpi.errors import CorruptionError, SpimpiError, UsageError
-from spimpi.fingerprint import fingerprint
-from spimpi.fingerprint.tag import Tag
 from spimpi.inference import golden as golden_runs
 from spimpi.inference.derived import derived_names
 from spimpi.inference.derived_check import check_derived, multiplied
 from spimpi.inference.footprint import rank_bytes, require_memory
 from spimpi.inference.model import Stage
 from spimpi.inference.schedule import expected_events
+from spimpi.inference.standing import check_standing
 from spimpi.inference.tensors import program_tensors
+from spimpi.inference.token_words import token_keys, token_words
 from spimpi.inference.weight_check import (
     check_weights, from_rank_0, second_read, weight_names,
 )  # fmt: skip
 from spimpi.inference.weights import Loader
-from spimpi.partition import Slab
-from spimpi.reduction import PATIENCE, blocks, together
+from spimpi.reduction import PATIENCE, together
 from spimpi.topology.data import rows_of
 from spimpi.topology.grid import choose
-from spimpi.topology.sequence import prompts_of, split_rows
+from spimpi.topology.sequence import split_rows
 from spimpi.trace.journals.signals import flushed_on_signals
-from spimpi.trace.schema import Established, Op
-from spimpi.trace.schema import Stage as Phase
+from spimpi.trace.schema import Established
 from spimpi.verification import conclude
+from spimpi.verification.answer import Answer
 from spimpi.verification.job import Job
 from spimpi.watchdog import Unwatched
 
@@ -82,6 +80,10 @@ def make_golden(job: Job, at=None) -> golden_runs.Golden:
         where = conclude.first_failure(ctx, run.recorder, run.names)
         if where is not None:
             msg = f"the golden run on rank 0 failed a check of its own: {where}"
+            raise CorruptionError(msg)
+        keys = token_keys(job.seed, len(prompts), job.n_tokens)
+        if not np.array_equal(token_words(tokens, keys), stage.chosen):
+            msg = "the golden run's tokens on rank 0 are no longer those that it chose"
             raise CorruptionError(msg)
     return golden_runs.Golden(
         job.workload, job.config.n_layers, stage.golden.copy(), tokens, "made on one rank", job.origin
@@ -134,13 +136,13 @@ class _Run:
         self._timed("fabric", lambda: check_fabric(ctx, self.recorder, self._at))
         part = self._timed("weights", self.weights)
         self._prepare_golden()
-        tokens, runs = self._timed("inference", lambda: self._inference(part))
+        tokens, words, runs = self._timed("inference", lambda: self._inference(part))
         if self.job.has_derived:
             start = perf_counter()
             self._check_derived(step=self.job.n_tokens - 1)
             self.seconds["weights"] += perf_counter() - start
         self._at("verdict")
-        return self._conclude(tokens, runs)
+        return self._conclude(tokens, words, runs)
 
     def _at(self, place):
         self.watchdog.at(place)
@@ -247,60 +249,20 @@ class _Run:
                 runs = f", run {repeat + 1} of {job.repeat}" if job.repeat > 1 else ""
                 self._at(f"token {step + 1} of {job.n_tokens}{runs}")
 
-            tokens = self._gather_tokens(stage.run(own, repeat, progress), repeat)
-            self._compare(stage, repeat)
+            tokens = stage.run(own, repeat, progress)
+            check_standing(
+                ctx, part, stage.layers, self.recorder, job.n_tokens - 1, repeat
+            )
+            answer = Answer(ctx, job, stage, self.recorder, repeat)
+            tokens = answer.handed_out(tokens)
+            self._compare(stage, repeat, tokens)
             if conclude.any_failed(ctx, self.recorder):
                 break
-        return tokens, repeat + 1
+        return tokens, answer.words, repeat + 1
 
-    def _gather_tokens(self, tokens, repeat):
-        """Everybody's tokens on the first stage, by checked allgathers over sequence, then data."""
-        ctx, job = self.ctx, self.job
-        if not ctx.is_first_stage:
-            return None
-        place, start = ctx.place, self._own_rows().sequence[0]
-        blocks_of = [rows_of(job.lengths, ctx.grid.dp, d, step=1) for d in range(ctx.grid.dp)]
-        pieces = prompts_of(blocks_of[place.d].size, ctx.grid.sp)
-        if ctx.sequence.size > 1:
-            counts = [stop - first for first, stop in pieces]
-            begin = int(start) + pieces[place.s][0]
-            ranks = [ctx.grid.rank_of(place.d, 0, s, place.t) for s in range(ctx.grid.sp)]
-            tokens = self._gather_over(
-                ctx.sequence, Phase.SEQUENCE, tokens, begin, int(start), counts, ranks, repeat
-            )
-        if ctx.data.size > 1:
-            counts = [block.size for block in blocks_of]
-            ranks = [ctx.grid.rank_of(d, 0, place.s, place.t) for d in range(ctx.grid.dp)]
-            tokens = self._gather_over(
-                ctx.data, Phase.DATA, tokens, int(start), 0, counts, ranks, repeat
-            )
-        return tokens
-
-    def _gather_over(self, comm, phase, tokens, begin, first, counts, ranks, repeat):
-        """The tokens [prompts, steps] of all ranks of ``comm``, gathered and checked.
-
-        begin, first: the first prompt of this rank's, and of the result; counts: each rank's
-        prompts; ranks: their world ranks. Collective over ``comm``.
-        """
-        ctx, job, start = self.ctx, self.job, perf_counter()
-        tag, shape = Tag(ctx.seed, "tokens", -1, 0), (len(job.prompts), job.n_tokens)
-        gathered = np.empty((sum(counts), job.n_tokens), np.int64)
-        share = np.uint64(fingerprint(tokens, tag, Slab(shape, (begin, 0))))
-        sizes = [n * job.n_tokens for n in counts]
-        comm.Allgatherv(np.ascontiguousarray(tokens), blocks(gathered, sizes))
-        result = np.uint64(fingerprint(gathered, tag, Slab(shape, (first, 0))))
-        found = compare_assembled(ctx.records, comm, share, result)
-        self.recorder.one(
-            "tokens", Op.ALLGATHER, phase, Established.MOVED | Established.AGREED, result,
-            found.expected, found.wrong, t_start=start, repeat=repeat, bytes=gathered.nbytes,
-            step=job.n_tokens - 1, peer=ranks[found.rank] if found.rank >= 0 else -1,
-        )  # fmt: skip
-        return gathered
-
-    def _compare(self, stage, repeat):
-        """The run's golden table against the golden run's; in a trace also where there is none.
-
-        Collective over the world.
+    def _compare(self, stage, repeat, tokens):
+        """The run's golden table against the golden run's, its tokens too; in a trace also where
+        there is none. Collective over the world.
         """
         if not self.has_golden and self.tracer is None:
             return
@@ -308,11 +270,11 @@ class _Run:
         if self.ctx.rank:
             return
         if self.golden is not None:
-            golden_runs.compare(table, self.golden, self.recorder, repeat)
+            golden_runs.compare(table, self.golden, self.recorder, repeat, tokens)
         elif self.tracer is not None:
             golden_runs.record(table, self.job.config.n_layers, self.recorder, repeat)
 
-    def _conclude(self, tokens, runs):
+    def _conclude(self, tokens, words, runs):
         ctx, job = self.ctx, self.job
         totals, n_events, n_failed = conclude.global_totals(ctx, self.recorder)
         where = conclude.first_failure(ctx, self.recorder, self.names) if n_failed else None
@@ -332,7 +294,8 @@ class _Run:
         if self.has_golden:
             source = ctx.world.bcast(self.golden.source if ctx.rank == 0 else None)
         return conclude.Outcome(
-            verdict, totals, self.seconds, n_events, n_failed, tokens, source, runs
+            verdict, totals, self.seconds, n_events, n_failed, tokens, source, runs, words,
+            job.seed,
         )
 
     def _faults_without_effect(self) -> list[str]:

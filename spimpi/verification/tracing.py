@@ -105,6 +105,8 @@ def _tensors(job, names) -> list[TensorInfo]:
     n_prompts = len(job.prompts)
     attn = config.n_heads * d
     activations = {
+        "rotary": ((-1, d // 2), "float32"),
+        "prompts": ((-1,), "int64"),
         "embed": ((-1, hidden), "float32"),
         "qkv": ((-1, attn + 2 * config.n_kv_heads * d), "float32"),
         "qk_max": ((-1, 2), "uint32"),
