@@ -4,7 +4,7 @@ The inputs of a matmul are scaled by powers of two and rounded to integers of so
 every product and every partial sum is an integer of at most 2**53. float64 holds all of those, so
 no sum rounds: any order, blocking, vector width, thread count or split over ranks gives the same
 bits, and a check by equality has no false alarms. docs/exact-arithmetic.md derives this, and the
-odds of ``check_product``.
+odds of the check of a product.
 
 Everything here is local: no function communicates. Layouts: activations [R, K], weights [N, K]
 as Hugging Face stores them, products Y = X W^T [R, N]; K is the inner size.
@@ -261,7 +261,9 @@ def _kernel_beats_blas() -> bool:
     return times[_multiply] <= times[_multiply_by_blas]
 
 
-# The check of a product (Freivalds 1977), over the integers mod 2**64
+# The check of a product (Freivalds 1977), over the integers mod 2**64: Y r == X (W^T r), row by row.
+# A single wrong element in a row is always found; several, their errors all divisible by 2**a and
+# no more, but for odds of 2**-(63 - a). product.py and attention.py make it.
 
 
 @kernel("void(u8, i8[::1])")
@@ -277,30 +279,33 @@ def odd_vector(key: int, n: int) -> np.ndarray:
     return r
 
 
-@kernel("void(f4[:, ::1], i8[::1], i8[::1])")
-def _project(w, r, out):
+@kernel("i8(f4[:,::1], u4[::1], u4[::1], i4[::1], i8, i8[::1], i8[::1])")
+def _project(w, own, absmax, exps, b, r, out):
     out[:] = 0
-    fours = w.shape[0] // 4 * 4
-    for n in range(0, fours, 4):
-        w0, w1, w2, w3 = w[n], w[n + 1], w[n + 2], w[n + 3]
-        r0, r1, r2, r3 = r[n], r[n + 1], r[n + 2], r[n + 3]
-        for i in range(out.size):
-            out[i] += (np.int64(w0[i]) * r0 + np.int64(w1[i]) * r1) + (
-                np.int64(w2[i]) * r2 + np.int64(w3[i]) * r3
-            )
-    for n in range(fours, w.shape[0]):
-        for i in range(out.size):
-            out[i] += np.int64(w[n, i]) * r[n]
+    n_wrong = 0
+    for n in range(w.shape[0]):
+        row, largest, given = w[n], np.uint32(0), absmax[n]
+        words = row.view(np.uint32)
+        for i in range(words.size):
+            largest = max(largest, np.uint32(words[i] & 0x7FFFFFFF))
+        e = exponent_of(given) if 0 < given < NOT_FINITE else 0
+        n_wrong += largest != own[n] or largest > given or exps[n] != e
+        if 0 < given < NOT_FINITE:
+            scale = power_of_two(b - e)
+            for i in range(out.size):
+                out[i] += np.int64(rounded(np.float64(row[i]) * scale)) * r[n]
+    return n_wrong
 
 
-def project_weights(wq: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """W^T r mod 2**64, int64[K], of integer weights float32[N, K] and r int64[N].
+def project_weights(w, own, absmax, exps, b: int, r):
+    """(W^T r mod 2**64 of the integers of weights float32[N, K], how many rows are wrong).
 
-    Computed once a weight shard, after the weights were verified.
+    The integers are those that quantize_weights makes with ``absmax``, made once more: a product
+    of others is seen. A row is wrong where its maximum is not ``own`` (uint32[N], weight_absmax) or
+    exceeds the GLOBAL row's (absmax), or where its exponent (exps) is not that of the latter.
     """
-    wr = np.empty(wq.shape[1], np.int64)
-    _project(wq, r, wr)
-    return wr
+    wr = np.empty(w.shape[1], np.int64)
+    return wr, _project(w, own, absmax, exps, b, r, wr)
 
 
 @inlined
@@ -329,30 +334,6 @@ def row_input(values, wr):
     return total
 
 
-@inlined
-def check_product(xq, wr, y, r):
-    """Check y float64[R, N] = xq W^T by y r == xq (W^T r) mod 2**64, row by row.
-
-    xq float64[R, K] as given to matmul, wr int64[K] = project_weights(wq, r), r int64[N] from
-    odd_vector. Returns (rows that fail, the first of them or -1, elements of y that are not
-    integers of at most 2**53; a row with such an element fails; the two sides, uint64, summed over
-    the rows). A single wrong element in a row is always found; several, their errors all divisible
-    by 2**a and no more, but for odds of 2**-(63 - a). Inlined into the kernels of product.py.
-    """
-    n_bad, first, n_not_integer = 0, -1, 0
-    all_left = all_right = 0
-    for row in range(y.shape[0]):
-        left, n_wrong = row_product(y[row], r)
-        right = row_input(xq[row], wr)
-        if left != right or n_wrong > 0:
-            n_bad += 1
-            first = row if first < 0 else first
-        n_not_integer += n_wrong
-        all_left += left
-        all_right += right
-    return n_bad, first, n_not_integer, np.uint64(all_left), np.uint64(all_right)
-
-
 # Back to float32
 
 
@@ -369,7 +350,7 @@ def scale_back(y, ex, ew, b, out):
     """out float32[R, N] = y * 2**(ex + ew - 2 b), rounded once; a zero is +0.0.
 
     y float64 or int64 [R, N]: the exact sums; ex int32[R] and ew int32[N]: exponents of the
-    rows of activations and weights; b: their bits. Inlined into the kernels of product.py.
+    rows of activations and weights; b: their bits.
     """
     for row in range(y.shape[0]):
         own = np.int64(ex[row]) - 2 * b

@@ -109,6 +109,24 @@ def slab_of(shape, rows, cols) -> Slab:
     return Slab(shape, tuple(r[0] if r else 0 for r in (rows, cols)[: len(shape)]))
 
 
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """A raw slice of the stored tensor ``name``, and the name under which its share counts."""
+
+    key: str
+    name: str
+    rows: tuple[int, int] | None
+    cols: tuple[int, int] | None
+    kv_heads: range | None
+    raw: np.ndarray
+
+
+def joined(slices) -> np.ndarray:
+    """Slices one after the other along the first axis, a float32 copy."""
+    pieces = [float32(one.raw) for one in slices]
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
 class Loader:
     """Reads this rank's slices of a checkpoint; ``load`` is collective over ctx.tensor.
 
@@ -135,23 +153,26 @@ class Loader:
         vocab = (vocabulary.start, vocabulary.stop)
         if ctx.is_first_stage:
             with together(ctx.tensor, PATIENCE):
-                raw = self._read(EMBEDDING, "embed_tokens", -1, vocab)
-            part.embed = raw
+                embed = self._read(EMBEDDING, "embed_tokens", -1, vocab)
+            part.embed = embed.raw
+            self._account(embed)
             slab = slab_of(self.checkpoint.tensors[EMBEDDING].shape, vocab, None)
-            part.standing.append(Standing(EMBEDDING, -1, raw, part.shares[EMBEDDING], slab))
+            part.standing.append(Standing(EMBEDDING, -1, embed.raw, part.shares[EMBEDDING], slab))
         for layer in ctx.layers:
             part.layers.append(self._layer(layer))
             if progress:
                 progress(layer)
         if ctx.is_last_stage:
             with together(ctx.tensor, PATIENCE):
-                part.norm = float32(self._read("model.norm.weight", "norm", -1))
-                self._stands("model.norm.weight", -1, part.norm)
+                norm = self._read("model.norm.weight", "norm", -1)
                 if not config.tie_word_embeddings:
-                    raw = self._read("lm_head.weight", "lm_head", -1, vocab)
+                    head = self._read("lm_head.weight", "lm_head", -1, vocab)
                 elif not ctx.is_first_stage:
-                    raw = self._read(EMBEDDING, "lm_head", -1, vocab, share_as=TIED_COPY)
-            part.head = self._matrix("lm_head", -1, [float32(raw)], config.hidden_size)
+                    head = self._read(EMBEDDING, "lm_head", -1, vocab, share_as=TIED_COPY)
+                else:
+                    head = embed  # has its share already
+            part.norm = self._vector(-1, [norm])
+            part.head = self._matrix("lm_head", -1, [head], config.hidden_size)
         return part
 
     def _layer(self, layer) -> Layer:
@@ -159,27 +180,31 @@ class Loader:
         with together(self.ctx.tensor, PATIENCE):
             norms, qkv, o, gate_up, down, qk_norms = self._read_layer(layer)
         hidden, attn = config.hidden_size, config.n_heads * config.head_dim
-        qk_norm = np.concatenate(qk_norms) if qk_norms else None
-        for name, norm in zip(layer_norms(config), norms):
-            self._stands(f"model.layers.{layer}.{name}.weight", layer, norm)
-        if qk_norms:
-            self._stands(f"model.layers.{layer}.self_attn.q_norm.weight", layer, qk_norm)
         return Layer(
-            norms[0],
+            self._vector(layer, norms[:1]),
             self._matrix("qkv", layer, qkv, hidden),
             self._matrix("o_proj", layer, o, attn, split=True),
-            norms[1],
+            self._vector(layer, norms[1:]),
             self._matrix("gate_up", layer, gate_up, hidden),
             self._matrix("down_proj", layer, down, config.intermediate_size, split=True),
-            qk_norm,
+            self._vector(layer, qk_norms) if qk_norms else None,
         )
 
-    def _stands(self, name, layer, array) -> None:
-        """An array is as it stays until the end of the run."""
-        self.part.standing.append(Standing.made(self.ctx.seed, name, layer, array))
+    def _vector(self, layer, slices) -> np.ndarray:
+        """Norm weights, float32, which must stay what the raw slices give."""
+        array = joined(slices)
+        self._stands(slices[0].name, layer, array, joined(slices))
+        for one in slices:
+            self._account(one)
+        return array
+
+    def _stands(self, name, layer, array, now) -> None:
+        """An array stays as it is ``now``, an array of the same values, until the end of the run."""
+        word = Standing.made(self.ctx.seed, name, layer, now).word
+        self.part.standing.append(Standing(name, layer, array, word))
 
     def _read_layer(self, layer):
-        """The raw slices of one layer, as float32 pieces."""
+        """The raw slices of one layer."""
         config, shard, read = self.config, self.shard, self._read
         prefix = f"model.layers.{layer}."
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
@@ -209,11 +234,10 @@ class Loader:
         ]
         o = read(attention + "o_proj.weight", "o_proj", layer, None, queries)
         down = read(mlp + "down_proj.weight", "down_proj", layer, None, ffn)
-        read_so_far = (norms, qkv, [o], gate_up, [down], qk_norms)
-        return [[float32(raw) for raw in raws] for raws in read_so_far]
+        return norms, qkv, [o], gate_up, [down], qk_norms
 
     def _read(self, name, short, layer, rows=None, cols=None, kv_heads=None, share_as=None):
-        """A slice of a stored tensor, after taking down its share of the tensor's fingerprint."""
+        """A Slice of a stored tensor."""
         record = self.checkpoint.tensors[name]
         ranges = (rows, cols)
         if self.faults:
@@ -222,14 +246,21 @@ class Loader:
         raw = self.checkpoint.read(name, *ranges)
         if self.faults:
             raw = self.faults.weights(short, layer, raw)
-        key = share_as or name
-        slab = slab_of(record.shape, rows, cols)
-        share, copies = self.share_of(name, raw, slab, kv_heads)
-        self.part.copies.update(copies)
-        self.reads.append((key, name, rows, cols, kv_heads, share, copies))
-        self.part.shares[key] = self.part.shares.get(key, 0) ^ share
-        self.part.bytes_of[key] = self.part.bytes_of.get(key, 0) + raw.nbytes
-        return raw
+        return Slice(share_as or name, name, rows, cols, kv_heads, raw)
+
+    def _account(self, one: Slice, right=True) -> None:
+        """Take down a slice's share of its tensor's fingerprint, once it has been used.
+
+        A slice of which something wrong was made (not ``right``) has no share that is right.
+        """
+        shape, part = self.checkpoint.tensors[one.name].shape, self.part
+        slab = slab_of(shape, one.rows, one.cols)
+        share, copies = self.share_of(one.name, one.raw, slab, one.kv_heads)
+        share ^= not right
+        part.copies.update(copies)
+        self.reads.append((one.key, one.name, one.rows, one.cols, one.kv_heads, share, copies))
+        part.shares[one.key] = part.shares.get(one.key, 0) ^ share
+        part.bytes_of[one.key] = part.bytes_of.get(one.key, 0) + one.raw.nbytes
 
     def share_of(self, name, raw, slab, kv_heads) -> tuple[int, dict]:
         """The slice's share of the tensor's fingerprint; replicas count for the lowest rank.
@@ -265,14 +296,20 @@ class Loader:
                 intact &= [*self.share_of(name, raw, slab, kv_heads)] == first
         return intact
 
-    def _matrix(self, name, layer, pieces, global_inputs, split=False) -> Matrix:
-        """Scale and round to integers; ``split``: the inputs are spread over the tensor ranks."""
-        values = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+    def _matrix(self, name, layer, slices, global_inputs, split=False) -> Matrix:
+        """Scale and round to integers; ``split``: the inputs are spread over the tensor ranks.
+
+        W·r is taken of the raw slices once more, not of the integers: every product then holds
+        these to the slices, whose share is taken last.
+        """
+        values = joined(slices)
         if not self.exact:
+            self._account_once(slices)
             return Matrix(values)
-        largest = exact.weight_absmax(values)
-        if split and self.ctx.tensor.size > 1:
-            largest = self._global_maxima(name, layer, largest)
+        largest = own = exact.weight_absmax(values)
+        split = split and self.ctx.tensor.size > 1
+        if split:
+            largest = self._global_maxima(name, layer, np.array(own))
         bits = exact.bits(global_inputs)
         result = exact.quantize_weights(values, largest, bits)
         integers, exponents, n_bad, first_bad = result
@@ -282,10 +319,22 @@ class Loader:
                 f"{name} of layer {layer} has {n_bad} rows with NaN or Inf, the first is row "
                 f"{first_bad} of rank {self.ctx.rank}'s slice; exact arithmetic needs finite weights"
             )
-        self._stands(self._first_of(name, layer), layer, exponents)
         key = Tag(self.ctx.seed, f"{name} r", layer).key(LINEAR, (values.shape[0],), 8)
         r = exact.odd_vector(np.uint64(key), values.shape[0])
-        return Matrix(integers, bits, exponents, r, exact.project_weights(integers, r))
+        del values
+        again = joined(slices)
+        projection, n_wrong = exact.project_weights(again, own, largest, exponents, bits, r)
+        if split and not np.array_equal(largest, self.reduced):
+            self.part.maxima[-1] = (*self.part.maxima[-1][:3], 1)  # not as they arrived
+        self._account_once(slices, not n_wrong)
+        self._stands(self._first_of(name, layer), layer, exponents, exponents)
+        return Matrix(integers, bits, exponents, r, projection)
+
+    def _account_once(self, slices, right=True) -> None:
+        """As ``_account``; a tied head is a slice of the embedding, which has its share."""
+        for one in slices:
+            if not right or one.raw is not self.part.embed:
+                self._account(one, right)
 
     def _first_of(self, name, layer) -> str:
         """The checkpoint's first tensor of a matrix."""
@@ -303,4 +352,5 @@ class Loader:
         rank, size = np.uint64(tensor.rank), np.uint64(tensor.size)
         bad = unpack_maxima(packed, reduced, largest, rank, size, np.uint64(0), 0, words, 0)
         self.part.maxima.append((layer, name, int(words[0]), bad))
+        self.reduced = largest.copy()
         return largest

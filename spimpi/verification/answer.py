@@ -28,7 +28,7 @@ class Answer:
 
     def __init__(self, ctx, job, stage, recorder, repeat):
         self.ctx, self.job, self.stage, self.recorder = ctx, job, stage, recorder
-        self.repeat, self.words, self.culprit = repeat, None, ctx.rank
+        self.repeat, self.words, self.share, self.culprit = repeat, None, None, ctx.rank
         self.keys = token_keys(ctx.seed, len(job.prompts), job.n_tokens)
 
     def handed_out(self, tokens) -> np.ndarray | None:
@@ -39,7 +39,7 @@ class Answer:
         ctx = self.ctx
         if ctx.is_first_stage:
             self._prompts()
-            tokens = self._gathered(tokens)
+            tokens = self.gathered(tokens)
         shares = self.stage.golden[:, -1]
         self.words = np.array(reduce_fingerprints(ctx.world, shares.tolist()), np.uint64)
         if ctx.rank == 0:
@@ -60,34 +60,32 @@ class Answer:
             t_start=start, repeat=self.repeat, bytes=ids.nbytes,
         )  # fmt: skip
 
-    def _gathered(self, tokens):
-        """By checked allgathers over sequence, then data."""
+    def gathered(self, tokens) -> np.ndarray:
+        """Everybody's tokens, by checked allgathers over sequence, then data. Collective over both."""
         ctx, job = self.ctx, self.job
         place = ctx.place
         blocks_of = [rows_of(job.lengths, ctx.grid.dp, d, step=1) for d in range(ctx.grid.dp)]
         pieces = prompts_of(blocks_of[place.d].size, ctx.grid.sp)
-        start, share = blocks_of[place.d].start, folded(self.stage.chosen)
+        start, self.share = blocks_of[place.d].start, folded(self.stage.chosen)
         if ctx.sequence.size > 1:
             counts = [stop - first for first, stop in pieces]
             ranks = [ctx.grid.rank_of(place.d, 0, s, place.t) for s in range(ctx.grid.sp)]
             begin = start + pieces[place.s][0]
-            tokens, share = self._over(
-                ctx.sequence, Phase.SEQUENCE, tokens, share, begin, start, counts, ranks
-            )
+            tokens = self._over(ctx.sequence, Phase.SEQUENCE, tokens, begin, start, counts, ranks)
         if ctx.data.size > 1:
             counts = [block.size for block in blocks_of]
             ranks = [ctx.grid.rank_of(d, 0, place.s, place.t) for d in range(ctx.grid.dp)]
-            tokens, _ = self._over(ctx.data, Phase.DATA, tokens, share, start, 0, counts, ranks)
+            tokens = self._over(ctx.data, Phase.DATA, tokens, start, 0, counts, ranks)
         return tokens
 
-    def _over(self, comm, phase, tokens, share, begin, first, counts, ranks):
-        """The tokens [prompts, steps] of all ranks of ``comm``, gathered and checked; their word.
+    def _over(self, comm, phase, tokens, begin, first, counts, ranks):
+        """The tokens [prompts, steps] of all ranks of ``comm``, gathered and checked.
 
-        share: the word of this rank's as they were chosen; begin, first: the first prompt of this
-        rank's, and of the result; counts: each rank's prompts; ranks: their world ranks.
-        Collective over ``comm``.
+        begin, first: the first prompt of this rank's, and of the result; counts: each rank's
+        prompts; ranks: their world ranks. ``share``, the word of this rank's tokens as they were
+        chosen, becomes that of all. Collective over ``comm``.
         """
-        ctx, job, start = self.ctx, self.job, perf_counter()
+        ctx, job, share, start = self.ctx, self.job, self.share, perf_counter()
         gathered = np.empty((sum(counts), job.n_tokens), np.int64)
         sizes = [n * job.n_tokens for n in counts]
         sent = np.ascontiguousarray(tokens)
@@ -105,7 +103,8 @@ class Answer:
             found.wrong, t_start=start, repeat=self.repeat, bytes=gathered.nbytes,
             step=job.n_tokens - 1, peer=ranks[rank] if rank >= 0 else -1,
         )  # fmt: skip
-        return gathered, found.expected
+        self.share = found.expected
+        return gathered
 
     def _last_look(self, tokens) -> None:
         """Rank 0's tokens of all prompts are those that were chosen: an event a step."""

@@ -51,21 +51,24 @@ class Outcome:
             return None
         tokens = self.tokens.tolist()
         if not self.n_failed and not self.are_those_chosen(tokens):
-            detail = "they changed in memory after they were verified; nothing of them is printed"
-            raise CorruptionError(_tokens_changed(detail))
+            raise CorruptionError(_tokens_changed())
         return tokens
 
     def are_those_chosen(self, tokens) -> bool:
         """Whether tokens [prompts, steps] are those that the run chose; None: nobody's are. Local."""
-        if tokens is None or self.token_words is None:
-            return True
-        keys = token_keys(self.seed, len(tokens), len(self.token_words))
-        words = token_words(tokens, keys)
-        return np.array_equal(words, self.token_words)
+        return those_chosen(tokens, self.token_words, self.seed)
 
 
-def _tokens_changed(detail: str) -> Verdict:
-    """The verdict on tokens of this process that are no longer those that were chosen."""
+def those_chosen(tokens, words, seed: int) -> bool:
+    """Whether tokens [prompts, steps] have these words, one a step; None: nobody's do. Local."""
+    if tokens is None or words is None:
+        return True
+    return np.array_equal(token_words(tokens, token_keys(seed, len(tokens), len(words))), words)
+
+
+def _tokens_changed() -> Verdict:
+    """The verdict on tokens of rank 0 that are no longer those that were chosen."""
+    detail = "they changed in memory after the run's last look at them"
     where = Where("at rest", "tokens", 0, -1, -1, 0, "", 0, "", "", detail)
     return Verdict(False, Established(0), where, check="at rest")
 
@@ -87,26 +90,32 @@ def any_failed(ctx, recorder) -> bool:
     return total > 0
 
 
-def conclusion(ctx, job, recorder, names, has_golden, n_due, changed, source) -> "Conclusion":
+def conclusion(
+    ctx, job, recorder, names, has_golden, n_due, changed, source, tokens_hold=True
+) -> "Conclusion":
     """One verdict of all ranks' checks, the same on every rank. Collective.
 
     n_due: how many checks were due on this rank; changed: whether each injected fault changed
-    anything here; source: where the golden run is from, of which rank 0's word counts. Every
-    exchange is made whatever the ones before brought. Where one of them went wrong, on one rank or
-    on all, every rank says incomplete.
+    anything here; source: where the golden run is from, and tokens_hold: whether this rank's tokens
+    are still those that were chosen, of both of which rank 0's word counts. Every exchange is made
+    whatever the ones before brought. Where one of them went wrong, on one rank or on all, every
+    rank says incomplete.
     """
     sums = summed(ctx, account(recorder, n_due, changed))
     said, deaf = told(ctx.world, _Said.of(recorder, names))
     if not deaf and [one.rank for one in said] != list(range(ctx.world.size)):
         deaf = "the ranks' words arrived in another order"
     first = min((one for one in said if one.key), key=_Said.order, default=None)
-    mine = (source, _golden_says(recorder, first)) if ctx.rank == 0 else None
+    mine = None
+    if ctx.rank == 0:
+        mine = source, _golden_says(recorder, first), tokens_hold
     answer = ctx.world.bcast(mine)
     problems = [p for p in (sums.problem, deaf) if p]
-    arrived = isinstance(answer, tuple) and len(answer) == 2
+    arrived = isinstance(answer, tuple) and len(answer) == 3
     if not arrived or (ctx.rank == 0 and answer != mine):
-        problems, answer = [*problems, "rank 0's word on the golden run did not arrive"], ("", None)
-    source, golden_failed = answer
+        problems.append("rank 0's word on the golden run and the tokens did not arrive")
+        answer = "", None, True
+    source, golden_failed, tokens_hold = answer
     n_failed = sum(one.n_failed for one in said)
     if not problems and n_failed != sums.n_failed:
         problems.append(
@@ -119,6 +128,8 @@ def conclusion(ctx, job, recorder, names, has_golden, n_due, changed, source) ->
     missing = [] if problems else _missing(job, sums, has_golden)
     kinds = established(ctx, job, has_golden) if not where else Established(0)
     verdict = Verdict(not where and not missing, kinds, where, tuple(missing))
+    if not n_failed and not tokens_hold:
+        verdict, n_failed = _tokens_changed(), 1
     mine = Conclusion(verdict, sums.totals, sums.n_events, n_failed, source or "")
     return _agreed(ctx, mine, "; ".join(problems))
 

@@ -279,6 +279,7 @@ class _Run:
             ctx, job, self.recorder, self.names, self.has_golden,
             expected_events(ctx, job, runs, self.has_golden), changed,
             self.golden.source if self.golden else "",
+            conclude.those_chosen(tokens, words, job.seed),
         )  # fmt: skip
         return conclude.Outcome(
             found.verdict, found.totals, self.seconds, found.n_events, found.n_failed, tokens,

@@ -27,8 +27,8 @@ def run(qkv, sequences, positions, cache, fault=NO_FAULT, window=POSITIONS):
     attend(
         qkv, np.asarray(sequences), np.asarray(positions), cosines, sines, kv_of_head, settings,
         cache.keys, cache.key_exponents, cache.key_sums, cache.values, cache.value_exponents,
-        cache.value_sums, odd_vector(np.uint64(3), POSITIONS), np.asarray(fault), out, words,
-        keys, 0, 0, segments, found, np.zeros((1, len(REST)), np.uint64), qkv, 0,
+        cache.value_sums, cache.seals, cache.lengths, odd_vector(np.uint64(3), POSITIONS),
+        np.asarray(fault), out, words, keys, 0, 0, segments, found, np.zeros((1, len(REST)), np.uint64), qkv, 0,
         HEADS * D,
     )  # fmt: skip
     return out, words
@@ -113,6 +113,65 @@ def test_a_key_that_changes_in_the_cache_is_caught(window):
     cache.keys[0, 1, 2, 3] += 1
     _, words = run(np.ascontiguousarray(qkv[7:]), [0], [7], cache, window=window)
     assert words[4] == 1
+
+
+def _exchange(array, i, j):
+    array[[i, j]] = array[[j, i]]
+
+
+def _heads(cache):
+    for array in (cache.keys, cache.key_exponents, cache.key_sums, cache.values,
+                  cache.value_exponents, cache.value_sums, cache.seals):  # fmt: skip
+        _exchange(array[0], 0, 1)
+
+
+def _prompts(cache):
+    for array in vars(cache).values():
+        _exchange(array, 0, 1)
+
+
+def _positions(cache):
+    for array in (cache.values, cache.value_exponents, cache.value_sums):
+        _exchange(array[0, 1], 3, 5)
+
+
+def _key_positions(cache):
+    r = odd_vector(np.uint64(3), POSITIONS)
+    for array in (cache.keys, cache.key_exponents):
+        _exchange(array[0, 1], 3, 5)
+    cache.key_sums[0, 1] = (cache.keys[0, 1].astype(np.int64) * r[:, None]).sum(axis=0)
+
+
+def _key_exponent(cache):
+    cache.key_exponents[0, 1, 4] += 1
+
+
+def _value_exponent_down(cache):
+    """The value then counts for nothing, so that its product is right."""
+    cache.value_exponents[0, 0, 4] -= 100
+
+
+@pytest.mark.parametrize("window", [POSITIONS, 6])
+@pytest.mark.parametrize(
+    "move", [_heads, _prompts, _positions, _key_positions, _key_exponent, _value_exponent_down]
+)
+def test_what_changes_in_the_cache_together_with_its_sums_is_caught(move, window):
+    qkv = np.random.default_rng(8).standard_normal((18, (HEADS + 2 * KV) * D)).astype(np.float32)
+    earlier, later = [0] * 8 + [1] * 8, [*range(8), *range(8)]
+    cache = Cache.empty(2, KV, POSITIONS, D)
+    _, words = run(np.ascontiguousarray(qkv[:16]), earlier, later, cache, window=window)
+    assert words[0] == words[1] and words[2] == words[3] and not words[4:].any()
+    move(cache)
+    _, words = run(np.ascontiguousarray(qkv[16:]), [0, 1], [8, 8], cache, window=window)
+    assert words[4] + words[5] > 0 and (words[0] != words[1] or words[2] != words[3])
+
+
+@pytest.mark.parametrize("positions", [[7], [9]])
+def test_a_position_that_does_not_come_next_is_caught(positions):
+    qkv, cache = random_rows(9), Cache.empty(1, KV, POSITIONS, D)
+    run(np.ascontiguousarray(qkv[:8]), [0] * 8, range(8), cache)
+    _, words = run(np.ascontiguousarray(qkv[8:]), [0], positions, cache)
+    assert words[4] > 0 and words[0] != words[1]
 
 
 @pytest.mark.parametrize(("product", "index"), [(0, 3), (1, 2 * D + 5)])

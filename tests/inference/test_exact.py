@@ -61,19 +61,32 @@ def shuffled_parts(n, n_parts, seed):
     return np.split(rng.permutation(n), np.sort(rng.integers(0, n + 1, n_parts - 1)))
 
 
+def check_product(xq, wr, y, r):
+    """(rows that fail, the first or -1, elements that are no exact sum; both sides over the rows)."""
+    sides = [(*exact.row_product(a, r), exact.row_input(b, wr)) for a, b in zip(y, xq)]
+    bad = [i for i, (left, n_wrong, right) in enumerate(sides) if left != right or n_wrong]
+    left, n_wrong, right = (sum(int(v) for v in column) for column in zip(*sides))
+    return len(bad), bad[0] if bad else -1, n_wrong, left % 2**64, right % 2**64
+
+
+def projected(wq, r):
+    """W^T r mod 2**64 of integers."""
+    return (wq.astype(np.int64) * r[:, None]).sum(axis=0)
+
+
 class Checked:
-    """A product with all that check_product wants, to plant faults in."""
+    """A product with all that its check wants, to plant faults in."""
 
     def __init__(self, n_rows=5, k=37, n=29, key=77):
         b = exact.bits(k)
         self.xq, self.wq = integers((n_rows, k), b, 1), integers((n, k), b, 2, np.float32)
         self.y = product(self.xq, self.wq)
         self.r = exact.odd_vector(key, n)
-        self.wr = exact.project_weights(self.wq, self.r)
+        self.wr = projected(self.wq, self.r)
         self.found, self.expected = np.zeros(2, np.uint64), np.zeros(2, np.uint64)
 
     def check(self):
-        *counts, left, right = exact.check_product(self.xq, self.wr, self.y, self.r)
+        *counts, left, right = check_product(self.xq, self.wr, self.y, self.r)
         self.found[1], self.expected[1] = left, right
         return tuple(counts)
 
@@ -320,9 +333,35 @@ def test_odd_vector_is_the_linear_stream():
 
 @pytest.mark.parametrize("shape", [(1, 1), (4, 9), (7, 33), (30, 64)])
 def test_projected_weights_are_those_of_big_integers(shape):
-    wq, r = integers(shape, 24, 3, np.float32), exact.odd_vector(5, shape[0])
-    expected = big_product(wq.T, r[None, :].astype(object))[:, 0]
-    assert exact.project_weights(wq, r).tolist() == [signed(v) for v in expected]
+    w, b, r = floats(shape, 3), 20, exact.odd_vector(5, shape[0])
+    w[0, 0] = 0
+    own = exact.weight_absmax(w)
+    for largest in (own, own + np.uint32(2 << 23)):  # of whole rows; of rows with more elsewhere
+        wq, exps, n_bad, _ = exact.quantize_weights(w, largest, b)
+        expected = big_product(wq.T, r[None, :].astype(object))[:, 0]
+        found, n_wrong = exact.project_weights(w, own, largest, exps, b, r)
+        assert found.tolist() == [signed(v) for v in expected] and n_bad == n_wrong == 0
+
+
+def test_rows_of_weights_that_were_scaled_wrong_are_counted():
+    w, b, r = floats((6, 9), 4), 20, exact.odd_vector(5, 6)
+    own = exact.weight_absmax(w)
+    _, exps, _, _ = exact.quantize_weights(w, own, b)
+
+    def n_wrong(w=w, own=own, largest=own, exps=exps):
+        return exact.project_weights(w, own, largest, exps, b, r)[1]
+
+    at = np.arange(6) == 2
+    assert n_wrong() == 0
+    assert n_wrong(exps=exps + at.astype(np.int32)) == 1
+    assert n_wrong(own=own + at.astype(np.uint32)) == 1
+    assert n_wrong(largest=own - at.astype(np.uint32)) == 1
+    assert n_wrong(largest=own + at.astype(np.uint32) * np.uint32(1 << 23)) == 1  # another exponent
+    assert n_wrong(w=w * np.where(at, np.float32(0.999), np.float32(1))[:, None]) == 1
+    w = w.copy()
+    w[3, 1] = np.nan  # counted by quantize_weights; all of the row's integers are zeros
+    _, exps, n_bad, _ = exact.quantize_weights(w, exact.weight_absmax(w), b)
+    assert n_bad == 1 and n_wrong(w, *[exact.weight_absmax(w)] * 2, exps) == 0
 
 
 def test_a_right_product_passes_and_both_sides_are_the_sum_over_the_rows():

@@ -39,12 +39,14 @@ class Results:
             self.keys[1, LAYER_TENSORS.index(name)] = Tag(7, name).key(domain, shape, size)
         self.segments_found = np.zeros((1, 1), np.uint64)
         self.found, self.sums, self.made = np.zeros((3, 1, len(REST)), np.uint64)
+        self.max_words, self.max_bad = np.zeros((1, 3), np.uint64), np.zeros((1, 3), np.int64)
 
 
-def norm(qkv, weight, tp=1, n_heads=6, n_kv=2, fault=None, n_bits=None):
+def norm(qkv, weight, tp=1, n_heads=6, n_kv=2, fault=None, n_bits=None, larger=None):
     """QK norm over tp shards, their maxima and sums put together as MPI would; (out, results).
 
-    qkv, weight: global. ``fault(sums of every shard)`` may change what is sent.
+    qkv, weight: global. ``fault(sums of every shard)`` may change what is sent, ``larger(maxima)``
+    those of the global rows.
     """
     rows, width = qkv.shape
     shards = tensor_shards(tp, n_heads, n_kv, 8, 8)
@@ -58,6 +60,8 @@ def norm(qkv, weight, tp=1, n_heads=6, n_kv=2, fault=None, n_bits=None):
     for part, (columns, _), own in zip(parts, places, maxima):
         row_maxima(part, columns, own)
     largest = maxima.max(axis=0)
+    if larger:
+        larger(largest)
     results = Results(rows, width)
     sent = np.zeros((tp, rows, 2), np.int64)
     for part, (columns, _), own in zip(parts, places, sent):
@@ -71,6 +75,7 @@ def norm(qkv, weight, tp=1, n_heads=6, n_kv=2, fault=None, n_bits=None):
         bad = normalise(
             part, columns, n_bits, widths, local, EPS, largest, own, summed, True, results.keys, 0,
             0, segments, width, results.segments_found, results.found, results.sums, results.made,
+            tp == 1, results.max_words, results.max_bad,
         )  # fmt: skip
         out[:, at] = part
     return out, results, summed, bad
@@ -187,3 +192,27 @@ def test_a_sum_that_changes_after_it_was_made_is_seen():
     _, r, _, _ = norm(*rows(5), fault=flip)
     at = REST.index("qk_sum")
     assert r.made[0, at] != r.found[0, at] == r.sums[0, at]
+
+
+def test_a_maximum_or_a_sum_that_is_not_of_the_row_leaves_no_word_that_its_last_use_has():
+    at = REST.index("qk_normed")
+
+    def flip(sent):
+        sent[0, 2, 1] ^= 1 << 40
+
+    def double(maxima):
+        maxima[1, 0] += 1 << 23
+
+    def lower(maxima):
+        maxima[1, 0] -= 1 << 23
+
+    out, right, _, _ = norm(*rows(5))
+    for tp, faults in ((1, (dict(fault=flip), dict(larger=double), dict(larger=lower))),
+                       (2, (dict(fault=flip), dict(larger=lower)))):  # fmt: skip
+        assert norm(*rows(5), tp)[0].tobytes() == out.tobytes()
+        for fault in faults:
+            changed, found, _, _ = norm(*rows(5), tp, **fault)
+            if tp == 1:
+                word = fingerprint(changed, Tag(7, "qk_normed"))
+                assert int(found.made[0, at]) == word ^ (1 << 64) - 1
+    assert int(right.made[0, at]) == fingerprint(out, Tag(7, "qk_normed"))

@@ -21,11 +21,18 @@ ALONE = 5 + 6
 SHARED = ALONE + 2 + 2 + 2 + 2
 GOLDEN = 2 * (1 + 3 * 5 + 1 + 1)  # steps × (embed, five tensors a layer, logits, tokens)
 WEIGHTS = 3 * 9 + 3  # nine tensors a layer; embedding, last norm, head
+# After the last step: two norms and four matrices' exponents a layer; embedding; last norm and the
+# head's exponents; rotary tables. Prompts' ids, and the first step's tokens, as embedded; each
+# step's tokens as rank 0 hands them out.
+STANDING = 3 * (2 + 4) + 1 + 2 + 1
+EMBEDDED, HANDED_OUT = 2, 2
 
 
 def _one_rank():
-    # Each step: the layers, the output at rest, the head's product, logits and tokens at rest.
-    return WEIGHTS + 2 * (3 * ALONE + 1 + 1 + 1 + 1) + GOLDEN
+    # Each step: the layers, the output and the head's rows at rest, the head's product, logits and
+    # tokens at rest.
+    run = 2 * (3 * ALONE + 1 + 1 + 1 + 1 + 1) + STANDING + EMBEDDED + HANDED_OUT
+    return WEIGHTS + run + GOLDEN
 
 
 def _two_tensor_ranks():
@@ -33,31 +40,34 @@ def _two_tensor_ranks():
     # both.
     fabric = 5 * (4 + 2) + 3 * (1 + 1)
     copies, maxima = 3 * 2 + 1, 3 * 2  # norms; row maxima of o_proj and down_proj
-    # Each step: embedding's reduction, layers, output at rest, the head's product, logits gathered
-    # and at rest, tokens agreed and at rest.
-    step = 1 + 3 * SHARED + 1 + 1 + 2 + 2
-    return 2 * (fabric + WEIGHTS + copies + maxima + 2 * step) + GOLDEN
+    # Each step: embedding's reduction, layers, output and head's rows at rest, the head's product,
+    # logits gathered and at rest, tokens agreed and at rest.
+    step = 1 + 3 * SHARED + 2 + 1 + 2 + 2
+    rank = fabric + WEIGHTS + copies + maxima + 2 * step + STANDING + EMBEDDED
+    return 2 * rank + HANDED_OUT + GOLDEN
 
 
 def _two_stages():
     fabric = 5 * (1 + 2) + 3  # the ring of hand-offs; bxor, broadcast; records
     # Two microbatches a step. First stage, two layers: layers and the output at rest after its
     # send; once, the closing hop. Second stage: hand-off, its layer, the output at rest; once,
-    # the head's product, logits and tokens at rest.
+    # the head's product, its rows, logits and tokens at rest.
     first = 2 * (2 * ALONE + 1) + 1
-    second = 2 * (1 + ALONE + 1) + 3
-    return 2 * fabric + WEIGHTS + 2 * (first + second) + GOLDEN
+    second = 2 * (1 + ALONE + 1) + 4
+    standing = STANDING + 1  # both have rotary tables
+    return 2 * fabric + WEIGHTS + 2 * (first + second) + standing + EMBEDDED + HANDED_OUT + GOLDEN
 
 
 def _olmo_alone():
-    # A norm of queries and one of keys more a layer to load, and what it made, at rest.
-    return _one_rank() + 3 * 2 + 2 * 3 * 1
+    # A norm of queries and one of keys more a layer to load, which stand as one array; and what
+    # it made, at rest.
+    return _one_rank() + 3 * 2 + 3 + 2 * 3 * 1
 
 
 def _olmo_over_two_tensor_ranks():
-    # Each rank: two more tensors a layer to load; what the norm made, at rest; its sum at rest and
-    # summed; its maximum. No head is shared by two of two ranks.
-    return _two_tensor_ranks() + 2 * (3 * 2 + 2 * 3 * (1 + 2 + 1))
+    # Each rank: two more tensors a layer to load, one array more that stands; what the norm made, at
+    # rest; its sum at rest and summed; its maximum. No head is shared by two of two ranks.
+    return _two_tensor_ranks() + 2 * (3 * 2 + 3 + 2 * 3 * (1 + 2 + 1))
 
 
 def _olmo_over_three_tensor_ranks():
@@ -66,10 +76,11 @@ def _olmo_over_three_tensor_ranks():
     held = 1 + 2 + 1
     fabric = 5 * (4 + 2) + 3 * (1 + 1)
     copies, maxima = 3 * 2 + 1, 3 * 2
-    step = 1 + 3 * (SHARED + 1 + 2 + 1) + 1 + 1 + 2 + 2
-    ranks = 3 * (fabric + WEIGHTS + 3 * 2 + copies + maxima + 2 * step)
+    step = 1 + 3 * (SHARED + 1 + 2 + 1) + 2 + 1 + 2 + 2
+    standing = STANDING + 3 + EMBEDDED
+    ranks = 3 * (fabric + WEIGHTS + 3 * 2 + copies + maxima + 2 * step + standing)
     # A shared head, for each that holds it: k_proj, v_proj and k_norm; in each step its qkv.
-    return ranks + held * (3 * 3 + 2 * 3) + GOLDEN
+    return ranks + held * (3 * 3 + 2 * 3) + HANDED_OUT + GOLDEN
 
 
 def _wishes(model, facts=GROUPED):
@@ -130,10 +141,10 @@ def test_every_rank_records_what_the_closed_form_says(comm, model, monkeypatch, 
     recorded = []
     conclude = run._Run._conclude
 
-    def also_note(self, tokens, runs):
+    def also_note(self, tokens, words, runs):
         due = expected_events(self.ctx, self.job, runs, self.has_golden)
         recorded.append((self.recorder.n_events, due))
-        return conclude(self, tokens, runs)
+        return conclude(self, tokens, words, runs)
 
     monkeypatch.setattr(run._Run, "_conclude", also_note)
     wishes = _wishes(model, facts)

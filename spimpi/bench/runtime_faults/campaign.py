@@ -104,10 +104,10 @@ def in_mode(comm, mode, faults, trials, with_golden, group, n_groups, tell):
             continue
         chosen, now = golden if compared else None, Now()
         census = Census(now, faults)
-        outcome, logits, text = run_once(comm, job_of(mode, chosen), now, census.listeners())
+        clean_run = run_once(comm, job_of(mode, chosen), now, census.listeners())
         clean += 1
-        if outcome.exit_status:
-            alarms.append(f"{mode.name}: {outcome}")
+        if clean_run.status:
+            alarms.append(f"{mode.name}, golden run {compared}: {clean_run.said}")
         moments = comm.allgather(census.moments)
         for fault in faults[group::n_groups]:
             for trial in range(trials):
@@ -118,7 +118,7 @@ def in_mode(comm, mode, faults, trials, with_golden, group, n_groups, tell):
                 if tell:
                     tell(f"{mode.name}, golden run {compared}, {fault.name}, trial {trial}")
                 job = job_of(mode, chosen)
-                rows.append(run_trial(comm, mode, job, fault, *found, (logits, text), seed))
+                rows.append(run_trial(comm, mode, job, fault, *found, clean_run, seed))
     return rows, clean, alarms
 
 

@@ -12,6 +12,7 @@ from spimpi.inference.tensors import PROGRAM
 from spimpi.verification.run import verify_distributed_inference
 
 TEXT, LOGITS, NOTHING = "text", "logits", "nothing"
+DISAGREE = -1  # a status: ranks ended with several
 WEIGHTS = "weights"  # among what a fault shows: any tensor of the checkpoint
 OF_NO_LAYER = ("embed", "last_rows", "logits", "tokens")
 
@@ -85,8 +86,8 @@ class Armed:
             call.proceed()
 
 
-def run_once(comm, job, now, heard):
-    """(outcome or the error that all ranks raised, logits here, text). Collective."""
+def run_once(comm, job, now, heard) -> "Ended":
+    """How a run of ``job`` ends, with these listeners beside the usual ones. Collective."""
     now.restart()
     logits = Logits()
     listeners = {place: [one] for place, one in clock(now).items()}
@@ -96,35 +97,46 @@ def run_once(comm, job, now, heard):
     with patched(now, listeners):
         try:
             outcome = verify_distributed_inference(comm, job)
+            return Ended(outcome.exit_status, str(outcome.verdict), outcome.verdict.where, logits,
+                         outcome.answer())  # fmt: skip
         except SpimpiError as error:
-            outcome = error
-    text = getattr(outcome, "tokens", None)
-    return outcome, logits, None if text is None else text.tolist()
+            where = getattr(getattr(error, "verdict", None), "where", None)
+            return Ended(error.exit_status, str(error), where, logits, None)
+
+
+@dataclass
+class Ended:
+    """How a run ended on this rank: exit status, verdict, logits, and the text that it would print."""
+
+    status: int
+    said: str
+    where: object
+    logits: Logits
+    text: list | None
 
 
 def run_trial(comm, mode, job, fault: Fault, moment_of, rank, clean, seed) -> Row:
     """Run ``job`` with a fault armed. ``moment_of``: each rank's moment, None where it is spared;
-    rank: the one that was chosen; clean: (logits, text) of the clean run here. Collective."""
+    rank: the one that was chosen; clean: how the clean run ended here. Collective."""
     now, own = Now(), moment_of[comm.rank]
     armed = Armed(now, fault, own, np.random.default_rng(seed))
-    outcome, logits, text = run_once(comm, job, now, {fault.place: [armed.listen]})
-    said = str(outcome) if isinstance(outcome, SpimpiError) else str(outcome.verdict)
-    status = outcome.exit_status
-    everyone = comm.allgather(
-        (armed.hand.struck, logits.same_as(clean[0]), text == clean[1], status, said)
-    )
-    struck, same_logits, same_text, statuses, words = zip(*everyone)
-    if len(set(statuses)) > 1 or len(set(words)) > 1:
-        status, said = -1, f"ranks disagree: {statuses}: {' | '.join(sorted(set(words)))}"
-    ended_well = not isinstance(outcome, SpimpiError)
-    differs = NOTHING if all(same_logits) or not ended_well else LOGITS
-    differs = TEXT if ended_well and not all(same_text) else differs
-    part, step, layer, *_ = moment_of[rank]
-    where = outcome.verdict.where if ended_well else None
-    chosen = None if fault.alike else rank
+    ended = run_once(comm, job, now, {fault.place: [armed.listen]})
+    own = armed.hand.struck, ended.logits.same_as(clean.logits), ended.text == clean.text
+    everyone = comm.allgather((*own, ended.status, ended.said, ended.where))
+    struck, same_logits, same_text, statuses, words, places = zip(*everyone)
+    # A rank alone may know, as rank 0 does of what it prints: its status is the job's.
+    telling = next((r for r, status in enumerate(statuses) if status), 0)
+    status, said, where = statuses[telling], words[telling], places[telling]
+    if len({s for s in statuses if s}) > 1:
+        status, said = DISAGREE, f"ranks disagree: {statuses}: {' | '.join(sorted(set(words)))}"
+    differs = NOTHING if all(same_logits) else LOGITS
+    if status == 0 or where is not None:
+        differs = differs if all(same_text) else TEXT
+    _, step, layer, *_ = moment_of[rank]
     return Row(
         mode.name, job.golden is not None, fault.name, step, layer, rank, any(struck), differs,
-        status, _right_place(fault, where, step, layer), _right_rank(where, chosen), said,
+        status, _right_place(fault, where, step, layer),
+        _right_rank(where, None if fault.alike else rank), said,
     )  # fmt: skip
 
 

@@ -73,28 +73,28 @@ def heads_with_sums(kind):
 
 
 def positions_with_sums(kind):
-    """Two positions of one head exchanged, and the sums made as if they belonged there."""
+    """Two positions of one head exchanged, with what is kept of each of them."""
 
     def strike(call, hand):
         sequence, position = held(call)
-        i, j = position - 1, position - 2
-        for name in (kind, f"{kind[:-1]}_exponents"):
-            _swap(hand, call[name][sequence, 0], i, j)
-        if kind == "keys":
-            _sum_keys_again(call, sequence, 0, position)
-        else:
-            _swap(hand, call["value_sums"][sequence, 0], i, j)
+        names = (kind, f"{kind[:-1]}_exponents") + (("value_sums",) if kind == "values" else ())
+        for name in names:
+            _swap(hand, call[name][sequence, 0], position - 1, position - 2)
         call.proceed()
 
     return strike
 
 
-def _sum_keys_again(call, sequence, head, position):
-    """key_sums of a head as its keys before ``position`` give them."""
-    window = int(call["settings"][9])
-    first = max(0, position - window)
-    keys = call["keys"][sequence, head, first:position].astype(np.int64)
-    call["key_sums"][sequence, head] = (keys * call["r"][first:position, None]).sum(axis=0)
+OF_HEADS = ("keys", "key_exponents", "key_sums", "values", "value_exponents", "value_sums", "seals")
+
+
+def whole_heads(call, hand):
+    """Two key/value heads of one sequence in each other's place, with all that is kept of them."""
+    sequence, _ = held(call)
+    for name in OF_HEADS:
+        if call[name].shape[1] > 1:
+            _swap(hand, call[name][sequence], 0, 1)
+    call.proceed()
 
 
 def sequences_exchanged(call, hand):
@@ -102,7 +102,7 @@ def sequences_exchanged(call, hand):
     sequence, _ = held(call)
     other = 0 if sequence else 1
     if call["keys"].shape[0] > 1:
-        for name in ("keys", "key_exponents", "key_sums", "values", "value_exponents", "value_sums"):
+        for name in OF_HEADS:
             array = call[name]
             before = array[sequence].copy()
             hand.edit(array, lambda a, rng, b=before: (
@@ -261,6 +261,8 @@ FAULTS = (
     *(Fault(f"two positions of {kind} exchanged with their sums", CACHE, ATTEND,
             positions_with_sums(kind), ("scores", "attn"), has_past)
       for kind in ("keys", "values")),
+    Fault("two heads exchanged with all that is kept of them", CACHE, ATTEND, whole_heads,
+          ("scores", "attn"), has_past),
     Fault("the caches of two prompts exchanged", CACHE, ATTEND, sequences_exchanged,
           ("scores", "attn"), has_past),
     *(Fault(f"{part} between their word and their use", ATTENTION, ATTEND,

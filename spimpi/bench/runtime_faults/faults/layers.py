@@ -136,14 +136,6 @@ _FFN_NORM = Fault(
     "weights of the norm before the FFN, in memory", NORM, FORWARD,
     before(lambda call: weights_of_call(call).ffn_norm), ("gate_up", "ffn"), fits=llama,
 )  # fmt: skip
-_AFTER_ATTN = Fault(
-    "attention's output after its norm", NORM, f"{KERNELS}:rmsnorm", after("out"), ("resid",),
-    at_norm("attn_norm"), fits=olmo,
-)  # fmt: skip
-_AFTER_FFN = Fault(
-    "the FFN's output after its norm", NORM, f"{KERNELS}:rmsnorm", after("out"), ("hidden",),
-    at_norm("ffn_norm"), fits=olmo,
-)  # fmt: skip
 _AFTER_ATTN_NORM = Fault(
     "weights of the norm after attention, in memory", NORM, FORWARD,
     before(lambda call: weights_of_call(call).attn_norm), ("resid",), fits=olmo,
@@ -197,6 +189,35 @@ _EXPONENTS = Fault(
     "exponents of the rows of a product's input", SCALING, f"{EXACT}:quantize_rows",
     after("exps", how=plus_one),
     ("qkv", "attn_out", "gate_up", "ffn", "ffn_out", "resid", "hidden"), in_layer,
+)  # fmt: skip
+
+
+def _added_wrong(call, hand):
+    """What is added to the residual stream changes between its word and the sum: the kernel runs
+    twice, on the right input for the words of its checks and on the wrong one for what is made."""
+    call.proceed()
+    names = ("found", "held", "product_found", "product_bad")
+    words = [call[name].copy() for name in names]
+    hand.edit(call["delta"])
+    call.proceed()
+    for name, word in zip(names, words):
+        call[name][...] = word
+
+
+def _gated_wrong(call, hand):
+    """gate_up changes inside swiglu, after its word was compared."""
+    call.proceed()
+    names = ("held", "product_found", "product_bad")
+    words = [call[name].copy() for name in names]
+    hand.edit(call["gate_up"])
+    call.proceed()
+    for name, word in zip(names, words):
+        call[name][...] = word
+
+
+_ADDED = Fault(
+    "the residual sum computed wrong", STREAM, f"{KERNELS}:add_residual", _added_wrong,
+    ("resid", "hidden"), in_layer,
 )  # fmt: skip
 
 
@@ -269,7 +290,6 @@ FAULTS = (
           ("embed",)),
     _ATTN_NORMED, alike(_ATTN_NORMED), _FFN_NORMED, alike(_FFN_NORMED),
     _ATTN_NORM, alike(_ATTN_NORM), _FFN_NORM, alike(_FFN_NORM),
-    _AFTER_ATTN, alike(_AFTER_ATTN), _AFTER_FFN, alike(_AFTER_FFN),
     _AFTER_ATTN_NORM, alike(_AFTER_ATTN_NORM), _AFTER_FFN_NORM, alike(_AFTER_FFN_NORM),
     _EPS, alike(_EPS),
     _MAXIMA, alike(_MAXIMA), _FFN_MAXIMA, alike(_FFN_MAXIMA), _ATTN_MAXIMA, _FFN_OWN,
@@ -308,6 +328,9 @@ FAULTS = (
     Fault("an own share of a sum in memory", SUMS, "tensor.Allreduce", before(0),
           ("attn_out", "ffn_out", "qk_sum"), reduction(MPI.SUM), fits=many),
     _MAX, alike(_MAX),
+    Fault("SwiGLU computed wrong", PRODUCTS, f"{KERNELS}:swiglu", _gated_wrong,
+          ("gate_up", "ffn")),
+    _ADDED, alike(_ADDED),
     _DELTA_0, alike(_DELTA_0), _DELTA_1, alike(_DELTA_1),
     Fault("the layer's input before it is added", STREAM, f"{KERNELS}:add_residual", before("x"),
           ("hidden", "embed", "resid"), in_layer),

@@ -8,7 +8,7 @@ from spimpi.bench.runtime_faults.fault import (
 )  # fmt: skip
 
 STAGE, HEAD, LINKS = (f"spimpi.inference.{place}" for place in ("model:Stage", "head:Head", "links:Links"))
-RUN = "spimpi.verification.run:_Run"
+RUN, ANSWER = "spimpi.verification.run:_Run", "spimpi.verification.answer:Answer"
 TOKENS, PROMPTS, WAY, HEADS = "the choice of tokens", "prompt ids", "tokens after they were chosen", "the head"
 EMBED = "the embedding"
 
@@ -135,7 +135,7 @@ _HEAD_EXPONENTS = Fault(
 def _one_row_earlier(call, hand):
     """A prompt's last row but one is taken for its last."""
     last = np.array(call["last"])
-    starts = last > call["start"]
+    starts = last > call["batch"].first_row
     if starts.any():
         at = hand.rng.choice(np.flatnonzero(starts))
         last[at] -= 1
@@ -172,11 +172,19 @@ FAULTS = (
     Fault("the tokens that the run gives back, on another rank", WAY, f"{STAGE}.run",
           returned(changed(another_id)), ("tokens",), only=first_stage,
           fits=lambda mode: mode.grid.dp * mode.grid.sp > 1),
-    Fault("the gathered tokens", WAY, f"{RUN}._gather_over", returned(changed(another_id)),
+    Fault("the gathered tokens", WAY, f"{ANSWER}._over",
+          returned(lambda found, rng: (_edited(found[0], rng, another_id), *found[1:])),
           ("tokens",), fits=lambda mode: mode.grid.dp * mode.grid.sp > 1,
           only=lambda call: call.owner.ctx.rank == 0),
-    Fault("the tokens after all gathers", WAY, f"{RUN}._gather_tokens", returned(changed(another_id)),
+    Fault("gathered tokens, as they are sent", WAY, f"{ANSWER}._over",
+          given("tokens", changed(another_id)), ("tokens",),
+          fits=lambda mode: mode.grid.dp * mode.grid.sp > 1),
+    Fault("the tokens after all gathers", WAY, f"{ANSWER}.handed_out", returned(changed(another_id)),
           ("tokens",), only=lambda call: call.owner.ctx.rank == 0),
+    Fault("the tokens after the verdict, before they are printed", WAY,
+          "spimpi.bench.runtime_faults.trial:verify_distributed_inference",
+          after(lambda call: call.result.tokens, how=another_id), ("tokens",),
+          only=lambda call: call["comm"].rank == 0),
     Fault("the tokens as the verdict is made", WAY, f"{RUN}._conclude",
           given("tokens", changed(another_id)), ("tokens",),
           only=lambda call: call.owner.ctx.rank == 0),
