@@ -66,21 +66,23 @@ def quick_and_repeatable():
         run.check_fabric, run.GOLDEN_BYTES, ledger.SECONDS = kept
 
 
-def campaign(world, modes, faults, trials=2, with_golden=(True, False), tell=None):
-    """(rows, clean trials, clean trials with an alarm), on every rank. Collective."""
+def campaign(world, modes, faults, trials=2, part=1, tell=None):
+    """(rows, clean trials, alarms among them), on every rank. Collective.
+
+    part: one of so many faults is tried in a mode, others in other modes; tell: told each trial.
+    """
     from mpi4py import MPI
 
     from spimpi.launch import wait_asleep
 
     rows, clean, alarms = [], 0, []
     with quick_and_repeatable():
-        for mode in modes:
+        for turn, mode in enumerate(modes):
             n_groups, group = world.size // mode.n_ranks, world.rank // mode.n_ranks
             comm = world.Split(group if group < n_groups else MPI.UNDEFINED, world.rank)
             if comm != MPI.COMM_NULL:
-                found, n_clean, said = in_mode(
-                    comm, mode, faults, trials, with_golden, group, n_groups, tell
-                )
+                able = [f for i, f in enumerate(faults) if f.fits(mode) and (i + turn) % part == 0]
+                found, n_clean, said = in_mode(comm, mode, able[group::n_groups], trials, tell)
                 if comm.rank == 0:
                     rows, clean, alarms = rows + found, clean + n_clean, alarms + said
                 comm.Free()
@@ -90,33 +92,33 @@ def campaign(world, modes, faults, trials=2, with_golden=(True, False), tell=Non
     )  # fmt: skip
 
 
-def in_mode(comm, mode, faults, trials, with_golden, group, n_groups, tell):
-    """This group's share of a mode's trials: (rows, clean trials, alarms). Collective over comm."""
+def in_mode(comm, mode, faults, trials=2, tell=None):
+    """The trials of faults in a mode, with a golden run and without: (rows, clean trials, alarms).
+
+    Collective over ``comm``.
+    """
     from spimpi.bench.runtime_faults.hooks import Now
     from spimpi.bench.runtime_faults.modes import golden_of, job_of
     from spimpi.bench.runtime_faults.trial import Census, run_once, run_trial
 
-    faults = [fault for fault in faults if fault.fits(mode)]
     golden = comm.bcast(golden_of(mode) if comm.rank == 0 else None)
     rows, clean, alarms = [], 0, []
-    for compared in with_golden:
-        if compared and golden is None:
-            continue
-        chosen, now = golden if compared else None, Now()
+    for chosen in (None, golden) if golden else (None,):
+        now = Now()
         census = Census(now, faults)
         clean_run = run_once(comm, job_of(mode, chosen), now, census.listeners())
         clean += 1
         if clean_run.status:
-            alarms.append(f"{mode.name}, golden run {compared}: {clean_run.said}")
+            alarms.append(f"{mode.name}, golden run {bool(chosen)}: {clean_run.said}")
         moments = comm.allgather(census.moments)
-        for fault in faults[group::n_groups]:
+        for fault in faults:
             for trial in range(trials):
                 seed = [SEED, trial, *f"{mode.name} {fault.name}".encode()]
                 found = _moment(comm, mode, fault, moments, trial, seed)
                 if found is None:
                     continue
                 if tell:
-                    tell(f"{mode.name}, golden run {compared}, {fault.name}, trial {trial}")
+                    tell(f"{mode.name}, golden run {bool(chosen)}, {fault.name}, trial {trial}")
                 job = job_of(mode, chosen)
                 rows.append(run_trial(comm, mode, job, fault, *found, clean_run, seed))
     return rows, clean, alarms
