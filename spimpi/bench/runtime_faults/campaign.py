@@ -22,17 +22,19 @@ RANKS = 4
 
 
 def measure(output: str | None = None) -> dict:
-    """The tables as Markdown; ``output``: a file for all rows. Takes minutes. Local: starts ranks."""
+    """The tables as Markdown; ``output``: a file for all trials. Takes minutes. Local: starts ranks."""
     from spimpi.bench.runtime_faults import table
 
-    rows, clean = on_ranks()
+    told = on_ranks()
+    lines = table.lines_of(told["rows"])
     if output:
-        table.write(output, rows, clean)
-    return {title: f"\n\n{text}\n" for title, text in table.tables(rows, clean).items()}
+        table.write(output, lines)
+    figures = {title: f"\n\n{text}\n" for title, text in table.tables(lines).items()}
+    return {**figures, "clean runs": told["clean"], "false alarms": told["alarms"]}
 
 
-def on_ranks() -> tuple[list, int]:
-    """(rows, clean trials without an alarm) from 4 ranks that the mpirun on PATH starts."""
+def on_ranks() -> dict:
+    """What ``campaign`` finds on 4 ranks that the mpirun on PATH starts: rows, clean, alarms."""
     from spimpi.bench.runtime_faults.trial import Row
     from spimpi.bench.startup import launcher
     from spimpi.errors import UsageError
@@ -46,7 +48,7 @@ def on_ranks() -> tuple[list, int]:
             msg = f"{' '.join(command)} ended with status {done.returncode}: {done.stderr[-800:]}"
             raise UsageError(msg)
         told = json.loads(path.read_text())
-    return [Row(**row) for row in told["rows"]], told["clean"]
+    return told | {"rows": [Row(**row) for row in told["rows"]]}
 
 
 @contextmanager

@@ -5,7 +5,6 @@ import numpy as np
 from spimpi.bench.runtime_faults.fault import (
     Fault, after, alike, before, larger_maximum, nudge, plus_one,
 )  # fmt: skip
-from spimpi.bench.runtime_faults.faults.layers import FORWARD, exact, many, olmo
 
 LAYERS = "spimpi.inference.layers"
 ATTEND, QK = f"{LAYERS}:attend", "spimpi.inference.qk_norm"

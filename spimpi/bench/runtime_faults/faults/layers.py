@@ -4,7 +4,7 @@ import numpy as np
 from mpi4py import MPI
 
 from spimpi.bench.runtime_faults.fault import (
-    Fault, after, alike, another_id, before, given, larger_maximum, nudge, plus_one, swapped_rows,
+    Fault, after, alike, another_id, before, given, larger_maximum, plus_one, swapped_rows,
 )  # fmt: skip
 
 LAYERS, EXACT, KERNELS, PRODUCT = (

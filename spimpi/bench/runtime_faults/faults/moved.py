@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from spimpi.bench.runtime_faults.fault import Fault, after, before, nudge, returned, swapped_rows
+from spimpi.bench.runtime_faults.fault import Fault, after, before, swapped_rows
 
 HANDOFF, LINKS, SEQUENCE = (
     f"spimpi.{place}" for place in

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from spimpi.bench.runtime_faults.fault import Fault, after, before, given, nudge, plus_one, returned
+from spimpi.bench.runtime_faults.fault import Fault, after, before, given
 
 RECORDER, RUN = "spimpi.checks.recorder:Recorder", "spimpi.verification.run:_Run"
 GOLDEN, LEDGER = "spimpi.inference.golden", "spimpi.inference.ledger:Ledger"

@@ -3,7 +3,7 @@
 import numpy as np
 
 from spimpi.bench.runtime_faults.fault import (
-    Fault, after, alike, another_id, before, given, larger_maximum, nudge, plus_one, returned,
+    Fault, after, alike, another_id, before, given, larger_maximum, plus_one, returned,
     swapped_rows,
 )  # fmt: skip
 
