@@ -170,8 +170,10 @@ def attend(
     1: output, index = head·head_dim + column); row -1 means none. words receives: 0, 1 the two
     sides of the scores' check; 2, 3 those of the output's and of the seals; 4, 5 the wrong rows of
     each; 6 rows with NaN or Inf. Seals are looked at once a call for each sequence that attends. A
-    position that does not follow the one before in its sequence makes a row of scores wrong. This is the last use of the layer's qkv and makes attn: segments_found[layer]
-    gets the words of qkv's column segments, made[layer] that of attn (step_keys: Keys.of_step).
+    position that does not follow the one before in its sequence makes a row of scores wrong.
+
+    This is the last use of the layer's qkv and makes attn: segments_found[layer] gets the words of
+    qkv's column segments, made[layer] that of attn (step_keys: Keys.of_step).
     """
     head_dim, n_kv, key_bits, value_bits, checked = settings[:5]
     qkv_key, window = settings[8], settings[9]

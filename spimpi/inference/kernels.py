@@ -22,23 +22,53 @@ HELD_DELTA, HELD_GATE_UP = 0, 2  # in ``held``: what is added after attention, a
 _HELD_ROWS = np.uint64(_GOLDEN)
 
 
+TOGETHER = 4  # rows whose sums of squares are made side by side: each is a chain of additions
+
+
 @inlined
-def normed_row(row, weight, eps, out):
-    """out = row / sqrt(mean(row²) + eps) · weight (Zhang and Sennrich 2019)."""
-    total = 0.0
-    for i in range(row.shape[0]):
-        value = np.float64(row[i])
-        total += value * value
-    scale = 1.0 / np.sqrt(total / row.shape[0] + eps)
+def norm_scales(x, first, eps, scales):
+    """scales[j] = 1 / sqrt(mean(row²) + eps) of x's row first + j, of TOGETHER rows or what is left.
+
+    Each row's squares are added in index order, whatever rows are beside it.
+    """
+    n, width = min(TOGETHER, x.shape[0] - first), x.shape[1]
+    if n == TOGETHER:
+        a, b, c, d = x[first], x[first + 1], x[first + 2], x[first + 3]
+        s0 = s1 = s2 = s3 = 0.0
+        for i in range(width):
+            v0, v1, v2, v3 = np.float64(a[i]), np.float64(b[i]), np.float64(c[i]), np.float64(d[i])
+            s0 += v0 * v0
+            s1 += v1 * v1
+            s2 += v2 * v2
+            s3 += v3 * v3
+        scales[0], scales[1], scales[2], scales[3] = s0, s1, s2, s3
+    else:
+        for j in range(n):
+            row, total = x[first + j], 0.0
+            for i in range(width):
+                value = np.float64(row[i])
+                total += value * value
+            scales[j] = total
+    for j in range(n):
+        scales[j] = 1.0 / np.sqrt(scales[j] / width + eps)
+
+
+@inlined
+def normed_row(row, scale, weight, out):
+    """out = row · scale · weight."""
     for i in range(row.shape[0]):
         out[i] = np.float32(np.float64(row[i]) * scale * np.float64(weight[i]))
 
 
 @kernel("void(f4[:,::1], f4[::1], f8, f4[:,::1])")
 def rmsnorm(x, weight, eps, out):
-    """out = x / sqrt(mean(x²) + eps) · weight, row by row."""
+    """out = x / sqrt(mean(x²) + eps) · weight, row by row (Zhang and Sennrich 2019)."""
+    scales = np.empty(TOGETHER)
     for row in range(x.shape[0]):
-        normed_row(x[row], weight, eps, out[row])
+        at = row % TOGETHER
+        if at == 0:
+            norm_scales(x, row, eps, scales)
+        normed_row(x[row], scales[at], weight, out[row])
 
 
 # What one kernel of a rank hands to its next in memory is held by a word of its own: a sum of
@@ -254,10 +284,13 @@ def add_residual(
     product left it (held[i, half]; ``weights``: hold's) fails that product.
     """
     n_rows, width = x.shape
-    normed = np.empty(norm.shape[0], np.float32)
+    normed, scales = np.empty(norm.shape[0], np.float32), np.empty(TOGETHER)
     for row in range(n_rows):
         if norm.shape[0] > 0:
-            normed_row(delta[row], norm, eps, normed)
+            at = row % TOGETHER
+            if at == 0:
+                norm_scales(delta, row, eps, scales)
+            normed_row(delta[row], scales[at], norm, normed)
             for j in range(width):
                 out[row, j] = x[row, j] + normed[j]
         else:

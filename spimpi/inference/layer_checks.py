@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spimpi.inference.ledger import PRODUCTS, QK, Columns, LayerResults
-from spimpi.inference.tensors import LAYER_TENSORS, REST
+from spimpi.inference.ledger import QK, Columns, LayerResults
+from spimpi.inference.tensors import LAYER_TENSORS, PRODUCTS, REST
 from spimpi.reduction import minority
 from spimpi.trace.schema import EVENT, Established, Op, Stage, Status
 

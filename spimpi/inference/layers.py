@@ -1,8 +1,8 @@
 """The decoder layers of one stage, with the checks of everything that they compute and move.
 
-``ExactLayers`` computes in exact arithmetic: any split gives the same bits. ``BlasLayers`` is
-plain float32 BLAS and MPI_SUM for comparison: the same steps, movement and agreement checked.
-Both run the skeleton of ``Layers.forward``; shapes are those of packed rows (tensors.py).
+``ExactLayers`` computes in exact arithmetic: any split gives the same bits. ``BlasLayers``
+(blas_layers.py) is plain float32 for comparison. Both run the skeleton of ``Layers.forward``; shapes
+are those of packed rows (tensors.py).
 """
 
 from dataclasses import dataclass
@@ -14,14 +14,12 @@ from mpi4py import MPI
 from spimpi.inference import exact, kernels, product
 from spimpi.inference.attention import NO_FAULT, Cache, attend, attention_bits
 from spimpi.inference.exact import odd_vector
-from spimpi.inference.ledger import (
-    ATTN, ATTN_OUT, FFN, FFN_OUT, PRODUCTS, QK_SUM, LayerResults,
-)  # fmt: skip
 from spimpi.inference.kernels import HELD_GATE_UP as GATE_UP
+from spimpi.inference.ledger import ATTN, ATTN_OUT, FFN, FFN_OUT, QK_SUM, LayerResults
 from spimpi.inference.product import NO_NORM, NO_SEGMENTS, NOT_HELD
 from spimpi.inference.rope import rope_factor, rope_inverse_frequencies
 from spimpi.inference.tensors import ATTN as KEY_ATTN
-from spimpi.inference.tensors import ATTN_MAX, QKV, Widths
+from spimpi.inference.tensors import ATTN_MAX, PRODUCTS, QKV, Widths
 from spimpi.inference.tensors import QK_NORMED as KEY_QK_NORMED
 from spimpi.inference.tensors import QK_SUM as KEY_QK_SUM
 from spimpi.inference.tensors import ATTN_OUT as KEY_ATTN_OUT
@@ -240,9 +238,20 @@ class ExactLayers(Layers):
     def __init__(self, *args, **options):
         super().__init__(*args, **options)
         config = self.config
+        self.settings = self._settings()
+        n_random = max(self.n_positions, config.head_dim)
+        self.r = odd_vector(np.uint64(self.ctx.seed), n_random)
+        self.words = np.zeros(7, np.uint64)
+        matrices = [m for a in self.part.layers for m in (a.qkv, a.o, a.gate_up, a.down)]
+        matrices += [self.part.head] if self.part.head else []
+        self.scratch = exact.Scratch.for_matrices([m.values.shape for m in matrices])
+
+    def _settings(self) -> dict[bool, np.ndarray]:
+        """``settings`` of attention.attend, for layers with a window and without."""
+        config = self.config
         key_bits, value_bits = attention_bits(config.head_dim, config.max_position_embeddings)
         key = KEY_QK_NORMED if config.qk_norm else QKV
-        self.settings = {
+        return {
             sliding: np.array(
                 [config.head_dim, len(self.part.shard.kv_heads), key_bits, value_bits,
                  self.checked, self.widths.qkv, *self.columns[ATTN][1:], key,
@@ -251,12 +260,12 @@ class ExactLayers(Layers):
             )
             for sliding in self.rotary
         }  # fmt: skip
-        n_random = max(self.n_positions, config.head_dim)
-        self.r = odd_vector(np.uint64(self.ctx.seed), n_random)
-        self.words = np.zeros(7, np.uint64)
-        matrices = [m for a in self.part.layers for m in (a.qkv, a.o, a.gate_up, a.down)]
-        matrices += [self.part.head] if self.part.head else []
-        self.scratch = exact.Scratch.for_matrices([m.values.shape for m in matrices])
+
+    def constants(self):
+        return [*super().constants(), *self.settings.values()]
+
+    def constants_again(self):
+        return [*super().constants_again(), *self._settings().values()]
 
     def _qk_norm(self):
         from spimpi.inference.qk_norm import ExactQKNorm
@@ -335,8 +344,8 @@ class ExactLayers(Layers):
             return
         sent, summed = space.sent[which], space.summed[which]
         product.finish_partial(
-            x, space.maxima, matrix.projection, y, matrix.r, matrix.bits, sent, self.checked, i,
-            PRODUCTS.index(tensor), results.product_found, results.product_expected,
+            x, space.words[0], space.maxima, matrix.projection, y, matrix.r, matrix.bits, sent,
+            self.checked, i, PRODUCTS.index(tensor), results.product_found, results.product_expected,
             results.product_bad, b.keys, b.first_row, which, results.rest_expected,
         )  # fmt: skip
         self.sum_over_ranks(tensor, i, sent, summed, b)
@@ -365,120 +374,6 @@ class ExactLayers(Layers):
             packed, reduced, flat, tensor.rank, tensor.size, b.keys[i + 1, key], first,
             results.maxima[i], slot,
         )  # fmt: skip
-
-
-class BlasLayers(Layers):
-    """Layers in float32 BLAS and MPI_SUM of floats: another split, other bits."""
-
-    exact = False
-    float_sums = None  # float_sums.FloatSums, where several tensor ranks are checked
-
-    def sum_over_ranks(self, tensor, i, sent, summed, b):
-        super().sum_over_ranks(tensor, i, sent, summed, b)
-        if self.float_sums is not None:
-            self.float_sums.take(tensor, i, sent, summed, b)
-
-    def _project(self, tensor, i, x, norm, matrix, out, b):
-        np.matmul(self._normed(x, norm, b), matrix.values.T, out=out)
-        if tensor == "qkv":
-            self.fingerprint_qkv(b.results.segments[i], QKV, i, b)
-
-    def _qk_norm(self):
-        from spimpi.inference.qk_norm import FloatQKNorm
-
-        return FloatQKNorm(self)
-
-    def fingerprint_qkv(self, words, key, i, b):
-        """words = those of qkv's column segments, under the key of QKV or of QK_NORMED."""
-        if self.checked:
-            start = perf_counter()
-            kernels.fingerprint_segments(
-                b.space.qkv.view(np.uint32), b.keys[i + 1], key, b.first_row, self.segments,
-                self.widths.qkv, words, 0,
-            )  # fmt: skip
-            b.results.seconds += perf_counter() - start
-
-    def _cache(self):
-        shape = (
-            self.n_sequences, len(self.part.shard.kv_heads), self.n_positions, self.config.head_dim
-        )  # fmt: skip
-        return FloatCache(np.zeros(shape, np.float32), np.zeros(shape, np.float32))
-
-    def _attend(self, i, b):
-        d, n_heads, cache = self.config.head_dim, self.kv_of_head.size, self.caches[i]
-        n_kv = len(self.part.shard.kv_heads)
-        heads = b.space.qkv.reshape(b.n_rows, n_heads + 2 * n_kv, d)
-        cosines, sines = (table[b.positions][:, None] for table in self.rotary[self.sliding[i]])
-        window = self._window(self.sliding[i])
-        low, high = heads[:, : n_heads + n_kv, : d // 2], heads[:, : n_heads + n_kv, d // 2 :]
-        rotated = np.concatenate(
-            [low * cosines - high * sines, high * cosines + low * sines], axis=2
-        )
-        if self.sequence:
-            self._append_gathered(i, b)
-        else:
-            cache.keys[b.sequences, :, b.positions] = rotated[:, n_heads:]
-            cache.values[b.sequences, :, b.positions] = heads[:, n_heads + n_kv :]
-        out = b.space.attn.reshape(b.n_rows, n_heads, d)
-        scale = np.float32(1 / np.sqrt(d))
-        for sequence in np.unique(b.sequences):
-            rows = np.flatnonzero(b.sequences == sequence)
-            positions = b.positions[rows]
-            n_keys = int(positions.max()) + 1
-            ages = positions[:, None] - np.arange(n_keys)[None, :]
-            masked = (ages < 0) | (ages >= window)
-            for head in range(n_heads):
-                kv = self.kv_of_head[head]
-                scores = rotated[rows, head] @ cache.keys[sequence, kv, :n_keys].T * scale
-                scores[masked] = -np.inf
-                weights = np.exp(scores - scores.max(axis=1, keepdims=True))
-                weights /= weights.sum(axis=1, keepdims=True)
-                out[rows, head] = weights @ cache.values[sequence, kv, :n_keys]
-        if self.qk_norm:
-            self.fingerprint_qkv(b.results.normed_found[i], KEY_QK_NORMED, i, b)
-        else:
-            self.fingerprint_qkv(b.results.segments_found[i], QKV, i, b)
-        self.fingerprint(b.results.rest_expected[i], ATTN, i, b.space.attn, b)
-
-    def _append_gathered(self, i, b):
-        """Keys and values of all sequence ranks' rows, into the cache."""
-        rows, kv, _, _ = self._keys_and_values(i, b)
-        d, n_kv, cache = self.config.head_dim, len(self.part.shard.kv_heads), self.caches[i]
-        heads = kv.reshape(len(kv), 2 * n_kv, d)
-        cosines, sines = (table[rows.positions][:, None] for table in self.rotary[self.sliding[i]])
-        low, high = heads[:, :n_kv, : d // 2], heads[:, :n_kv, d // 2 :]
-        cache.keys[rows.sequences, :, rows.positions] = np.concatenate(
-            [low * cosines - high * sines, high * cosines + low * sines], axis=2
-        )
-        cache.values[rows.sequences, :, rows.positions] = heads[:, n_kv:]
-        self.sequence.used(i, kv, self.widths.qkv, b)
-
-    def _reduce(self, tensor, which, i, x, matrix, b):
-        space, results = b.space, b.results
-        rest = ATTN if which == 0 else FFN
-        if not self.many:
-            np.matmul(x, matrix.values.T, out=space.delta)
-            self.fingerprint(results.rest_found[i], rest, i, x, b)
-            return
-        sent, summed = space.sent[which], space.summed[which]
-        np.matmul(x, matrix.values.T, out=sent)
-        self.fingerprint(results.rest_expected[i], ATTN_OUT + which, i, sent, b)
-        self.sum_over_ranks(tensor, i, sent, summed, b)
-        space.delta[:] = summed
-        self.fingerprint(results.rest_found[i], ATTN_OUT + which, i, sent, b)
-        self.fingerprint(results.sums_by_tensor[i], ATTN_OUT + which, i, summed, b)
-        self.fingerprint(results.rest_found[i], rest, i, x, b)
-
-
-@dataclass
-class FloatCache:
-    """Rotated keys and values of one layer in float32."""
-
-    keys: np.ndarray
-    values: np.ndarray
-
-    def clear(self):
-        """Nothing to reset: positions are overwritten before they are read."""
 
 
 def _segments(shard, config):

@@ -12,7 +12,7 @@ from time import perf_counter
 
 import numpy as np
 
-from spimpi.inference.tensors import PRODUCTS, REST
+from spimpi.inference.tensors import REST
 from spimpi.reduction import ALL_ONES, empty_records
 
 # Positions in ``rest_*``: tensors that are fingerprinted when made and again when used up.

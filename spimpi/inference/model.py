@@ -9,10 +9,11 @@ from time import perf_counter
 import numpy as np
 
 from spimpi.inference import kernels
+from spimpi.inference.blas_layers import BlasLayers
 from spimpi.inference.embedding import embed
 from spimpi.inference.head import Head
 from spimpi.inference.layer_checks import EventWriter, layer_plan
-from spimpi.inference.layers import Batch, BlasLayers, ExactLayers
+from spimpi.inference.layers import Batch, ExactLayers
 from spimpi.inference.ledger import ATTN, FFN, INPUT, MADE, RESID, Ledger
 from spimpi.inference.links import Links
 from spimpi.inference.once_a_step import StepEvents

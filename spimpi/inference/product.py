@@ -17,7 +17,7 @@ from spimpi.fingerprint.words import linear_weight
 from spimpi.inference.elementary import power_of_two, rounded
 from spimpi.inference.exact import NOT_FINITE, exponent_of, is_sum, scale_back, scaled_back
 from spimpi.inference.kernels import (
-    block_words, held_on, maxima_word, normed_row, segment_words,
+    TOGETHER, block_words, held_on, maxima_word, norm_scales, normed_row, segment_words,
 )  # fmt: skip
 from spimpi.inference.tensors import ATTN, ATTN_MAX, ATTN_OUT, FFN, QKV, REST
 from spimpi.jit import inlined, kernel
@@ -76,11 +76,13 @@ def finish_projection(
         scale_back(y, ex, ew, b, out)
         return
     n_bad, all_left, all_right, whole = 0, 0, 0, np.uint64(0)
-    normed = np.empty(norm.shape[0], np.float32)
+    normed, scales = np.empty(norm.shape[0], np.float32), np.empty(TOGETHER)
     for row in range(y.shape[0]):
         values, result, source = y[row], out[row], x[row]
         if norm.shape[0] > 0:
-            normed_row(source, norm, eps, normed)
+            if row % TOGETHER == 0:
+                norm_scales(x, row, eps, scales)
+            normed_row(source, scales[row % TOGETHER], norm, normed)
             source = normed
         largest = _largest(source)
         right = _input_side(source, largest, b, wr)
@@ -107,16 +109,17 @@ def finish_projection(
 
 
 @kernel(
-    "void(f4[:,::1], u4[::1], i8[::1], f8[:,::1], i8[::1], i8, i8[:,::1], b1, i8, i8, u8[:,::1],"
-    " u8[:,::1], i8[:,::1], u8[:,::1], i8, i8, u8[:,::1])"
+    "void(f4[:,::1], u8[::1], u4[::1], i8[::1], f8[:,::1], i8[::1], i8, i8[:,::1], b1, i8, i8,"
+    " u8[:,::1], u8[:,::1], i8[:,::1], u8[:,::1], i8, i8, u8[:,::1])"
 )
 def finish_partial(
-    x, maxima, wr, y, r, b, sent, checked, i, index, found, expected, bad, keys, first_row, which,
+    x, packed, maxima, wr, y, r, b, sent, checked, i, index, found, expected, bad, keys, first_row, which,
     made,
 ):  # fmt: skip
     """Check y = x W^T, a partial sum, and carry it as int64 for MPI_SUM.
 
-    maxima: those of the GLOBAL rows, which a row of x must not exceed. made[i] gets the linear
+    packed: the maxima of x as this rank gave them to their reduction (kernels.pack_maxima), which
+    must be those of x; maxima: those of the GLOBAL rows, which x must not exceed. made[i] gets the linear
     fingerprint of ``sent`` (which 0: attn_out, 1: ffn_out), rows first_row… of a global tensor of
     as many columns. y must hold integers of at most 2**53 (the check counts others).
     """
@@ -140,7 +143,9 @@ def finish_partial(
             n_wrong += not good
             result[j] = q
             total += linear_weight(key, first + np.uint64(j)) * np.uint64(q)
-        n_bad += left != right or n_wrong > 0 or _largest(x[row]) > maxima[row]
+        largest = _largest(x[row])
+        differs = largest > maxima[row] or packed[row] >> np.uint64(32) != np.uint64(largest)
+        n_bad += left != right or n_wrong > 0 or differs
         all_left += left
         all_right += right
     found[i, index], expected[i, index] = np.uint64(all_left), np.uint64(all_right)

@@ -21,8 +21,8 @@ class StageFacts:
     rank (where sequence ranks share these, a block of them); golden: this rank's shares of the golden
     table, uint64 [steps, columns]; repeat: the run's number in this job; watch: told where the
     rank is; ledger: where checks leave their words. recorder None: no checks. chosen: each step's
-    word of the tokens of n_prompts, as they were chosen (first and last stage); used: of the ids
-    that it embedded: prompts', later the tokens of the step before (first stage).
+    word of the tokens of n_prompts, as they were chosen (last stage) or came round (first); used: of
+    the ids that it embedded: prompts', later the tokens of the step before (first stage).
     """
 
     ctx: object

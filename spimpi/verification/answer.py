@@ -19,12 +19,16 @@ from spimpi.topology.data import rows_of
 from spimpi.topology.sequence import prompts_of, split_rows
 from spimpi.trace.schema import Established, Op, Status, blank_events
 from spimpi.trace.schema import Stage as Phase
+from spimpi.verification.conclude import any_failed
 
 MOVED = Established.MOVED
 
 
 class Answer:
-    """The tokens of one run; ``words``: each step's, of all prompts, once they are handed out."""
+    """The tokens of one run; ``words``: each step's, of all prompts, once they are handed out.
+
+    ``culprit``: the world rank to name where rank 0's last look fails, -1: none.
+    """
 
     def __init__(self, ctx, job, stage, recorder, repeat):
         self.ctx, self.job, self.stage, self.recorder = ctx, job, stage, recorder
@@ -42,6 +46,8 @@ class Answer:
             tokens = self.gathered(tokens)
         shares = self.stage.golden[:, -1]
         self.words = np.array(reduce_fingerprints(ctx.world, shares.tolist()), np.uint64)
+        if any_failed(ctx, self.recorder) and self.culprit == ctx.rank:
+            self.culprit = -1  # what failed before tells more
         if ctx.rank == 0:
             self._last_look(tokens)
         return tokens if ctx.is_first_stage else None

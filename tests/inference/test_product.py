@@ -6,7 +6,7 @@ import pytest
 from spimpi.fingerprint import fingerprint, linear_fingerprint
 from spimpi.fingerprint.tag import CONTENT, LINEAR, Tag
 from spimpi.inference import exact, product
-from spimpi.inference.kernels import rmsnorm
+from spimpi.inference.kernels import pack_maxima, rmsnorm
 from spimpi.inference.tensors import LAYER_TENSORS, PRODUCTS, REST
 from spimpi.partition import Slab
 
@@ -33,7 +33,8 @@ class Finished:
         self.xq = RNG.integers(-500, 500, (N_ROWS, INNER)).astype(float)
         self.xq[:, 3] = 512
         self.x = self.xq.astype(np.float32)
-        self.maxima = absmax(self.x)
+        self.maxima, self.packed = absmax(self.x), np.empty(N_ROWS, np.uint64)
+        pack_maxima(self.maxima, np.uint64(1), self.packed)
         wq = RNG.integers(-500, 500, (OUTER, INNER)).astype(np.float32)
         self.y = self.xq @ wq.T.astype(float)
         self.r = exact.odd_vector(np.uint64(5), OUTER)
@@ -64,7 +65,7 @@ class Finished:
     def carry(self, which=0, checked=True):
         sent = np.full(self.y.shape, 7, np.int64)
         product.finish_partial(
-            self.x, self.maxima, self.wr, self.y, self.r, 10, sent, checked, LAYER, 3, self.found,
+            self.x, self.packed, self.maxima, self.wr, self.y, self.r, 10, sent, checked, LAYER, 3, self.found,
             self.expected, self.bad, self.keys, FIRST_ROW, which, self.made,
         )  # fmt: skip
         return sent
@@ -126,7 +127,14 @@ def test_a_product_is_checked_against_the_norm_of_the_layers_input():
 
 def test_a_row_above_its_global_maximum_fails():
     case = Finished()
-    case.x[2] *= 2
+    case.maxima[2] -= 1  # the exponent is another, and the row's own maximum larger
+    case.carry()
+    assert case.bad[LAYER].sum() == 1
+
+
+def test_a_maximum_that_is_not_the_rows_own_fails_though_all_reduced_it_alike():
+    case = Finished()
+    case.packed[1] += np.uint64(1 << 32)
     case.carry()
     assert case.bad[LAYER].sum() == 1
 
