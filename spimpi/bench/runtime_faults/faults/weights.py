@@ -3,7 +3,7 @@
 import numpy as np
 
 from spimpi.bench.runtime_faults.fault import (
-    Fault, after, alike, before, given, larger_maximum, nudge, plus_one, returned,
+    Fault, after, alike, before, larger_maximum, nudge, plus_one, returned,
 )  # fmt: skip
 from spimpi.bench.runtime_faults.faults.layers import FORWARD, exact, exact_many, weights_of_call
 
@@ -21,10 +21,15 @@ def in_weights(call):
     return call.now.part == "weights"
 
 
-def _piece(pieces, rng):
-    pieces = [np.array(piece) for piece in pieces]
-    nudge(pieces[int(rng.integers(len(pieces)))], rng)
-    return pieces
+def _joined(array, rng):
+    array = np.array(array)
+    nudge(array, rng)
+    return array
+
+
+def _slice(call):
+    """The raw weights of one slice, as they were read."""
+    return call["slices"][-1].raw
 
 
 def in_matrix(matrix, attribute, how=nudge, shows=None, **more):
@@ -44,7 +49,7 @@ def in_matrix(matrix, attribute, how=nudge, shows=None, **more):
 _MATRIX_MAXIMA = Fault(
     "row maxima of a split matrix, as reduced", DERIVING, f"{LOADER}._global_maxima",
     returned(lambda maxima, rng: _larger(maxima, rng)),
-    ("attn_out", "resid", "ffn_out", "hidden"), fits=exact_many,
+    ("attn_out", "resid", "ffn_out", "hidden", "weights"), fits=exact_many,
 )  # fmt: skip
 
 
@@ -55,21 +60,24 @@ def _larger(maxima, rng):
 
 
 FAULTS = (
-    Fault("weights between their fingerprint and their scaling", DERIVING, f"{LOADER}._matrix",
-          given("pieces", _piece), ANY + ("logits",)),
+    Fault("weights between their reading and their scaling", DERIVING,
+          "spimpi.inference.weights:joined", returned(_joined), (*ANY, "logits", "weights")),
+    Fault("raw weights in memory, before they are scaled", DERIVING, f"{LOADER}._matrix",
+          before(_slice), (*ANY, "logits", "weights")),
     Fault("norm weights between their fingerprint and their use", READING, f"{LOADER}._layer",
-          after(lambda call: call.result.attn_norm), ("qkv", "resid")),
+          after(lambda call: call.result.attn_norm), ("qkv", "resid", "weights")),
     Fault("the embedding table between its fingerprint and its use", READING, f"{LOADER}.load",
-          after(lambda call: call.result.embed[5:16]), ("embed",),
+          after(lambda call: call.result.embed[5:16]), ("embed", "weights"),
           lambda call: call.owner.ctx.is_first_stage),
     Fault("row maxima of a matrix, before it is scaled", DERIVING, f"{EXACT}:weight_absmax",
-          returned(_larger), ANY + ("logits",), in_weights, fits=exact),
+          returned(_larger), (*ANY, "logits", "weights"), in_weights, fits=exact),
     Fault("scaled weights before W·r is taken", DERIVING, f"{EXACT}:quantize_weights",
-          after(lambda call: call.result[0]), ANY + ("logits",), in_weights, fits=exact),
+          after(lambda call: call.result[0]), (*ANY, "logits", "weights"), in_weights, fits=exact),
     Fault("exponents of weights as they are made", DERIVING, f"{EXACT}:quantize_weights",
-          after(lambda call: call.result[1], how=plus_one), ANY + ("logits",), in_weights, fits=exact),
+          after(lambda call: call.result[1], how=plus_one), (*ANY, "logits", "weights"), in_weights, fits=exact),
     Fault("W·r as it is made", DERIVING, f"{EXACT}:project_weights",
-          after(lambda call: call.result), ANY + ("logits",), in_weights, fits=exact, harmless=True),
+          after(lambda call: call.result[0]), (*ANY, "logits", "weights"), in_weights, fits=exact,
+          harmless=True),
     _MATRIX_MAXIMA, alike(_MATRIX_MAXIMA),
     Fault("a tensor of the checkpoint as this rank reads it", READING,
           "spimpi.inference.checkpoint_seeded:SeededCheckpoint.read", after(lambda call: call.result),
