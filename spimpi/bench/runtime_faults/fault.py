@@ -12,6 +12,12 @@ import numpy as np
 from spimpi.bench.runtime_faults.hooks import Call, bits_of
 
 
+# Why a fault may go unseen without a golden run (docs/what-pass-means.md).
+IN_ATTENTION = "inside attention's kernel: it takes the words of what it read and of what it made"
+IN_A_SUM = "inside the kernel of SwiGLU or of a residual sum: it takes the word of what it made"
+SCALED_BACK = "from a product's integer to its float32: one read serves its check and this step"
+
+
 class Hand:
     """Changes things, and remembers whether any bit came out different."""
 

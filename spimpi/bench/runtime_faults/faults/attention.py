@@ -3,7 +3,7 @@
 import numpy as np
 
 from spimpi.bench.runtime_faults.fault import (
-    Fault, after, alike, before, larger_maximum, nudge, plus_one,
+    IN_ATTENTION, Fault, after, alike, before, larger_maximum, nudge, plus_one,
 )  # fmt: skip
 
 LAYERS = "spimpi.inference.layers"
@@ -239,9 +239,11 @@ FAULTS = (
     _TABLE, alike(_TABLE), _COSINES, alike(_COSINES), _SINES, alike(_SINES),
     _FREQUENCIES, alike(_FREQUENCIES), _POSITION, alike(_POSITION),
     Fault("a row's prompt", ROPE, ATTEND,
-          other_index("sequences", lambda call: call["keys"].shape[0]), ("scores", "attn"), has_past),
+          other_index("sequences", lambda call: call["keys"].shape[0]), ("scores", "attn"), has_past,
+          why=IN_ATTENTION),
     Fault("which key/value head a query head uses", ATTENTION, ATTEND,
-          other_index("kv_of_head", lambda call: call["keys"].shape[1]), ("scores", "attn"), has_rows),
+          other_index("kv_of_head", lambda call: call["keys"].shape[1]), ("scores", "attn"), has_rows,
+          why=IN_ATTENTION),
     Fault("how many positions a row sees", ATTENTION, ATTEND,
           before("settings", how=lambda a, rng: a.__setitem__(9, 2)), ("scores", "attn"), has_rows),
     Fault("keys of the cache", CACHE, ATTEND, past_entry("keys"), ("scores",), has_past),
@@ -265,10 +267,11 @@ FAULTS = (
     Fault("the caches of two prompts exchanged", CACHE, ATTEND, sequences_exchanged,
           ("scores", "attn"), has_past),
     *(Fault(f"{part} between their word and their use", ATTENTION, ATTEND,
-            _inside(_part_of_qkv(part)), ("scores", "attn"), has_rows, fits=own_keys)
+            _inside(_part_of_qkv(part)), ("scores", "attn"), has_rows, fits=own_keys,
+            why=IN_ATTENTION)
       for part in ("queries", "keys", "values")),
     Fault("attention's output before its word", ATTENTION, ATTEND, _output_before_its_word,
-          ("attn",), has_rows),
+          ("attn",), has_rows, why=IN_ATTENTION),
     Fault("attn in memory", ATTENTION, ATTEND, after("out"), ("attn",), has_rows),
     Fault("qkv before attention", ATTENTION, ATTEND, before("qkv"), ("qkv", "qk_normed"), has_rows),
     Fault("qkv after attention", ATTENTION, ATTEND, after("qkv"), ("qkv", "qk_normed"), has_rows,

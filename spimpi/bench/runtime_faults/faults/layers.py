@@ -4,7 +4,7 @@ import numpy as np
 from mpi4py import MPI
 
 from spimpi.bench.runtime_faults.fault import (
-    Fault, after, alike, another_id, before, given, larger_maximum, plus_one, swapped_rows,
+    IN_A_SUM, SCALED_BACK, Fault, after, alike, another_id, before, given, larger_maximum, plus_one, swapped_rows,
 )  # fmt: skip
 
 LAYERS, EXACT, KERNELS, PRODUCT = (
@@ -217,7 +217,7 @@ def _gated_wrong(call, hand):
 
 _ADDED = Fault(
     "the residual sum computed wrong", STREAM, f"{KERNELS}:add_residual", _added_wrong,
-    ("resid", "hidden"), in_layer,
+    ("resid", "hidden"), in_layer, why=IN_A_SUM,
 )  # fmt: skip
 
 
@@ -305,7 +305,7 @@ FAULTS = (
       for tensor, matrix in (("qkv", "qkv"), ("attn_out", "o"), ("gate_up", "gate_up"),
                              ("ffn_out", "down"))),
     *(Fault(f"the product {tensor}, before it is scaled back", PRODUCTS, f"{PRODUCT}:{kernel}",
-            scaled_back_from, shows, finishing(matrix), fits=fits)
+            scaled_back_from, shows, finishing(matrix), fits=fits, why=SCALED_BACK)
       for tensor, matrix, kernel, shows, fits in (
           ("qkv", "qkv", "finish_projection", ("qkv",), exact),
           ("gate_up", "gate_up", "finish_projection", ("gate_up", "ffn"), exact),
@@ -313,10 +313,10 @@ FAULTS = (
           ("ffn_out", "down", "finish_partial", ("ffn_out", "hidden"), exact_many))),
     Fault("the product attn_out of one rank, before it is scaled back", PRODUCTS,
           f"{PRODUCT}:finish_projection", scaled_back_from, ("attn_out", "resid"), finishing("o"),
-          fits=lambda mode: mode.exact and mode.grid.tp == 1),
+          fits=lambda mode: mode.exact and mode.grid.tp == 1, why=SCALED_BACK),
     Fault("the product ffn_out of one rank, before it is scaled back", PRODUCTS,
           f"{PRODUCT}:finish_projection", scaled_back_from, ("ffn_out", "hidden"),
-          finishing("down"), fits=lambda mode: mode.exact and mode.grid.tp == 1),
+          finishing("down"), fits=lambda mode: mode.exact and mode.grid.tp == 1, why=SCALED_BACK),
     Fault("qkv in memory", PRODUCTS, f"{PRODUCT}:finish_projection", after("out"), ("qkv",),
           finishing("qkv")),
     Fault("gate_up in memory", PRODUCTS, f"{KERNELS}:swiglu", before("gate_up"),
@@ -329,7 +329,7 @@ FAULTS = (
           ("attn_out", "ffn_out", "qk_sum"), reduction(MPI.SUM), fits=many),
     _MAX, alike(_MAX),
     Fault("SwiGLU computed wrong", PRODUCTS, f"{KERNELS}:swiglu", _gated_wrong,
-          ("gate_up", "ffn")),
+          ("gate_up", "ffn"), why=IN_A_SUM),
     _ADDED, alike(_ADDED),
     _DELTA_0, alike(_DELTA_0), _DELTA_1, alike(_DELTA_1),
     Fault("the layer's input before it is added", STREAM, f"{KERNELS}:add_residual", before("x"),

@@ -3,18 +3,14 @@
 import numpy as np
 
 from spimpi.bench.runtime_faults.fault import (
-    Fault, after, alike, another_id, before, given, larger_maximum, plus_one, returned,
+    SCALED_BACK, Fault, after, alike, another_id, before, given, larger_maximum, plus_one, returned,
     swapped_rows,
 )  # fmt: skip
+from spimpi.bench.runtime_faults.faults.layers import scaled_back_from
 
 STAGE, HEAD, LINKS = (f"spimpi.inference.{place}" for place in ("model:Stage", "head:Head", "links:Links"))
 RUN, ANSWER = "spimpi.verification.run:_Run", "spimpi.verification.answer:Answer"
 TOKENS, PROMPTS, WAY, HEADS = "the choice of tokens", "prompt ids", "tokens after they were chosen", "the head"
-EMBED = "the embedding"
-
-
-def chosen_ids(mode_has):
-    return lambda call: call.result is not None
 
 
 def _edited(array, rng, how):
@@ -69,10 +65,6 @@ def gives_tokens(call):
 
 def in_head(call):
     return call.now.part == "head"
-
-
-def of_head(how, name):
-    return lambda call: getattr(call.owner, name)
 
 
 def _stale_tokens(call, hand):
@@ -143,13 +135,6 @@ def _one_row_earlier(call, hand):
     call.proceed()
 
 
-def _logits_before_their_word(call, hand):
-    """The product is scaled back from other integers than were checked."""
-    from spimpi.bench.runtime_faults.faults.layers import scaled_back_from
-
-    scaled_back_from(call, hand)
-
-
 FAULTS = (
     Fault("one id of a prompt, as the run is given it", PROMPTS, f"{STAGE}.run",
           given("prompts", _another_id_of_a_prompt), ("embed",), first_stage),
@@ -203,8 +188,8 @@ FAULTS = (
     Fault("the head's product", HEADS, "spimpi.inference.exact:matmul", after("out"), ("logits",),
           in_head),
     Fault("the head's product, before it is scaled back", HEADS,
-          "spimpi.inference.product:finish_projection", _logits_before_their_word, ("logits",),
-          in_head),
+          "spimpi.inference.product:finish_projection", scaled_back_from, ("logits",), in_head,
+          why=SCALED_BACK),
     Fault("logits in memory", HEADS, "spimpi.inference.product:finish_projection", after("out"),
           ("logits",), in_head),
     Fault("logits as gathered, on one rank", HEADS, "tensor.Allgatherv", after(lambda call: call[1][0]),
