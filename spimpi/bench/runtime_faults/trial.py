@@ -14,7 +14,7 @@ from spimpi.verification.run import verify_distributed_inference
 TEXT, LOGITS, NOTHING = "text", "logits", "nothing"
 DISAGREE = -1  # a status: ranks ended with several
 WEIGHTS = "weights"  # among what a fault shows: any tensor of the checkpoint
-OF_NO_LAYER = ("embed", "last_rows", "logits", "tokens")
+OF_NO_LAYER = ("prompts", "embed", "last_rows", "logits", "tokens")
 
 
 @dataclass(frozen=True)
@@ -132,27 +132,29 @@ def run_trial(comm, mode, job, fault: Fault, moment_of, rank, clean, seed) -> Ro
     differs = NOTHING if all(same_logits) else LOGITS
     if status == 0 or where is not None:
         differs = differs if all(same_text) else TEXT
-    _, step, layer, *_ = moment_of[rank]
+    moment = moment_of[rank]
     return Row(
-        mode.name, job.golden is not None, fault.name, step, layer, rank, any(struck), differs,
-        status, _right_place(fault, where, step, layer),
+        mode.name, job.golden is not None, fault.name, *moment[1:3], rank, any(struck), differs,
+        status, _right_place(fault, where, moment),
         _right_rank(where, None if fault.alike else rank), said,
     )  # fmt: skip
 
 
-def _right_place(fault, where, step, layer) -> bool:
+def _right_place(fault, where, moment) -> bool:
+    part, step, layer, *_ = moment
     if where is None:
         return False
-    if where.tensor not in PROGRAM:
-        return WEIGHTS in fault.shows
+    if where.tensor not in PROGRAM or where.tensor == "rotary":  # of no step: looked at last
+        return where.tensor in fault.shows or WEIGHTS in fault.shows
     if where.tensor not in fault.shows:
         return False
-    steps = {max(step, 0), max(step, 0) + 1} if fault.later else {max(step, 0)}
-    if where.step not in steps:
-        return False
-    if where.tensor in OF_NO_LAYER:
+    if step < 0 or part == "comparing":  # of no step, or of several
         return True
-    return layer < 0 or where.layer == layer or (where.tensor == "hidden" and where.layer == layer - 1)
+    if where.step not in ({step - 1, step, step + 1} if fault.later else {step}):
+        return False
+    if layer < 0 or where.tensor in OF_NO_LAYER:
+        return True
+    return where.layer in ((layer, layer - 1) if where.tensor == "hidden" else (layer,))
 
 
 def _right_rank(where, rank) -> str:

@@ -199,15 +199,15 @@ def _table_row(which):
 
 _TABLE = Fault(
     "rotary cosines as the table is made", ROPE, f"{LAYERS}:Layers._rotary",
-    after(lambda call: call.result[0][1:9]), ("qkv", "scores", "attn"),
+    after(lambda call: call.result[0][1:9]), ("scores", "attn", "rotary"),
 )  # fmt: skip
-_COSINES = Fault("rotary cosines in memory", ROPE, ATTEND, _table_row("cosines"), ("scores", "attn"),
+_COSINES = Fault("rotary cosines in memory", ROPE, ATTEND, _table_row("cosines"), ("scores", "attn", "rotary"),
                  has_rows)
-_SINES = Fault("rotary sines in memory", ROPE, ATTEND, _table_row("sines"), ("scores", "attn"),
+_SINES = Fault("rotary sines in memory", ROPE, ATTEND, _table_row("sines"), ("scores", "attn", "rotary"),
                has_rows)
 _FREQUENCIES = Fault(
     "rotary frequencies", ROPE, f"{LAYERS}:rope_inverse_frequencies",
-    after(lambda call: call.result), ("qkv", "scores", "attn"),
+    after(lambda call: call.result), ("scores", "attn", "rotary"),
 )  # fmt: skip
 _POSITION = Fault(
     "a row's position", ROPE, ATTEND, other_index("positions", lambda call: int(call["positions"][-1]) + 1),
@@ -219,7 +219,7 @@ _NORMALISED = Fault(
 )  # fmt: skip
 _QK_WEIGHTS = Fault(
     "weights of the norm of queries and keys, in memory", QK_NORM, f"{QK}:normalise",
-    before("weight"), ("qk_normed", "scores", "attn"), fits=exact_olmo,
+    before("weight"), ("qk_normed", "scores", "attn", "weights"), fits=exact_olmo,
 )  # fmt: skip
 _QK_MAXIMA = Fault(
     "own row maxima of queries and keys", QK_NORM, f"{QK}:row_maxima",
@@ -245,7 +245,8 @@ FAULTS = (
           other_index("kv_of_head", lambda call: call["keys"].shape[1]), ("scores", "attn"), has_rows,
           why=IN_ATTENTION),
     Fault("how many positions a row sees", ATTENTION, ATTEND,
-          before("settings", how=lambda a, rng: a.__setitem__(9, 2)), ("scores", "attn"), has_rows),
+          before("settings", how=lambda a, rng: a.__setitem__(9, 2)), ("scores", "attn", "rotary"),
+          has_rows),
     Fault("keys of the cache", CACHE, ATTEND, past_entry("keys"), ("scores",), has_past),
     Fault("values of the cache", CACHE, ATTEND, past_entry("values"), ("attn",), has_past),
     Fault("a key's exponent in the cache", CACHE, ATTEND, past_entry("key_exponents", plus_one),

@@ -130,19 +130,19 @@ _FFN_NORMED = Fault(
 )  # fmt: skip
 _ATTN_NORM = Fault(
     "weights of the norm before attention, in memory", NORM, FORWARD,
-    before(lambda call: weights_of_call(call).attn_norm), ("qkv",), fits=llama,
+    before(lambda call: weights_of_call(call).attn_norm), ("qkv", "weights"), fits=llama,
 )  # fmt: skip
 _FFN_NORM = Fault(
     "weights of the norm before the FFN, in memory", NORM, FORWARD,
-    before(lambda call: weights_of_call(call).ffn_norm), ("gate_up", "ffn"), fits=llama,
+    before(lambda call: weights_of_call(call).ffn_norm), ("gate_up", "ffn", "weights"), fits=llama,
 )  # fmt: skip
 _AFTER_ATTN_NORM = Fault(
     "weights of the norm after attention, in memory", NORM, FORWARD,
-    before(lambda call: weights_of_call(call).attn_norm), ("resid",), fits=olmo,
+    before(lambda call: weights_of_call(call).attn_norm), ("resid", "weights"), fits=olmo,
 )  # fmt: skip
 _AFTER_FFN_NORM = Fault(
     "weights of the norm after the FFN, in memory", NORM, FORWARD,
-    before(lambda call: weights_of_call(call).ffn_norm), ("hidden",), fits=olmo,
+    before(lambda call: weights_of_call(call).ffn_norm), ("hidden", "weights"), fits=olmo,
 )  # fmt: skip
 
 
@@ -279,7 +279,7 @@ def _wrong_max(array, rng):
 
 FAULTS = (
     Fault("a row of the embedding table, in memory", EMBED, "spimpi.inference.model:embed",
-          _wrong_row, ("embed",)),
+          _wrong_row, ("embed", "weights")),
     _EMBED_IDS,
     Fault("the embedding's rows after their reduction", EMBED, "tensor.Allreduce",
           after(1), ("embed",), of_embedding, fits=many),

@@ -76,7 +76,7 @@ def _stale_tokens(call, hand):
 # In exo's ring and pipelines the last stage chooses and the first embeds.
 _PROMPT_IDS = Fault(
     "one id of a prompt, before it is embedded", PROMPTS, f"{STAGE}.own_tokens",
-    returned(changed(another_id)), ("embed",), first_stage,
+    returned(changed(another_id)), ("prompts", "embed"), first_stage,
 )  # fmt: skip
 _EMBEDDED = Fault(
     "the ids that a microbatch embeds", WAY, "spimpi.inference.model:embed",
@@ -96,11 +96,11 @@ _HANDED = Fault(
 )  # fmt: skip
 _ROWS_SWAPPED = Fault(
     "two prompts' rows exchanged in the head", HEADS, f"{HEAD}.sample",
-    before(lambda call: call.owner.rows, how=swapped_rows), ("logits", "hidden"),
+    before(lambda call: call.owner.rows, how=swapped_rows), ("last_rows", "logits", "hidden"),
 )  # fmt: skip
 _ROWS = Fault(
     "an element of the head's rows", HEADS, f"{HEAD}.sample",
-    before(lambda call: call.owner.rows), ("logits", "hidden"),
+    before(lambda call: call.owner.rows), ("last_rows", "logits", "hidden"),
 )  # fmt: skip
 _LAST_NORMED = Fault(
     "the last norm's output", HEADS, "spimpi.inference.kernels:rmsnorm", after("out"), ("logits",),
@@ -108,7 +108,7 @@ _LAST_NORMED = Fault(
 )  # fmt: skip
 _LAST_NORM = Fault(
     "the last norm's weights in memory", HEADS, "spimpi.inference.kernels:rmsnorm",
-    before("weight"), ("logits",), in_head,
+    before("weight"), ("logits", "weights"), in_head,
 )  # fmt: skip
 _HEAD_MAXIMA = Fault(
     "row maxima in the head", HEADS, "spimpi.inference.exact:row_absmax",
@@ -137,9 +137,9 @@ def _one_row_earlier(call, hand):
 
 FAULTS = (
     Fault("one id of a prompt, as the run is given it", PROMPTS, f"{STAGE}.run",
-          given("prompts", _another_id_of_a_prompt), ("embed",), first_stage),
+          given("prompts", _another_id_of_a_prompt), ("prompts", "embed"), first_stage),
     Fault("two prompts exchanged", PROMPTS, f"{STAGE}.run", given("prompts", _exchanged_prompts),
-          ("embed",), first_stage),
+          ("prompts", "embed"), first_stage),
     _PROMPT_IDS, alike(_PROMPT_IDS),
     _EMBEDDED, alike(_EMBEDDED),
     _ARGMAX, alike(_ARGMAX),
@@ -175,12 +175,12 @@ FAULTS = (
           only=lambda call: call.owner.ctx.rank == 0),
     _ROWS_SWAPPED, alike(_ROWS_SWAPPED), _ROWS, alike(_ROWS),
     Fault("a prompt's last row but one goes to the head", HEADS, f"{HEAD}.take", _one_row_earlier,
-          ("logits", "hidden"), fits=lambda mode: mode.grid.sp == 1),
+          ("last_rows", "logits", "hidden"), fits=lambda mode: mode.grid.sp == 1),
     _LAST_NORMED, alike(_LAST_NORMED), _LAST_NORM, alike(_LAST_NORM),
     _HEAD_MAXIMA, alike(_HEAD_MAXIMA), _HEAD_SCALED, alike(_HEAD_SCALED),
     _HEAD_EXPONENTS, alike(_HEAD_EXPONENTS),
     Fault("the head's exponents in memory", HEADS, f"{HEAD}.sample",
-          before(lambda call: call.owner.facts.part.head.exponents, how=plus_one), ("logits",),
+          before(lambda call: call.owner.facts.part.head.exponents, how=plus_one), ("logits", "weights"),
           fits=lambda mode: mode.exact),
     Fault("the head's integers in memory", HEADS, f"{HEAD}.sample",
           before(lambda call: call.owner.facts.part.head.values), ("logits",),

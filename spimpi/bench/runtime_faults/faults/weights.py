@@ -41,7 +41,7 @@ def in_matrix(matrix, attribute, how=nudge, shows=None, **more):
         call.proceed()
 
     return Fault(
-        f"{words[attribute]} of {matrix} in memory", HELD, FORWARD, strike, shows or SHOWS[matrix],
+        f"{words[attribute]} of {matrix} in memory", HELD, FORWARD, strike, shows or (*SHOWS[matrix], "weights"),
         fits=exact, **more,
     )  # fmt: skip
 
