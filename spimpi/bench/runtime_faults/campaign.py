@@ -71,7 +71,8 @@ def quick_and_repeatable():
 def campaign(world, modes, faults, trials=2, part=1, tell=None):
     """(rows, clean trials, alarms among them), on every rank. Collective.
 
-    part: one of so many faults is tried in a mode, others in other modes; tell: told each trial.
+    part: each fault is tried in one of so many of the modes that it fits, at least in one; tell: told
+    of each trial.
     """
     from mpi4py import MPI
 
@@ -79,12 +80,13 @@ def campaign(world, modes, faults, trials=2, part=1, tell=None):
 
     rows, clean, alarms = [], 0, []
     with quick_and_repeatable():
-        for turn, mode in enumerate(modes):
+        shares = _shared_out(modes, faults, part)
+        for mode in modes:
             n_groups, group = world.size // mode.n_ranks, world.rank // mode.n_ranks
             comm = world.Split(group if group < n_groups else MPI.UNDEFINED, world.rank)
             if comm != MPI.COMM_NULL:
-                able = [f for i, f in enumerate(faults) if f.fits(mode) and (i + turn) % part == 0]
-                found, n_clean, said = in_mode(comm, mode, able[group::n_groups], trials, tell)
+                own = shares[mode][group::n_groups]
+                found, n_clean, said = in_mode(comm, mode, own, trials, tell)
                 if comm.rank == 0:
                     rows, clean, alarms = rows + found, clean + n_clean, alarms + said
                 comm.Free()
@@ -92,6 +94,16 @@ def campaign(world, modes, faults, trials=2, part=1, tell=None):
     return (
         sum(world.allgather(rows), []), world.allreduce(clean), sum(world.allgather(alarms), [])
     )  # fmt: skip
+
+
+def _shared_out(modes, faults, part) -> dict:
+    """{mode: its faults}: of the modes that a fault fits every ``part``-th, another first for each."""
+    shares = {mode: [] for mode in modes}
+    for i, fault in enumerate(faults):
+        able = [mode for mode in modes if fault.fits(mode)]
+        for mode in able[i % max(1, min(part, len(able))) :: part]:
+            shares[mode].append(fault)
+    return shares
 
 
 def in_mode(comm, mode, faults, trials=2, tell=None):

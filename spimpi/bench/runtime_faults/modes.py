@@ -94,6 +94,7 @@ def job_of(mode: Mode, golden=None) -> Job:
     )  # fmt: skip
 
 
+@lru_cache(maxsize=None)
 def golden_of(mode: Mode):
-    """The golden run of a mode's model. Local."""
+    """The golden run of a mode's model, made once; no fault strikes it. Local."""
     return make_golden(job_of(mode)) if mode.exact else None

@@ -99,7 +99,7 @@ def scaled_back_from(call, hand):
 
 _EMBED_IDS = Fault(
     "an embedded row's id on one rank of several", EMBED, "spimpi.inference.model:embed",
-    given("ids", lambda ids, rng: _changed_id(ids, rng)), ("embed",), fits=many,
+    given("ids", lambda ids, rng: _changed_id(ids, rng)), ("prompts", "embed"), fits=many,
     only=lambda call: call.now.step == 0,
 )  # fmt: skip
 
