@@ -27,12 +27,12 @@ MOVED = Established.MOVED
 class Answer:
     """The tokens of one run; ``words``: each step's, of all prompts, once they are handed out.
 
-    ``culprit``: the world rank to name where rank 0's last look fails, -1: none.
+    ``culprit``: the world rank to name where rank 0's last look fails, -1: none, None: not known yet.
     """
 
     def __init__(self, ctx, job, stage, recorder, repeat):
         self.ctx, self.job, self.stage, self.recorder = ctx, job, stage, recorder
-        self.repeat, self.words, self.share, self.culprit = repeat, None, None, ctx.rank
+        self.repeat, self.words, self.share, self.culprit = repeat, None, None, None
         self.keys = token_keys(ctx.seed, len(job.prompts), job.n_tokens)
 
     def handed_out(self, tokens) -> np.ndarray | None:
@@ -46,8 +46,9 @@ class Answer:
             tokens = self.gathered(tokens)
         shares = self.stage.golden[:, -1]
         self.words = np.array(reduce_fingerprints(ctx.world, shares.tolist()), np.uint64)
-        if any_failed(ctx, self.recorder) and self.culprit == ctx.rank:
-            self.culprit = -1  # what failed before tells more
+        failed = any_failed(ctx, self.recorder)
+        if self.culprit is None:  # what failed before tells more
+            self.culprit = -1 if failed else ctx.rank
         if ctx.rank == 0:
             self._last_look(tokens)
         return tokens if ctx.is_first_stage else None
