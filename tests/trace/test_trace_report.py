@@ -10,7 +10,7 @@ import pytest
 from report_pages import Page
 from trace_samples import TENSORS, failing, some_events, write_alone_trace, write_journal
 
-pytest.importorskip("jinja2", reason="reports need jinja2: pip install 'spimpi[trace]'")
+pytest.importorskip("jinja2", reason="reports need jinja2: pip install 'spimpi[report]'")
 
 import spimpi.trace
 from spimpi.cli import main
@@ -289,7 +289,7 @@ def test_without_jinja2_it_says_what_to_install(tmp_path, monkeypatch, capfd):
     write_alone_trace(tmp_path / "run.h5", replicas(2))
     monkeypatch.setitem(sys.modules, "jinja2", None)
     assert report(tmp_path / "run.h5") == 2
-    assert "pip install 'spimpi[trace]'" in capfd.readouterr().err
+    assert "pip install 'spimpi[report]'" in capfd.readouterr().err
 
 
 def test_json_says_what_was_written(tmp_path, capfd):

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-pytest.importorskip("jinja2", reason="reports need jinja2: pip install 'spimpi[trace]'")
+pytest.importorskip("jinja2", reason="reports need jinja2: pip install 'spimpi[report]'")
 pytest.importorskip("selenium", reason="needs selenium: pip install 'spimpi[browser]'")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 DRIVER = shutil.which("chromedriver")

@@ -57,7 +57,7 @@ def require_jinja2() -> None:
     try:
         import jinja2  # noqa: F401
     except ImportError:
-        msg = "a report needs jinja2, which is not installed: pip install 'spimpi[trace]'"
+        msg = "a report needs jinja2, which is not installed: pip install 'spimpi[report]'"
         raise MissingDependency(msg) from None
 
 
