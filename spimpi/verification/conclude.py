@@ -220,7 +220,8 @@ class _Said:
         mine = failures[[place == first for place in places]]
         event = min(mine, key=_authority)
         return cls(
-            n_failed, recorder.rank, first, _authority(event), event.tobytes(), _note(recorder, event)
+            n_failed, recorder.rank, first, _authority(event), event.tobytes(),
+            _note(recorder, event),
         )
 
     def order(self) -> tuple:

@@ -120,4 +120,4 @@ def test_with_a_golden_run_nothing_that_changes_text_or_logits_went_unseen(publi
 def test_without_one_what_went_unseen_is_what_is_known_to(published):
     for line in published:
         if line.unseen_text + line.unseen_logits:
-            assert table.BY_NAME[line.fault].why, line
+            assert table.reason(line.fault, line.mode), line

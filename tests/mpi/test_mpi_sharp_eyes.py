@@ -105,8 +105,8 @@ def test_errors_that_cancel_over_two_rows_of_a_product_are_seen(comm, model, mon
     columns = {"qkv": "qkv", "attn_out": "o", "gate_up": "gate_up", "ffn_out": "down"}
 
     def of_tensor(call):
-        stage = call.now.stage
-        return in_layer(1)(call) and call["wq"] is getattr(stage.part.layers[1], columns[tensor]).values
+        layers = call.now.stage.part.layers if in_layer(1)(call) else None
+        return layers and call["wq"] is getattr(layers[1], columns[tensor]).values
 
     def cancelling(call):
         call.proceed()

@@ -42,10 +42,10 @@ class Fault:
 
     kind: what faults of its sort have in common, for the tables. shows: the tensors whose check
     should be the first to see it, in the step and layer where it strikes (``later``: or the step
-    before or after it); "weights": any tensor of the checkpoint. only: which calls of the place it can strike. alike: it strikes all tensor ranks of a
-    group in the same way. fits: in which modes it can strike. why: why it may go unseen without a
-    golden run although text or logits differ; "" where it must not. harmless: it changes a check's
-    own words and nothing that is computed.
+    before or after it); "weights": any tensor of the checkpoint. only: which calls of the place it
+    can strike. alike: it strikes all tensor ranks of a group in the same way. fits: in which modes
+    it can strike. why: why it may go unseen without a golden run although text or logits differ; ""
+    where it must not. harmless: it changes a check's own words and nothing that is computed.
     """
 
     name: str

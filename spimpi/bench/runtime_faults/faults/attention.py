@@ -201,17 +201,22 @@ _TABLE = Fault(
     "rotary cosines as the table is made", ROPE, f"{LAYERS}:Layers._rotary",
     after(lambda call: call.result[0][1:9]), ("scores", "attn", "rotary"),
 )  # fmt: skip
-_COSINES = Fault("rotary cosines in memory", ROPE, ATTEND, _table_row("cosines"), ("scores", "attn", "rotary"),
-                 has_rows)
-_SINES = Fault("rotary sines in memory", ROPE, ATTEND, _table_row("sines"), ("scores", "attn", "rotary"),
-               has_rows)
+_COSINES = Fault(
+    "rotary cosines in memory", ROPE, ATTEND, _table_row("cosines"), ("scores", "attn", "rotary"),
+    has_rows,
+)  # fmt: skip
+_SINES = Fault(
+    "rotary sines in memory", ROPE, ATTEND, _table_row("sines"), ("scores", "attn", "rotary"),
+    has_rows,
+)  # fmt: skip
 _FREQUENCIES = Fault(
     "rotary frequencies", ROPE, f"{LAYERS}:rope_inverse_frequencies",
     after(lambda call: call.result), ("scores", "attn", "rotary"),
 )  # fmt: skip
 _POSITION = Fault(
-    "a row's position", ROPE, ATTEND, other_index("positions", lambda call: int(call["positions"][-1]) + 1),
-    ("scores", "attn"), has_past,
+    "a row's position", ROPE, ATTEND,
+    other_index("positions", lambda call: int(call["positions"][-1]) + 1), ("scores", "attn"),
+    has_past,
 )  # fmt: skip
 _NORMALISED = Fault(
     "queries and keys after their norm, in memory", QK_NORM, f"{QK}:normalise", after("qkv"),
@@ -239,14 +244,16 @@ FAULTS = (
     _TABLE, alike(_TABLE), _COSINES, alike(_COSINES), _SINES, alike(_SINES),
     _FREQUENCIES, alike(_FREQUENCIES), _POSITION, alike(_POSITION),
     Fault("a row's prompt", ROPE, ATTEND,
-          other_index("sequences", lambda call: call["keys"].shape[0]), ("scores", "attn"), has_past,
+          other_index("sequences", lambda call: call["keys"].shape[0]), ("scores", "attn"),
+          has_past,
           why=IN_ATTENTION),
     Fault("which key/value head a query head uses", ATTENTION, ATTEND,
-          other_index("kv_of_head", lambda call: call["keys"].shape[1]), ("scores", "attn"), has_rows,
+          other_index("kv_of_head", lambda call: call["keys"].shape[1]), ("scores", "attn"),
+          has_rows,
           why=IN_ATTENTION),
     Fault("how many positions a row sees", ATTENTION, ATTEND,
-          before("settings", how=lambda a, rng: a.__setitem__(9, 2)), ("scores", "attn", "rotary"),
-          has_rows),
+          before("settings", how=lambda a, rng: a.__setitem__(9, 2)),
+          ("scores", "attn", "rotary"), has_rows),
     Fault("keys of the cache", CACHE, ATTEND, past_entry("keys"), ("scores",), has_past),
     Fault("values of the cache", CACHE, ATTEND, past_entry("values"), ("attn",), has_past),
     Fault("a key's exponent in the cache", CACHE, ATTEND, past_entry("key_exponents", plus_one),

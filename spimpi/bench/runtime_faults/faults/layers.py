@@ -4,7 +4,8 @@ import numpy as np
 from mpi4py import MPI
 
 from spimpi.bench.runtime_faults.fault import (
-    IN_A_SUM, SCALED_BACK, Fault, after, alike, another_id, before, given, larger_maximum, plus_one, swapped_rows,
+    IN_A_SUM, SCALED_BACK, Fault, after, alike, another_id, before, given, larger_maximum, plus_one,
+    swapped_rows,
 )  # fmt: skip
 
 LAYERS, EXACT, KERNELS, PRODUCT = (
@@ -57,7 +58,8 @@ def of_matrix(*names):
     """Products with a matrix of the layer: ``exact.matmul`` and what follows it."""
 
     def only(call):
-        return in_layer(call) and any(call["wq"] is getattr(weights_here(call), n).values for n in names)
+        here = weights_here(call) if in_layer(call) else None
+        return here is not None and any(call["wq"] is getattr(here, n).values for n in names)
 
     return only
 
@@ -97,17 +99,17 @@ def scaled_back_from(call, hand):
         call[name][...] = word
 
 
-_EMBED_IDS = Fault(
-    "an embedded row's id on one rank of several", EMBED, "spimpi.inference.model:embed",
-    given("ids", lambda ids, rng: _changed_id(ids, rng)), ("prompts", "embed"), fits=many,
-    only=lambda call: call.now.step == 0,
-)  # fmt: skip
-
-
 def _changed_id(ids, rng):
     ids = np.array(ids)
     another_id(ids, rng)
     return ids
+
+
+_EMBED_IDS = Fault(
+    "an embedded row's id on one rank of several", EMBED, "spimpi.inference.model:embed",
+    given("ids", _changed_id), ("prompts", "embed"), fits=many,
+    only=lambda call: call.now.step == 0,
+)  # fmt: skip
 
 
 def _wrong_row(call, hand):
@@ -174,7 +176,8 @@ _FFN_OWN = Fault(
 _REDUCED_MAXIMA = Fault(
     "reduced row maxima, as they are used", SCALING, f"{EXACT_LAYERS}.global_maxima",
     after("maxima", how=larger_maximum),
-    ("attn_max", "ffn_max", "qk_max", "attn_out", "ffn_out", "qk_sum", "resid", "hidden", "qk_normed"),
+    ("attn_max", "ffn_max", "qk_max", "attn_out", "ffn_out", "qk_sum", "resid", "hidden",
+     "qk_normed"),
     fits=exact_many,
 )  # fmt: skip
 _SCALED = Fault(
@@ -254,7 +257,8 @@ _DROPPED = Fault(
     reduction(MPI.SUM), fits=many,
 )  # fmt: skip
 _MAX = Fault(
-    "the result of a maximum", SUMS, "tensor.Allreduce", after(1, how=lambda a, rng: _wrong_max(a, rng)),
+    "the result of a maximum", SUMS, "tensor.Allreduce",
+    after(1, how=lambda array, rng: _wrong_max(array, rng)),
     ("attn_max", "ffn_max", "qk_max"), reduction(MPI.MAX), fits=exact_many,
 )  # fmt: skip
 

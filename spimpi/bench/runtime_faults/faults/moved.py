@@ -33,6 +33,11 @@ def _slot(call):
     return slot.buffer[: slot.rows]
 
 
+def _last_sent(call):
+    slot = call.owner.slots[call.owner.turn - 1]
+    return slot.buffer[: slot.rows]
+
+
 def field(name):
     """A field of the record that was received, one larger."""
 
@@ -96,8 +101,7 @@ FAULTS = (
           ("hidden",), of_hidden, fits=pipeline),
     Fault("hidden rows in the sender's buffer, while they are sent", HANDED,
           f"{HANDOFF}:Sender.drain",
-          before(lambda call: call.owner.slots[call.owner.turn - 1].buffer[: call.owner.slots[call.owner.turn - 1].rows]),
-          ("hidden",), of_hidden, fits=pipeline),
+          before(_last_sent), ("hidden",), of_hidden, fits=pipeline),
     Fault("hidden rows as they arrived", HANDED, f"{HANDOFF}:Receiver.take", _arrived, ("hidden",),
           of_hidden, fits=pipeline),
     Fault("two hidden rows exchanged on the way", HANDED, f"{HANDOFF}:Receiver.take",

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from spimpi.bench.runtime_faults.fault import Fault, after, before, given
+from spimpi.bench.runtime_faults.fault import Fault, after, before, given, zeros
 
 RECORDER, RUN = "spimpi.checks.recorder:Recorder", "spimpi.verification.run:_Run"
 GOLDEN, LEDGER = "spimpi.inference.golden", "spimpi.inference.ledger:Ledger"
@@ -38,7 +38,7 @@ def _word(name):
 def _merged_zeros(call, hand):
     call.proceed()
     if call.owner.merged is not None:
-        hand.edit(call.owner.merged, lambda a, rng: a.reshape(-1).__setitem__(0, np.zeros((), a.dtype)))
+        hand.edit(call.owner.merged.reshape(-1)[:1], zeros)
 
 
 def _merged(name):
@@ -68,8 +68,8 @@ ANY = ("hidden", "embed", "qkv", "attn", "resid", "ffn", "attn_out", "ffn_out", 
 FAULTS = (
     Fault("an event lost on its way", EVENTS, f"{RECORDER}.add", given("events", _without_the_last),
           harmless=True),
-    Fault("an event counted twice", EVENTS, f"{RECORDER}.add", given("events", _with_the_last_twice),
-          harmless=True),
+    Fault("an event counted twice", EVENTS, f"{RECORDER}.add",
+          given("events", _with_the_last_twice), harmless=True),
     Fault("a group's events lost", EVENTS, f"{RECORDER}.add", _lost, harmless=True),
     Fault("a group's events twice", EVENTS, f"{RECORDER}.add", _twice, harmless=True),
     Fault("a single event lost", EVENTS, f"{RECORDER}.one", _lost, harmless=True),

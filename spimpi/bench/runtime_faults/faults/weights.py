@@ -41,8 +41,8 @@ def in_matrix(matrix, attribute, how=nudge, shows=None, **more):
         call.proceed()
 
     return Fault(
-        f"{words[attribute]} of {matrix} in memory", HELD, FORWARD, strike, shows or (*SHOWS[matrix], "weights"),
-        fits=exact, **more,
+        f"{words[attribute]} of {matrix} in memory", HELD, FORWARD, strike,
+        shows or (*SHOWS[matrix], "weights"), fits=exact, **more,
     )  # fmt: skip
 
 
@@ -72,19 +72,22 @@ FAULTS = (
     Fault("row maxima of a matrix, before it is scaled", DERIVING, f"{EXACT}:weight_absmax",
           returned(_larger), (*ANY, "logits", "weights"), in_weights, fits=exact),
     Fault("scaled weights before W·r is taken", DERIVING, f"{EXACT}:quantize_weights",
-          after(lambda call: call.result[0]), (*ANY, "logits", "weights"), in_weights, fits=exact),
+          after(lambda call: call.result[0]), (*ANY, "logits", "weights"), in_weights,
+          fits=exact),
     Fault("exponents of weights as they are made", DERIVING, f"{EXACT}:quantize_weights",
-          after(lambda call: call.result[1], how=plus_one), (*ANY, "logits", "weights"), in_weights, fits=exact),
+          after(lambda call: call.result[1], how=plus_one), (*ANY, "logits", "weights"), in_weights,
+          fits=exact),
     Fault("W·r as it is made", DERIVING, f"{EXACT}:project_weights",
           after(lambda call: call.result[0]), (*ANY, "logits", "weights"), in_weights, fits=exact,
           harmless=True),
     _MATRIX_MAXIMA, alike(_MATRIX_MAXIMA),
     Fault("a tensor of the checkpoint as this rank reads it", READING,
-          "spimpi.inference.checkpoint_seeded:SeededCheckpoint.read", after(lambda call: call.result),
-          ("weights",), in_weights),
+          "spimpi.inference.checkpoint_seeded:SeededCheckpoint.read",
+          after(lambda call: call.result), ("weights",), in_weights),
     Fault("the second read of a tensor", READING, "spimpi.inference.weight_check:xor_flat",
           before("words"), ("weights",), harmless=True),
     *(in_matrix(matrix, "values", shows=(SHOWS[matrix][0],)) for matrix in MATRICES),
     *(in_matrix(matrix, "exponents", plus_one) for matrix in MATRICES),
-    *(in_matrix(matrix, "projection", shows=(SHOWS[matrix][0],), harmless=True) for matrix in MATRICES),
+    *(in_matrix(matrix, "projection", shows=(SHOWS[matrix][0],), harmless=True)
+      for matrix in MATRICES),
 )  # fmt: skip
