@@ -5,23 +5,23 @@ import json
 from spimpi.cli.registry import subcommand
 from spimpi.errors import UsageError
 
-NAMES = ("fingerprint", "inference", "checks", "trace", "reading", "confusion", "startup")
-ALONE = ("reading", "confusion", "startup")  # of one process, that starts others itself where it needs them
+NAMES = ("fingerprint", "inference", "checks", "trace", "reading", "confusion", "runtime-faults", "startup")
+ALONE = ("reading", "confusion", "runtime-faults", "startup")  # of one process, that starts others itself where it needs them
 
 
 def add_arguments(parser) -> None:
     parser.add_argument("benchmark", choices=NAMES, help="what to measure")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--output", metavar="FILE", help="confusion: write the whole matrix there (CSV)")
+    parser.add_argument("--output", metavar="FILE", help="confusion, runtime-faults: write all that was found there (CSV)")
 
 
-@subcommand("bench", "measure: fingerprint, inference and checks (mpirun -n 2), trace (-n 4), reading, confusion, startup", add_arguments)
+@subcommand("bench", "measure: fingerprint, inference and checks (mpirun -n 2), trace (-n 4), reading, confusion, runtime-faults, startup", add_arguments)
 def bench(args) -> int:
     from importlib import import_module
 
-    measure = import_module(f"spimpi.bench.{args.benchmark}").measure
-    if args.output is not None and args.benchmark != "confusion":
-        msg = f"--output is of the confusion matrix, found it with {args.benchmark}"
+    measure = import_module(f"spimpi.bench.{args.benchmark.replace('-', '_')}").measure
+    if args.output is not None and args.benchmark not in ("confusion", "runtime-faults"):
+        msg = f"--output is of confusion and runtime-faults, found it with {args.benchmark}"
         raise UsageError(msg)
     if args.benchmark in ALONE:
         figures = measure(**({"output": args.output} if args.output else {}))

@@ -7,14 +7,14 @@ from mpi4py import MPI
 
 from spimpi.checks.recorder import StageTotals, place_of
 from spimpi.checks.verdict import Verdict, Where
-from spimpi.errors import CorruptionError
+from spimpi.errors import CorruptionError, IncompleteError
 from spimpi.inference.token_words import token_keys, token_words
-from spimpi.reduction import empty_records
+from spimpi.reduction import PATIENCE, together
 from spimpi.trace.analysis.order import program_keys
-from spimpi.trace.schema import Established, Op, Stage
+from spimpi.trace.schema import EVENT, Established, Op, Stage
+from spimpi.verification.accounts import account, summed, told
 
 HANDED_ON = (Op.HANDOFF,)
-NO_PLACE = (float("inf"),)  # after all places in program order
 
 
 @dataclass
@@ -56,11 +56,14 @@ class Outcome:
 
     def are_those_chosen(self, tokens) -> bool:
         """Whether tokens [prompts, steps] are those that the run chose; None: nobody's are. Local."""
-        if tokens is None or self.token_words is None:
-            return True
-        keys = token_keys(self.seed, len(tokens), len(self.token_words))
-        words = token_words(tokens, keys)
-        return np.array_equal(words, self.token_words)
+        return those_chosen(tokens, self.token_words, self.seed)
+
+
+def those_chosen(tokens, words, seed: int) -> bool:
+    """Whether tokens [prompts, steps] have these words, one a step; None: nobody's do. Local."""
+    if tokens is None or words is None:
+        return True
+    return np.array_equal(token_words(tokens, token_keys(seed, len(tokens), len(words))), words)
 
 
 CHANGED = "they changed in memory after the run's last look at them"
@@ -72,69 +75,166 @@ def tokens_changed(detail: str = CHANGED) -> Verdict:
     return Verdict(False, Established(0), where, check="at rest")
 
 
-def of_tokens_now(ctx, outcome: Outcome) -> Outcome:
-    """The outcome, corrupted where rank 0 no longer holds the tokens that were chosen. Collective."""
-    changed = not outcome.n_failed and not outcome.are_those_chosen(outcome.tokens)
-    if not ctx.world.bcast(changed):
-        return outcome
-    return replace(outcome, verdict=tokens_changed(), n_failed=1)
-
-
-def global_totals(ctx, recorder) -> tuple[dict[Stage, StageTotals], int, int]:
-    """Checks, failures, bytes and mean seconds of every stage over all ranks. Collective."""
-    stages = list(Stage)
-    records = empty_records(len(stages) + 1)
-    for record, stage in zip(records, stages):
-        totals = recorder.totals[stage]
-        record["total"], record["count"] = totals.n_bytes, totals.checks
-    records[-1]["count"] = recorder.n_events
-    records[-1]["total"] = sum(t.failed for t in recorder.totals.values())
-    merged = ctx.records.merge(ctx.world, records)
-    failed = np.array([recorder.totals[s].failed for s in stages], np.int64)
-    seconds = np.array([recorder.totals[s].seconds for s in stages])
-    ctx.world.Allreduce(MPI.IN_PLACE, failed, op=MPI.SUM)
-    ctx.world.Allreduce(MPI.IN_PLACE, seconds, op=MPI.SUM)
-    seconds /= ctx.world.size
-    totals = {
-        stage: StageTotals(
-            int(merged[i]["count"]), int(failed[i]), int(merged[i]["total"]), float(seconds[i])
-        )
-        for i, stage in enumerate(stages)
-    }
-    return totals, int(merged[-1]["count"]), int(merged[-1]["total"])
-
-
 def any_failed(ctx, recorder) -> bool:
-    """Whether any rank has a failure so far. Collective."""
+    """Whether any rank has a failure so far, the same on every rank. Collective.
+
+    IncompleteError on every rank where the ranks' counts do not fit together.
+    """
     own = sum(t.failed for t in recorder.totals.values())
-    return bool(ctx.world.allreduce(own, op=MPI.SUM))
+    total = ctx.world.allreduce(own, op=MPI.SUM)
+    heard, problem = told(ctx.world, own)
+    if not problem and total != sum(heard):
+        problem = f"two reductions of the failed checks differ: {total} and {sum(heard)}"
+    with together(ctx.world, PATIENCE):
+        if problem:
+            msg = f"the ranks' counts do not fit together: {problem}"
+            raise IncompleteError(msg)
+    return total > 0
+
+
+def conclusion(
+    ctx, job, recorder, names, has_golden, n_due, changed, source, tokens_hold=True
+) -> "Conclusion":
+    """One verdict of all ranks' checks, the same on every rank. Collective.
+
+    n_due: how many checks were due on this rank; changed: whether each injected fault changed
+    anything here; source: where the golden run is from, and tokens_hold: whether this rank's tokens
+    are still those that were chosen, of both of which rank 0's word counts. Every exchange is made
+    whatever the ones before brought. Where one of them went wrong, on one rank or on all, every
+    rank says incomplete.
+    """
+    sums = summed(ctx, account(recorder, n_due, changed))
+    said, deaf = told(ctx.world, _Said.of(recorder, names))
+    if not deaf and [one.rank for one in said] != list(range(ctx.world.size)):
+        deaf = "the ranks' words arrived in another order"
+    first = min((one for one in said if one.key), key=_Said.order, default=None)
+    mine = None
+    if ctx.rank == 0:
+        mine = source, _golden_says(recorder, first), tokens_hold
+    answer = ctx.world.bcast(mine)
+    problems = [p for p in (sums.problem, deaf) if p]
+    arrived = isinstance(answer, tuple) and len(answer) == 3
+    if not arrived or (ctx.rank == 0 and answer != mine):
+        problems.append("rank 0's word on the golden run and the tokens did not arrive")
+        answer = "", None, True
+    source, golden_failed, tokens_hold = answer
+    n_failed = sum(one.n_failed for one in said)
+    if not problems and n_failed != sums.n_failed:
+        problems.append(
+            f"two reductions of what was counted differ: {sums.n_failed} failed checks, and "
+            f"{n_failed} by the ranks' own words"
+        )
+    if not problems and bool(n_failed) != (first is not None):
+        problems.append(f"{n_failed} checks failed, and no rank tells which")
+    where = _where(ctx, first, names, golden_failed) if first else None
+    missing = [] if problems else _missing(job, sums, has_golden)
+    kinds = established(ctx, job, has_golden) if not where else Established(0)
+    verdict = Verdict(not where and not missing, kinds, where, tuple(missing))
+    if not n_failed and not tokens_hold:
+        verdict, n_failed = tokens_changed(), 1
+    mine = Conclusion(verdict, sums.totals, sums.n_events, n_failed, source or "")
+    return _agreed(ctx, mine, "; ".join(problems))
+
+
+@dataclass(frozen=True)
+class Conclusion:
+    """A verdict with the numbers behind it."""
+
+    verdict: Verdict
+    totals: dict[Stage, StageTotals]
+    n_events: int
+    n_failed: int
+    expected_from: str
+
+
+def _missing(job, sums, has_golden) -> list[str]:
+    """What keeps a run without a failure from being verified."""
+    missing = []
+    if job.golden_wanted and not has_golden:
+        missing.append("the golden comparison that was asked for")
+    if sums.n_due != sums.n_events:
+        missing.append(f"{sums.n_due} checks were due, {sums.n_events} were recorded")
+    idle = [str(f) for f, n in zip(job.faults, sums.changed) if not n]
+    if idle and not sums.n_failed:
+        missing.append(f"injected faults that changed nothing: {', '.join(idle)}")
+    return missing
+
+
+ROUNDS = 2  # what one rank alone heard in the first round, it tells all in the second
+
+
+def _agreed(ctx, mine: Conclusion, problem: str) -> Conclusion:
+    """``mine`` where all ranks concluded it and none has a problem, else incomplete. Collective.
+
+    What reaches one rank alone in the last round stays with that rank, which says incomplete.
+    """
+    troubled = False
+    for _ in range(ROUNDS):
+        heard, deaf = told(ctx.world, (repr(mine), problem, troubled))
+        problem = problem or deaf
+        odd = [r for r, (text, _, _) in enumerate(heard) if text != heard[0][0]]
+        troubled |= bool(problem or odd) or any(words or heard_of for _, words, heard_of in heard)
+    if not troubled:
+        return mine
+    if mine.verdict.where is not None and not odd and not deaf:
+        return mine  # it has happened, whatever went wrong with counting
+    words = [f"rank {r}: {words}" for r, (_, words, _) in enumerate(heard) if words]
+    words += [f"ranks 0 and {odd[0]} concluded differently"] if odd and not words else []
+    words += [problem or "a rank heard otherwise"] if not words else []
+    said = f"the ranks' counts do not fit together: {'; '.join(words[:3])}"
+    return replace(mine, verdict=Verdict(False, Established(0), None, (said,)), n_failed=0)
 
 
 def first_failure(ctx, recorder, names: list[str]) -> Where | None:
-    """The failure that comes first in program order, on every rank. Collective.
-
-    The lowest rank that has it tells.
-    """
-    failures = recorder.all_failures()
-    keys = np.array(program_keys(failures, names.index("embed") + 1, names), np.int64)
-    places = [tuple(place) for place in keys.T.tolist()]
-    first = ctx.world.allreduce(min(places, default=NO_PLACE), op=MPI.MIN)
-    if first == NO_PLACE:
+    """The failure that comes first in program order, on every rank. Collective."""
+    said = ctx.world.allgather(_Said.of(recorder, names))
+    first = min((one for one in said if one.key), key=_Said.order, default=None)
+    if first is None:
         return None
-    mine = failures[[place == first for place in places]]
-    # A rank whose data changed speaks before one that only met the NaN that came of it (all meet
-    # it: their row maxima are reduced), and one that can name the culprit before one that cannot.
-    mine = sorted(mine, key=_authority)
-    rank, size = ctx.world.rank, ctx.world.size
-    bid = _authority(mine[0]) * size + rank if mine else 3 * size
-    speaker = ctx.world.allreduce(bid, op=MPI.MIN) % size
-    said = None
-    if rank == speaker:
-        event = mine[0]
-        said = (event.tobytes(), _note(recorder, event))
-    raw, note = ctx.world.bcast(said, root=speaker)
-    event = np.frombuffer(raw, failures.dtype)[0]
-    return _where(ctx, event, names, speaker, note, _golden_says(ctx, recorder, event))
+    golden_failed = ctx.world.bcast(_golden_says(recorder, first) if ctx.rank == 0 else None)
+    return _where(ctx, first, names, golden_failed)
+
+
+@dataclass(frozen=True)
+class _Said:
+    """What a rank has to say of failures: how many it has, and its first one in program order.
+
+    key: the place in program order, () where it has none; of several at one place that which says
+    the most of its cause (``authority``, 0 the most).
+    """
+
+    n_failed: int
+    rank: int
+    key: tuple = ()
+    authority: int = 0
+    raw: bytes = b""
+    note: str = ""
+
+    @classmethod
+    def of(cls, recorder, names) -> "_Said":
+        failures = recorder.all_failures()
+        n_failed = sum(t.failed for t in recorder.totals.values())
+        if not failures.size:
+            return cls(n_failed, recorder.rank)
+        keys = np.array(program_keys(failures, names.index("embed") + 1, names), np.int64)
+        places = [tuple(place) for place in keys.T.tolist()]
+        first = min(places)
+        mine = failures[[place == first for place in places]]
+        event = min(mine, key=_authority)
+        return cls(
+            n_failed, recorder.rank, first, _authority(event), event.tobytes(),
+            _note(recorder, event),
+        )
+
+    def order(self) -> tuple:
+        """The first in program order. A rank whose data changed speaks before one that only met the
+        NaN that came of it (all meet it: their row maxima are reduced), and one that can name the
+        culprit before one that cannot; else the lowest."""
+        return self.key, self.authority, self.rank
+
+    @property
+    def event(self):
+        return np.frombuffer(self.raw, EVENT)[0]
 
 
 def _authority(event) -> int:
@@ -150,20 +250,21 @@ def _note(recorder, event) -> str:
     )
 
 
-def _golden_says(ctx, recorder, event) -> bool | None:
+def _golden_says(recorder, first) -> bool | None:
     """Whether the golden comparison of the same tensor failed; None where there is none, as for
-    weights.
+    weights. On rank 0, which makes it. Local.
 
     The golden fingerprint is taken from the lowest replica, so it decides between two.
     """
-    answer = None
-    in_run = event["stage"] not in (Stage.FABRIC, Stage.WEIGHTS)
-    if ctx.rank == 0 and in_run and recorder.totals[Stage.GOLDEN].checks:
-        answer = place_of(event) in recorder.golden_failures
-    return ctx.world.bcast(answer)
+    if first is None or first.event["stage"] in (Stage.FABRIC, Stage.WEIGHTS):
+        return None
+    if not recorder.totals[Stage.GOLDEN].checks:
+        return None
+    return place_of(first.event) in recorder.golden_failures
 
 
-def _where(ctx, event, names, speaker, note, golden_failed) -> Where:
+def _where(ctx, first, names, golden_failed) -> Where:
+    event, note, speaker = first.event, first.note, first.rank
     op = Op(int(event["op"]))
     peer = int(event["peer"])
     rank = peer if peer >= 0 and op not in HANDED_ON else None

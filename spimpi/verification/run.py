@@ -9,7 +9,6 @@ from mpi4py import MPI
 
 from spimpi.checks.fabric import check_fabric, tensor_names
 from spimpi.checks.recorder import Recorder
-from spimpi.checks.verdict import Verdict
 from spimpi.context import DistributedContext
 from spimpi.errors import CorruptionError, SpimpiError, UsageError
 from spimpi.inference import golden as golden_runs
@@ -294,30 +293,19 @@ class _Run:
 
     def _conclude(self, tokens, words, runs):
         ctx, job = self.ctx, self.job
-        totals, n_events, n_failed = conclude.global_totals(ctx, self.recorder)
-        where = conclude.first_failure(ctx, self.recorder, self.names) if n_failed else None
-        if n_failed and not self.has_golden and not job.faults:
-            self._refuse_overflow(where)
-        missing = []
-        if job.golden_wanted and not self.has_golden:
-            missing.append("the golden comparison that was asked for")
-        wanted = ctx.world.allreduce(expected_events(ctx, job, runs, self.has_golden), op=MPI.SUM)
-        if wanted != n_events:
-            missing.append(f"{wanted} checks were due, {n_events} were recorded")
-        idle = self._faults_without_effect()
-        if idle and not n_failed:
-            missing.append(f"injected faults that changed nothing: {', '.join(idle)}")
-        # A failed run proves nothing that a later check could rest on.
-        kinds = Established(0) if n_failed else conclude.established(ctx, job, self.has_golden)
-        verdict = Verdict(not n_failed and not missing, kinds, where, tuple(missing))
-        source = ""
-        if self.has_golden:
-            source = ctx.world.bcast(self.golden.source if ctx.rank == 0 else None)
-        outcome = conclude.Outcome(
-            verdict, totals, self.seconds, n_events, n_failed, tokens, source, runs, words,
-            job.seed,
-        )
-        return conclude.of_tokens_now(ctx, outcome)
+        changed = self.injector.changed if self.injector else [False] * len(job.faults)
+        found = conclude.conclusion(
+            ctx, job, self.recorder, self.names, self.has_golden,
+            expected_events(ctx, job, runs, self.has_golden), changed,
+            self.golden.source if self.golden else "",
+            conclude.those_chosen(tokens, words, job.seed),
+        )  # fmt: skip
+        if found.verdict.where and not self.has_golden and not job.faults:
+            self._refuse_overflow(found.verdict.where)
+        return conclude.Outcome(
+            found.verdict, found.totals, self.seconds, found.n_events, found.n_failed, tokens,
+            found.expected_from, runs, words, job.seed,
+        )  # fmt: skip
 
     def _refuse_overflow(self, where):
         """UsageError where no golden run tells a model that overflows from a fault. Collective."""
@@ -327,9 +315,3 @@ class _Run:
             if self.ctx.rank == 0:
                 how = ", or a fault that no check sees made NaN of it (a golden run would tell)"
                 overflow.refuse(where, self.job.checkpoint, how)
-
-    def _faults_without_effect(self) -> list[str]:
-        if self.injector is None:
-            return []
-        idle = self.ctx.world.allreduce(np.array(self.injector.changed, int), op=MPI.SUM)
-        return [str(f) for f, changed in zip(self.job.faults, idle) if not changed]
