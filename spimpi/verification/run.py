@@ -9,6 +9,7 @@ from mpi4py import MPI
 
 from spimpi.checks.fabric import check_fabric, tensor_names
 from spimpi.checks.recorder import Recorder
+from spimpi.checks.verdict import Verdict
 from spimpi.context import DistributedContext
 from spimpi.errors import CorruptionError, SpimpiError, UsageError
 from spimpi.inference import golden as golden_runs
