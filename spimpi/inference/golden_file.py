@@ -1,18 +1,23 @@
 """The facts in a golden file, each looked at: its kind, its size, what it says of the others."""
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
 
 from spimpi.errors import UsageError
 from spimpi.hdf5_guard import open_hdf5, own_attribute, own_numbers
+from spimpi.in_child import in_child
 from spimpi.inference.model_config import MOST_LAYERS
 from spimpi.inference.tensors import golden_columns
 from spimpi.json_file import is_size, parse_json
 from spimpi.printable import one_line
 
 SCHEMA = "spimpi-golden-1"
+# What reading a file may take: HDF5 crashes on some damaged files, and believes what others say.
+MEMORY = 1 << 28  # bytes, beside 8 times the file's
+SECONDS, SPEED = 10, 1 << 24  # of processor time; bytes a second beyond
 LONGEST_TEXT = 4096  # characters of a name
 # What an origin may say, and of what kind.
 ORIGIN = {"model": str, "config": str, "layers": int}
@@ -33,21 +38,28 @@ def read_facts(path) -> dict:
         msg = f"no golden file {name}, found {found} there: make one with `spimpi golden`"
         raise UsageError(msg)
     try:
-        with open_hdf5(path) as file:
-            schema = _text(file, "schema") if "schema" in file.attrs else "none"
-            if schema != SCHEMA:
-                msg = (
-                    f"{name} is not a golden file: expected schema {SCHEMA}, found "
-                    f"{one_line(schema, 60)}"
-                )
-                raise UsageError(msg)
-            return _facts(file)
-    except UsageError:
-        raise
-    except Exception as error:  # h5py raises what HDF5 and numpy say of damaged files
-        why = one_line(error, 150)
+        size = os.path.getsize(path)
+        import h5py  # noqa: F401  once, not in each child
+
+        return in_child(lambda: _read(path, name), MEMORY + 8 * size, SECONDS + size // SPEED)
+    except (OSError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        why = one_line(getattr(error, "strerror", None) or error, 150)
         msg = f"{name} is no readable golden file ({why}): make one with `spimpi golden`"
         raise UsageError(msg) from None
+
+
+def _read(path: Path, name: str) -> dict:
+    with open_hdf5(path) as file:
+        schema = _text(file, "schema") if "schema" in file.attrs else "none"
+        if schema != SCHEMA:
+            msg = (
+                f"{name} is not a golden file: expected schema {SCHEMA}, found "
+                f"{one_line(schema, 60)}"
+            )
+            raise UsageError(msg)
+        return _facts(file)
 
 
 def _facts(file) -> dict:

@@ -96,8 +96,11 @@ def left_out(model) -> list[str]:
 
 def unread(model) -> list[str]:
     """What of a MODEL is not read, in lines for people."""
+    _, _, index, files = _files(Path(model))
+    if index is None:  # then a copy is refused
+        return not_read(files, (), {})
     source = survey(model)
-    return not_read(left_out(model), source.copies, source.tensors)
+    return not_read(files, source.copies, source.tensors)
 
 
 def _files(model: Path):

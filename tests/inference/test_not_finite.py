@@ -1,5 +1,8 @@
 """Weights that are not finite, or so large that the model leaves float32: bad input, no corruption."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from mpi4py import MPI
@@ -8,6 +11,7 @@ from reference_models import random_tensors, tiny_config, write
 from spimpi.errors import CorruptionError, UsageError
 from spimpi.inference import finite
 from spimpi.inference.checkpoint import open_checkpoint
+from spimpi.trace.schema import blank_events
 from spimpi.verification import overflow
 from spimpi.verification.job import Request, prepare
 from spimpi.verification.run import make_golden, verify_distributed_inference
@@ -88,10 +92,21 @@ def test_nan_where_the_golden_run_has_none_is_corruption(tmp_path, monkeypatch):
         return run(self, *args, **more)
 
     monkeypatch.setattr(Stage, "run", breaks)
-    from dataclasses import replace
-
     outcome = verify_distributed_inference(MPI.COMM_SELF, replace(job, golden=made))
     assert outcome.exit_status == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_own"),
+    [({}, True), ({"fingerprint": 8}, False), ({"nonfinite": 0}, False), (None, False)],
+)
+def test_only_rows_that_are_not_finite_with_right_bits_are_the_model_s_own(changes, is_own):
+    failures = blank_events(0 if changes is None else 3)
+    failures["nonfinite"], failures["fingerprint"], failures["expected"] = 2, 7, 7
+    for column, value in (changes or {}).items():
+        failures[column][1] = value
+    recorder = SimpleNamespace(all_failures=lambda: failures)
+    assert overflow.only_overflow(MPI.COMM_SELF, recorder) == is_own
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])

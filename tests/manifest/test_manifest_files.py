@@ -14,6 +14,7 @@ from manifest_samples import (
 
 from spimpi.errors import UsageError
 from spimpi.fingerprint.tag import Tag
+from spimpi.inference import safetensors_header
 from spimpi.manifest import check_files, make_manifest, read, source
 
 CONTENT = tensors(MIXED)
@@ -232,6 +233,39 @@ def test_a_name_in_two_files_is_refused(tmp_path):
     words = r"tensor embed\.weight is in 2 files of .*: a\.safetensors, b\.safetensors"
     with pytest.raises(UsageError, match=words):
         make_manifest(tmp_path)
+
+
+def test_the_index_decides_which_copy_is_read(tmp_path):
+    made = make_manifest(write_file(tmp_path / "good.safetensors", CONTENT))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_shards(folder, CONTENT, 3)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    name, files = next(iter(index)), sorted(set(index.values()))
+    other = files[-1] if index[name] != files[-1] else files[0]
+    dtype, shape, data = CONTENT[name]
+    stale = {n: CONTENT[n] for n in index if index[n] == other}
+    write_file(folder / other, stale | {name: (dtype, shape, bytes(b ^ 1 for b in data))})
+    assert words(make_manifest(folder)) == words(made)
+    assert check_files(made, folder).exit_status == 0
+    assert source.unread(folder) == [
+        f"copies: {name} in {other}, the index places it in {index[name]}"
+    ]
+
+
+def test_what_may_not_be_read_is_no_corruption(model, monkeypatch):
+    made = make_manifest(model)
+
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(safetensors_header, "open_regular", denied)
+    with pytest.raises(UsageError, match="Permission denied"):
+        check_files(made, model)
+    monkeypatch.undo()
+    (model / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(UsageError, match="git lfs pull"):
+        check_files(made, model)
 
 
 @pytest.mark.parametrize("dtype", ["F4", "F6_E2M3", "F6_E3M2", "Q4_K", 7, None])
