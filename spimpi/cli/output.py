@@ -38,6 +38,7 @@ class Reporter:
     def __init__(self, speaks: bool, as_json: bool):
         self.speaks, self.as_json = speaks, as_json
         self.status = self.lines = None
+        self.in_lines = False
         if speaks:
             import rich.table  # noqa: F401  needed at the end
             from rich.console import Console
@@ -49,14 +50,16 @@ class Reporter:
             if terminal and not as_json:
                 self.status = self.console.status("starting")
             else:
-                self.lines = ProgressLines()
+                self.in_lines = True
 
     def progress(self, place: str) -> None:
+        """Where the run is; until ``stop``."""
         if self.status is not None:
             from rich.text import Text
 
             self.status.update(Text(printable(place)))
-        elif self.lines is not None:
+        elif self.in_lines:
+            self.lines = self.lines or ProgressLines()
             self.lines.place = place
 
     def found(self, comm, job) -> None:

@@ -1,8 +1,9 @@
 """A long run says where it is, where there is no terminal."""
 
+import threading
 import time
 
-from spimpi.cli import progress_lines
+from spimpi.cli import main, progress_lines
 from spimpi.cli.output import Reporter
 
 
@@ -45,6 +46,13 @@ def test_other_ranks_say_nothing(monkeypatch, capsys):
     time.sleep(0.1)
     reporter.stop()
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_run_that_is_refused_leaves_nobody_speaking(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["verify", "--config", "nosuch", "--no-trace"]) == 2
+    assert "nosuch" in capsys.readouterr().err
+    assert "spimpi-progress" not in [thread.name for thread in threading.enumerate()]
 
 
 def test_the_period_is_ten_seconds():

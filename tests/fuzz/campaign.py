@@ -27,7 +27,7 @@ import option_kinds  # noqa: F401
 import sound
 import trace_kinds  # noqa: F401
 from cases import KINDS, draw
-from running import MEMORY, SECONDS, Outside, judge, load, run
+from running import MEMORY, PATIENCE, SECONDS, Outside, judge, load, run
 
 TELL = 500  # a worker says at every so many cases where it is
 
@@ -51,6 +51,8 @@ def attempt(case, changes, folder: Path, outside: Outside):
     case.write(folder, changes)
     argv, environ = _command(case, changes)
     outcome = run(argv, folder, environ=environ)
+    if outcome.status is None and outcome.processor < SECONDS / 2:
+        outcome = run(argv, folder, seconds=PATIENCE * SECONDS, environ=environ)
     # Commands that take several traces have a line for each that cannot be read.
     lines = len(argv) - 2 if argv[:1] == ["trace"] else 1
     wrong = judge(outcome, case.may_find_corruption, max(1, lines))

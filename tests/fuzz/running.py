@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SECONDS = 20.0
+PATIENCE = 5  # times that, for a second look: a machine that does much else makes anything slow
 MEMORY = 2 << 30  # bytes resident
 MOST_MAPPED = 6 << 30  # beyond what this process has mapped: protects the machine
 MESSAGE = 500  # characters of a line on standard error
@@ -29,6 +30,7 @@ class Outcome:
     err: str
     seconds: float
     peak: int  # bytes resident, of the largest process
+    processor: float = 0.0  # seconds, of all its processes that were waited for
 
 
 def load() -> None:
@@ -82,7 +84,7 @@ def run(argv, folder: Path, seconds=SECONDS, memory=MEMORY, environ=None, main=N
     except ProcessLookupError:
         pass
     out, err = (_text(path) for path in said)
-    return Outcome(status, out, err, took, usage.ru_maxrss * 1024)
+    return Outcome(status, out, err, took, usage.ru_maxrss * 1024, usage.ru_utime + usage.ru_stime)
 
 
 def _text(path: Path) -> str:
@@ -138,6 +140,8 @@ def judge(outcome: Outcome, may_find_corruption: bool, most_lines=1, memory=MEMO
     wrong = []
     if outcome.status is None:
         wrong.append(f"hang: still running after {outcome.seconds:.0f} s")
+    elif outcome.processor > SECONDS:
+        wrong.append(f"hang: {outcome.processor:.0f} s of processor time")
     elif outcome.status < 0:
         wrong.append(f"ended by signal {-outcome.status}")
     elif outcome.status > 3:
