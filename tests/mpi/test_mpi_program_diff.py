@@ -49,14 +49,14 @@ def check_all(ctx, comm, other=()) -> None:
     ):  # fmt: skip
         # The addends of one tensor, whatever the number of ranks.
         x = of(name, dtype) / 8 if dtype == np.float32 else of(name, dtype)
-        own = x if r == 0 else np.zeros_like(x)
+        own = x * (r == 0)
         if verify is spimpi.verify_reduce_scatter:
             verify(comm, own, cut(x, rows), rows, tag(name), **ctx)
         else:
             verify(comm, own, x, tag(name), **ctx)
     spimpi.verify_allreduce(comm, of("max"), of("max"), tag("max"), op=MPI.MAX, **ctx)
     x = of("xor", np.int64)
-    own = x if r == 0 else np.zeros_like(x)
+    own = x * (r == 0)
     spimpi.verify_allreduce(comm, own, x, tag("xor"), op=MPI.BXOR, **ctx)
     spimpi.verify_replicas(comm, of("replicas"), tag("replicas"), **ctx)
     spimpi.exact_allreduce(comm, of("exact") * (r == 0), tag=tag("exact"), **ctx)
