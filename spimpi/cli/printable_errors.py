@@ -1,4 +1,4 @@
-"""Standard error that cannot steer a terminal, whatever a message, a warning or a traceback holds."""
+"""Standard error that cannot steer a terminal, whatever a message or a traceback holds."""
 
 import sys
 from contextlib import contextmanager

@@ -24,7 +24,7 @@ def import_errors(text: str) -> list[str]:
     order = {}
     for e in found["traceEvents"]:
         kind, pid, tid = e["ph"], e["pid"], e["tid"]
-        if not (isinstance(pid, int) and isinstance(tid, int) and 0 < pid < 2**31 and 0 < tid < 2**31):
+        if not all(isinstance(number, int) and 0 < number < 2**31 for number in (pid, tid)):
             errors.append(f"numbers of process and thread {pid}, {tid}")
         if process_of.setdefault(tid, pid) != pid:
             errors.append(f"thread {tid} is of processes {process_of[tid]} and {pid}")
@@ -36,7 +36,7 @@ def import_errors(text: str) -> list[str]:
             elif e["name"] == "process_sort_index":
                 order[pid] = e["args"]["sort_index"]
             continue
-        if not (isfinite(e["ts"]) and e["ts"] >= 0 and e.get("dur", 0) >= 0 and isfinite(e.get("dur", 0))):
+        if not all(isfinite(time) and time >= 0 for time in (e["ts"], e.get("dur", 0))):
             errors.append(f"times of {e['name']}: {e['ts']}, {e.get('dur')}")
         if kind == "X":
             begin = round(e["ts"] * 1000)
@@ -46,11 +46,12 @@ def import_errors(text: str) -> list[str]:
     named = {pid for pid, _ in processes}
     for tid, own in slices.items():
         pid = process_of[tid]
-        errors += [f"process {pid} has no name or no place"] * (pid not in named or pid not in order)
+        known = pid in named and pid in order
+        errors += [f"process {pid} has no name or no place"] * (not known)
         errors += [f"thread {tid} has no name"] * ((pid, tid) not in threads)
         errors += _overlaps(tid, own)
-    by_order = sorted(order, key=order.get)
-    ranks = [int(name.split()[1]) for pid in by_order for (p, _), name in processes.items() if p == pid]
+    names = {pid: name for (pid, _), name in processes.items()}
+    ranks = [int(names[pid].split()[1]) for pid in sorted(order, key=order.get)]
     errors += ["ranks are out of order"] * (ranks != sorted(ranks))
     return errors
 

@@ -1,6 +1,14 @@
-"""Reading a report as its reader does: tables, links, titles, by the standard library's parser."""
+"""Runs to report on, and reading a report as its reader does: tables, links, titles, by the
+standard library's parser."""
 
+import re
 from html.parser import HTMLParser
+
+import numpy as np
+from trace_samples import TENSORS, write_alone_trace
+
+from spimpi.cli import main
+from spimpi.trace.schema import Op, Stage, Status, blank_events
 
 
 class Page(HTMLParser):
@@ -64,3 +72,77 @@ class Page(HTMLParser):
         """The rows of the table under ``heading``, by column."""
         columns, *rows = self.tables[heading]
         return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def title_of(page) -> str:
+    return re.search(r"<title>(.*?)</title>", page.source)[1]
+
+
+def sections_of(page) -> list[str]:
+    """The runs that have a section, in the page's order."""
+    return re.findall(r'<section id="run\d+".*?class="of">(.*?)<', page.source, re.S)
+
+
+HIDDEN = [tensor.name for tensor in TENSORS].index("hidden")
+REPLICAS = "Rank × layer: hidden, fingerprints of its replicas"
+VERDICTS = "Rank × layer: all checks, verdicts"
+LAYERS = 6
+
+
+def decoder(fingerprints, n_steps=3, expected=None) -> np.ndarray:
+    """A rank's checks: of each layer a matmul and the agreement of the replicas of "hidden".
+
+    ``fingerprints`` [steps × layers]; ``expected``: what the replicas agreed on.
+    """
+    events = blank_events(n_steps * LAYERS * 2)
+    grid = events.reshape(n_steps, LAYERS, 2)
+    grid["step"] = np.arange(n_steps)[:, None, None]
+    grid["layer"] = np.arange(LAYERS)[None, :, None]
+    grid["tensor"], grid["bytes"] = HIDDEN, 1000
+    grid["op"], grid["stage"] = [Op.MATMUL, Op.AGREEMENT], [Stage.COMPUTE, Stage.TENSOR]
+    grid["fingerprint"] = grid["expected"] = np.asarray(fingerprints, np.uint64)[:, :, None]
+    events["t_start"] = np.arange(len(events)) * 0.01
+    events["t_end"] = events["t_start"] + 0.004
+    if expected is not None:
+        grid["expected"][:, :, 1] = expected
+        grid["verdict"][:, :, 1][grid["fingerprint"][:, :, 1] != expected] = Status.FAILED
+    return events
+
+
+def replicas(n_ranks, odd_rank=None, step=1, layer=4, seed=0) -> list[np.ndarray]:
+    """Ranks that agree, but for ``odd_rank`` at one step and layer."""
+    rng = np.random.default_rng(seed)
+    common = rng.integers(1, 2**63, (3, LAYERS), dtype=np.uint64)
+    own = np.repeat(common[None], n_ranks, axis=0)
+    if odd_rank is not None:
+        own[odd_rank, step, layer] ^= np.uint64(0xFF)
+    merged = np.bitwise_and.reduce(own, axis=0)
+    ranks = [decoder(each, expected=merged) for each in own]
+    bad = own != own[:1] if odd_rank is not None else None
+    for rank, events in enumerate(ranks if bad is not None else ()):
+        # As verify does: every rank's check fails where one differs, and names it.
+        failed = (events["op"] == Op.AGREEMENT) & (events["step"] == step)
+        failed &= events["layer"] == layer
+        events["verdict"][failed], events["peer"][failed] = Status.FAILED, odd_rank
+    return ranks
+
+
+def report(*args) -> int:
+    return main(["trace", "report", *map(str, args)])
+
+
+def page_of(tmp_path, ranks, status=0, **attributes) -> Page:
+    write_alone_trace(tmp_path / "run.h5", ranks, **attributes)
+    assert report(tmp_path / "run.h5", "-o", tmp_path / "run.html", "--overwrite") == status
+    return Page(tmp_path / "run.html")
+
+
+def golden(flip=None) -> np.ndarray:
+    """Fingerprints of whole tensors, [3 steps × LAYERS]; the one at ``flip`` another."""
+    events = blank_events(3 * LAYERS)
+    events["step"], events["layer"] = np.divmod(np.arange(len(events)), LAYERS)
+    events["tensor"], events["op"], events["stage"] = HIDDEN, Op.CONTENT, Stage.GOLDEN
+    events["fingerprint"] = events["expected"] = np.arange(len(events)) + 1
+    if flip is not None:
+        events["fingerprint"][flip] ^= np.uint64(1 << 40)
+    return events

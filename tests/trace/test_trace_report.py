@@ -7,70 +7,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from report_pages import Page
+from report_pages import (
+    LAYERS, REPLICAS, VERDICTS, Page, decoder, golden, page_of, replicas, report, title_of,
+)  # fmt: skip
 from trace_samples import TENSORS, failing, some_events, write_alone_trace, write_journal
 
 pytest.importorskip("jinja2", reason="reports need jinja2: pip install 'spimpi[report]'")
 
 import spimpi.trace
-from spimpi.cli import main
 from spimpi.trace.analysis.diff import diff
 from spimpi.trace.report.facts import gather
 from spimpi.trace.report.page import _difference
 from spimpi.trace.schema import Op, Stage, Status, blank_events
-
-HIDDEN = [tensor.name for tensor in TENSORS].index("hidden")
-REPLICAS = "Rank × layer: hidden, fingerprints of its replicas"
-VERDICTS = "Rank × layer: all checks, verdicts"
-LAYERS = 6
-
-
-def decoder(fingerprints, n_steps=3, expected=None) -> np.ndarray:
-    """A rank's checks: of each layer a matmul and the agreement of the replicas of "hidden".
-
-    ``fingerprints`` [steps × layers]; ``expected``: what the replicas agreed on.
-    """
-    events = blank_events(n_steps * LAYERS * 2)
-    grid = events.reshape(n_steps, LAYERS, 2)
-    grid["step"] = np.arange(n_steps)[:, None, None]
-    grid["layer"] = np.arange(LAYERS)[None, :, None]
-    grid["tensor"], grid["bytes"] = HIDDEN, 1000
-    grid["op"], grid["stage"] = [Op.MATMUL, Op.AGREEMENT], [Stage.COMPUTE, Stage.TENSOR]
-    grid["fingerprint"] = grid["expected"] = np.asarray(fingerprints, np.uint64)[:, :, None]
-    events["t_start"] = np.arange(len(events)) * 0.01
-    events["t_end"] = events["t_start"] + 0.004
-    if expected is not None:
-        grid["expected"][:, :, 1] = expected
-        grid["verdict"][:, :, 1][grid["fingerprint"][:, :, 1] != expected] = Status.FAILED
-    return events
-
-
-def replicas(n_ranks, odd_rank=None, step=1, layer=4, seed=0) -> list[np.ndarray]:
-    """Ranks that agree, but for ``odd_rank`` at one step and layer."""
-    rng = np.random.default_rng(seed)
-    common = rng.integers(1, 2**63, (3, LAYERS), dtype=np.uint64)
-    own = np.repeat(common[None], n_ranks, axis=0)
-    if odd_rank is not None:
-        own[odd_rank, step, layer] ^= np.uint64(0xFF)
-    merged = np.bitwise_and.reduce(own, axis=0)
-    ranks = [decoder(each, expected=merged) for each in own]
-    bad = own != own[:1] if odd_rank is not None else None
-    for rank, events in enumerate(ranks if bad is not None else ()):
-        # As verify does: every rank's check fails where one differs, and names it.
-        failed = (events["op"] == Op.AGREEMENT) & (events["step"] == step)
-        failed &= events["layer"] == layer
-        events["verdict"][failed], events["peer"][failed] = Status.FAILED, odd_rank
-    return ranks
-
-
-def report(*args) -> int:
-    return main(["trace", "report", *map(str, args)])
-
-
-def page_of(tmp_path, ranks, status=0, **attributes) -> Page:
-    write_alone_trace(tmp_path / "run.h5", ranks, **attributes)
-    assert report(tmp_path / "run.h5", "-o", tmp_path / "run.html", "--overwrite") == status
-    return Page(tmp_path / "run.html")
 
 
 def test_one_odd_square_is_the_faulty_rank(tmp_path):
@@ -300,17 +248,6 @@ def test_json_says_what_was_written(tmp_path, capfd):
     assert found["runs"][0]["verdict"] == "corrupted"
 
 
-def golden(flip=None) -> np.ndarray:
-    """Fingerprints of whole tensors, [3 steps × LAYERS]; the one at ``flip`` another."""
-    events = blank_events(3 * LAYERS)
-    events["step"], events["layer"] = np.divmod(np.arange(len(events)), LAYERS)
-    events["tensor"], events["op"], events["stage"] = HIDDEN, Op.CONTENT, Stage.GOLDEN
-    events["fingerprint"] = events["expected"] = np.arange(len(events)) + 1
-    if flip is not None:
-        events["fingerprint"][flip] ^= np.uint64(1 << 40)
-    return events
-
-
 def test_several_runs_are_compared_with_the_first(tmp_path):
     for name, flip in (("a", None), ("b", None), ("c", 8)):
         write_alone_trace(tmp_path / f"{name}.h5", [golden(flip)])
@@ -352,146 +289,6 @@ def test_what_could_not_be_compared_is_no_equality(tmp_path):
     runs = page.records("The runs")
     assert runs[0]["against the first run"].startswith("Incomplete: no difference in the ")
     assert title_of(page).startswith("INCOMPLETE: b.h5 and 1 more")
-
-
-def title_of(page) -> str:
-    return re.search(r"<title>(.*?)</title>", page.source)[1]
-
-
-def sections_of(page) -> list[str]:
-    """The runs that have a section, in the page's order."""
-    return re.findall(r'<section id="run\d+".*?class="of">(.*?)<', page.source, re.S)
-
-
-def test_of_several_runs_the_worst_gives_the_title_and_comes_first(tmp_path):
-    """Whatever their order in the call; with its host and its date."""
-    made = {
-        "good": replicas(3, seed=5), "bad": replicas(3, odd_rank=1, seed=5),
-        "worse": [failing(e, 0, op=Op.AT_REST) for e in replicas(3, odd_rank=1, seed=5)],
-    }  # fmt: skip
-    for name, ranks in made.items():
-        write_alone_trace(tmp_path / f"{name}.h5", ranks)
-    files = [tmp_path / f"{name}.h5" for name in made]
-    assert report(*files, "-o", tmp_path / "page.html") == 1
-    page = Page(tmp_path / "page.html")
-    assert title_of(page) == "CORRUPTED: worse.h5 and 2 more – spimpi report"
-    top = page.text[page.text.index("CORRUPTED") : page.text.index("The runs")]
-    assert "Of 3 runs 2 corrupted; 1 verified." in " ".join(top.split())
-    assert "The worst: worse.h5 (" in top and "first at step 0, layer 0, tensor hidden." in top
-    assert sections_of(page) == ["worse.h5", "bad.h5", "good.h5"]
-    runs = page.records("The runs")
-    assert [r["run"] for r in runs] == sections_of(page)
-    assert all(r["host"] and re.fullmatch(r"\d{4}-\d\d-\d\d .* UTC", r["started"]) for r in runs)
-    assert report(*files[::2], files[0], "-o", tmp_path / "page.html", "--overwrite") == 1
-    assert sections_of(Page(tmp_path / "page.html"))[0] == "worse.h5"
-    assert report(files[0], "-o", tmp_path / "good.html") == 0
-    assert title_of(Page(tmp_path / "good.html")) == "VERIFIED: good.h5 – spimpi report"
-
-
-def test_the_one_run_of_many_that_failed_is_pictured(tmp_path):
-    from spimpi.trace.report.page import MOST_PICTURED
-
-    write_alone_trace(tmp_path / "good.h5", [golden()])
-    write_alone_trace(tmp_path / "bad.h5", [failing(golden(), 4)])
-    files = [tmp_path / "good.h5"] * (MOST_PICTURED + 3) + [tmp_path / "bad.h5"]
-    assert report(*files, "-o", tmp_path / "page.html") == 1
-    page = Page(tmp_path / "page.html")
-    assert sections_of(page)[0] == "bad.h5" and len(sections_of(page)) == MOST_PICTURED
-    assert "the last 4 runs of the table" in page.text
-    assert [r["run"] for r in page.records("The runs")][0] == "bad.h5"
-
-
-def test_at_fault_is_who_is_blamed_and_no_one_else(tmp_path):
-    """Rank 1 flips a bit; then all replicas of the later layers differ, and nobody is named."""
-    ranks = replicas(4)
-    for rank, events in enumerate(ranks):
-        later = (events["op"] == Op.AGREEMENT) & (events["step"] == 1) & (events["layer"] > 2)
-        events["verdict"][later], events["tensor"][later] = Status.FAILED, 2
-        if rank == 1:
-            row = np.flatnonzero((events["step"] == 1) & (events["layer"] == 2))[0]
-            ranks[rank] = failing(events, row, op=Op.AT_REST)
-    page = page_of(tmp_path, ranks, status=1)
-    assert re.search(r"At fault\s*rank 1 ", page.text)
-    says = {(r["rank"], r["layer"]): r["says"] for r in page.records(VERDICTS)}
-    at_fault = {place for place, said in says.items() if said.startswith("at fault")}
-    assert at_fault == {("1", "2")}
-    assert says["0", "4"] == says["1", "4"] == "a check failed; its rank is not blamed for it"
-    assert all("rank 1, layer 2" in name for name in page.links if "all checks" in name)
-
-
-def test_where_nobody_is_blamed_the_first_failure_stands_out_all_the_same(tmp_path):
-    ranks = [decoder(np.ones((3, LAYERS))) for _ in range(3)]
-    for events in ranks:
-        for layer in (2, 4):
-            row = np.flatnonzero((events["step"] == 1) & (events["layer"] == layer))[0]
-            events["op"][row], events["verdict"][row] = Op.ALLREDUCE_SUM, Status.FAILED
-    page = page_of(tmp_path, ranks, status=1)
-    assert "not told by the checks" in page.text
-    assert not any("at fault" in r["says"] for r in page.records(VERDICTS))
-    found = [name for name in page.links if "all checks" in name]
-    assert len(found) == 3 and all("first divergence: " in n and "layer 2" in n for n in found)
-
-
-def test_the_map_that_holds_the_first_divergence_comes_first(tmp_path):
-    ranks = replicas(3, odd_rank=1, step=1, layer=4)
-    maps = [name for name in page_of(tmp_path, ranks, status=1).tables if "Rank × layer" in name]
-    assert maps[0] == REPLICAS
-    ranks[1] = failing(ranks[1], (1 * LAYERS + 3) * 2, op=Op.AT_REST)
-    page = page_of(tmp_path, ranks, status=1)
-    assert [name for name in page.tables if "Rank × layer" in name][:2] == [VERDICTS, REPLICAS]
-    ringed = [name for name in page.links if name.startswith("first divergence")]
-    assert ringed and all("all checks" in name and "layer 3" in name for name in ringed)
-
-
-def test_two_ends_of_which_one_is_at_fault_are_suspected(tmp_path):
-    ranks = [decoder(np.ones((3, LAYERS))) for _ in range(3)]
-    for rank, peer in ((0, 2), (2, 0)):
-        row = np.flatnonzero((ranks[rank]["step"] == 1) & (ranks[rank]["layer"] == 2))[0]
-        ranks[rank] = failing(ranks[rank], row, op=Op.HANDOFF, stage=Stage.PIPELINE, peer=peer)
-    page = page_of(tmp_path, ranks, status=1)
-    says = {(r["rank"], r["layer"]): r["says"] for r in page.records(VERDICTS)}
-    suspected = "at fault, or suspected: its check failed"
-    assert says["0", "2"] == says["2", "2"] == suspected and says["1", "2"] == "all held"
-
-
-@pytest.mark.parametrize("times", [(-1e308, 1e308), (np.nan, 1.0), (0.0, np.inf), (0.0, 5e-324)])
-def test_times_of_no_run_are_left_out_of_the_timeline(tmp_path, times):
-    ranks = replicas(2)
-    for events in ranks:
-        events["t_start"], events["t_end"] = times
-    ranks[0]["t_start"][0], ranks[0]["t_end"][0] = 0.0, 1.0
-    text = page_of(tmp_path, ranks).text
-    left_out = times[1] != 5e-324
-    assert ("71 checks whose times can be of no run are left out" in text) == left_out
-
-
-@pytest.mark.parametrize("most", [0.0, 5e-324, 1e-320, 1e308, np.inf, np.nan, -1.0])
-def test_an_axis_of_any_length_ends(most):
-    from spimpi.trace.report.svg import ticks
-
-    assert ticks(most) == [0.0]
-    assert ticks(10.0) == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
-
-
-def test_rank_numbers_take_no_memory_and_numbers_out_of_range_no_picture(tmp_path):
-    """As a forged file has them; the lookup is by search."""
-    from spimpi.trace.names import RankPlaces
-    from spimpi.trace.schema import RankInfo
-
-    for numbers in ([2**31 - 1, -1, 7], [0, 1, 2], [5], []):
-        places = RankPlaces([RankInfo(n, "h", 1, "", 0.0, 0, 0, 0) for n in numbers])
-        asked = [*numbers, 3, -2, 2**31 - 2]
-        expected = [numbers.index(n) if n in numbers else -1 for n in asked]
-        assert places.of(np.array(asked)).tolist() == expected
-
-
-def test_what_turns_or_hides_text_is_written_out(tmp_path):
-    name = "run \u202egnp.h5"
-    write_alone_trace(tmp_path / name, replicas(2), model="a\x1b[31m\u200bb")
-    assert report(tmp_path / name, "-o", tmp_path / "run.html") == 0
-    page = Page(tmp_path / "run.html")
-    assert not set("\x1b\u202e\u200b") & set(page.source)
-    assert r"run \u202egnp.h5" in page.text and r"a\x1b[31m\u200bb" in page.text
 
 
 def test_replicas_that_agreed_where_the_run_first_went_wrong_say_so(tmp_path):

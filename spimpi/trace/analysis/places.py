@@ -148,7 +148,8 @@ class Distinct:
         """The rows sorted by place and fingerprint, at most the MOST_VALUES smallest of a place."""
         if self.waiting:
             self._settle()
-        rows = self.rows[np.lexsort([self.rows[n] for n in ("rank", "fingerprint", "place", "run")])]
+        rows = self.rows
+        rows = rows[np.lexsort([rows[n] for n in ("rank", "fingerprint", "place", "run")])]
         rows = rows[starts_of(rows, ("run", "place", "fingerprint"))]
         starts = starts_of(rows)
         position = np.arange(len(rows)) - np.repeat(starts, np.diff(np.r_[starts, len(rows)]))

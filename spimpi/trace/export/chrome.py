@@ -66,7 +66,8 @@ class _Timeline:
         said = []
         for pid, row in enumerate(self.order.tolist(), 1):
             info = self.infos[row]
-            said.append(_metadata("process_name", pid, pid, {"name": f"rank {info.rank} ({info.host})"}))
+            name = {"name": f"rank {info.rank} ({info.host})"}
+            said.append(_metadata("process_name", pid, pid, name))
             said.append(_metadata("process_sort_index", pid, pid, {"sort_index": pid}))
         return said
 

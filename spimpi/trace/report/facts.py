@@ -35,7 +35,8 @@ class Totals:
 class Run:
     """One run. ``place``: what the maps in ``sheets`` show; ``time_rows``: the timeline's rows.
 
-    ``timeless``: checks whose times can be of no run. ``tells_checking``: whether the trace says what was spent checking; else it is what checks span.
+    ``tells_checking``: whether the trace says what was spent checking; else it is what checks span.
+    ``timeless``: how many checks have times that can be of no run.
     """
 
     path: Path

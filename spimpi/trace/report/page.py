@@ -160,7 +160,8 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     lines = [("trace", f"{run.path} ({run.driver})")]
     if run.started:
         lines.append(("started", run.started))
-    lines.append(("ranks", f"{len(run.ranks):,} on {len(run.hosts):,} host(s): {words.few(run.hosts)}"))
+    hosts = f"{len(run.hosts):,} host(s): {words.few(run.hosts)}"
+    lines.append(("ranks", f"{len(run.ranks):,} on {hosts}"))
     for name in HEADER:
         value = run.attributes.get(name)
         if value not in (None, "", [], {}):
