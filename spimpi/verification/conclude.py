@@ -69,9 +69,9 @@ def those_chosen(tokens, words, seed: int) -> bool:
 CHANGED = "they changed in memory after the run's last look at them"
 
 
-def tokens_changed(detail: str = CHANGED) -> Verdict:
-    """The verdict on tokens of rank 0 that are no longer those that were chosen."""
-    where = Where("at rest", "tokens", 0, -1, -1, 0, "", 0, "", "", detail)
+def tokens_changed(detail: str = CHANGED, rank: int = 0) -> Verdict:
+    """The verdict on tokens of a rank that are no longer those that were chosen."""
+    where = Where("at rest", "tokens", 0, -1, -1, rank, "", rank, "", "", detail)
     return Verdict(False, Established(0), where, check="at rest")
 
 
@@ -98,26 +98,24 @@ def conclusion(
     """One verdict of all ranks' checks, the same on every rank. Collective.
 
     n_due: how many checks were due on this rank; changed: whether each injected fault changed
-    anything here; source: where the golden run is from, and tokens_hold: whether this rank's tokens
-    are still those that were chosen, of both of which rank 0's word counts. Every exchange is made
-    whatever the ones before brought. Where one of them went wrong, on one rank or on all, every
-    rank says incomplete.
+    anything here; source: where the golden run is from, of which rank 0's word counts; tokens_hold:
+    whether this rank's tokens are still those that were chosen. Every exchange is made whatever the
+    ones before brought. Where one of them went wrong, on one rank or on all, every rank says
+    incomplete.
     """
     sums = summed(ctx, account(recorder, n_due, changed))
-    said, deaf = told(ctx.world, _Said.of(recorder, names))
+    said, deaf = told(ctx.world, replace(_Said.of(recorder, names), tokens_hold=tokens_hold))
     if not deaf and [one.rank for one in said] != list(range(ctx.world.size)):
         deaf = "the ranks' words arrived in another order"
     first = min((one for one in said if one.key), key=_Said.order, default=None)
-    mine = None
-    if ctx.rank == 0:
-        mine = source, _golden_says(recorder, first), tokens_hold
+    mine = (source, _golden_says(recorder, first)) if ctx.rank == 0 else None
     answer = ctx.world.bcast(mine)
     problems = [p for p in (sums.problem, deaf) if p]
-    arrived = isinstance(answer, tuple) and len(answer) == 3
+    arrived = isinstance(answer, tuple) and len(answer) == 2
     if not arrived or (ctx.rank == 0 and answer != mine):
-        problems.append("rank 0's word on the golden run and the tokens did not arrive")
-        answer = "", None, True
-    source, golden_failed, tokens_hold = answer
+        problems.append("rank 0's word on the golden run did not arrive")
+        answer = "", None
+    source, golden_failed = answer
     n_failed = sum(one.n_failed for one in said)
     if not problems and n_failed != sums.n_failed:
         problems.append(
@@ -130,8 +128,9 @@ def conclusion(
     missing = [] if problems else _missing(job, sums, has_golden)
     kinds = established(ctx, job, has_golden) if not where else Established(0)
     verdict = Verdict(not where and not missing, kinds, where, tuple(missing))
-    if not n_failed and not tokens_hold:
-        verdict, n_failed = tokens_changed(), 1
+    changed = [one.rank for one in said if not one.tokens_hold]
+    if changed and not n_failed:
+        verdict, n_failed = tokens_changed(rank=changed[0]), 1
     mine = Conclusion(verdict, sums.totals, sums.n_events, n_failed, source or "")
     return _agreed(ctx, mine, "; ".join(problems))
 
@@ -197,7 +196,8 @@ def first_failure(ctx, recorder, names: list[str]) -> Where | None:
 
 @dataclass(frozen=True)
 class _Said:
-    """What a rank has to say of failures: how many it has, and its first one in program order.
+    """What a rank has to say: how many failures it has, its first one in program order, and whether
+    its tokens are still those that were chosen.
 
     key: the place in program order, () where it has none; of several at one place that which says
     the most of its cause (``authority``, 0 the most).
@@ -209,6 +209,7 @@ class _Said:
     authority: int = 0
     raw: bytes = b""
     note: str = ""
+    tokens_hold: bool = True
 
     @classmethod
     def of(cls, recorder, names) -> "_Said":

@@ -252,3 +252,13 @@ def test_the_same_exchanges_are_made_whatever_was_found(comm, ctx):
     _, quiet, _ = concluded(ctx)
     _, loud, _ = concluded(ctx, failing={comm.size - 1})
     assert quiet == loud
+
+
+def test_tokens_that_changed_on_any_rank_are_every_ranks_verdict(comm, ctx):
+    culprit = comm.size - 1
+    found = conclude.conclusion(
+        ctx, JOB, recorder_of(comm.rank), NAMES, False, 3, [True, True], "", comm.rank != culprit
+    )
+    where = found.verdict.where
+    assert not found.verdict and found.n_failed == 1
+    assert (where.tensor, where.rank) == ("tokens", culprit)

@@ -18,6 +18,7 @@ from spimpi.errors import CorruptionError, UsageError
 from spimpi.fingerprint.tag import Tag as RunTag
 from spimpi.inference import kernels
 from spimpi.topology.grid import parse
+from spimpi.trace.schema import Stage
 from spimpi.verification import run
 
 pytestmark = pytest.mark.mpi
@@ -329,6 +330,7 @@ def test_tokens_gathered_wrong_alike_on_all_ranks_are_seen(comm, model, monkeypa
     )  # fmt: skip
     where = outcome.verdict.where
     assert outcome.exit_status == 1 and where.tensor == "tokens"
+    assert outcome.totals[Stage[axis.upper()]].failed  # the gather's own check saw it
 
 
 # The fabric
