@@ -20,15 +20,16 @@ class Watchdog:
 
     def __init__(self, timeout: float, rank: int, host: str, abort):
         self.timeout, self.rank, self.host, self.abort = timeout, rank, host, abort
-        self.last = time.monotonic()
+        self.last, self.limit = time.monotonic(), timeout
         self.place = "start-up"
         self.before_abort = lambda: None
         self._inside = None
         self._stop = threading.Event()
 
-    def at(self, place: str) -> None:
-        """A new stage begins."""
+    def at(self, place: str, patience: float = 0.0) -> None:
+        """A new stage begins, which may take ``patience`` seconds without a sign of life."""
         self.place, self._inside, self.last = place, None, time.monotonic()
+        self.limit = max(self.timeout, patience)
 
     def enter(self, what: str, tensor: str, step: int, layer: int) -> None:
         """A part of a stage begins, with what its check will be. On the decoding path: cheap."""
@@ -55,7 +56,7 @@ class Watchdog:
         period = min(1.0, self.timeout / 4)
         while not self._stop.wait(period):
             idle = time.monotonic() - self.last
-            if idle < self.timeout:
+            if idle < self.limit:
                 continue
             print(
                 f"spimpi: no progress for {idle:.0f} s: rank {self.rank} ({self.host}) waits in "
@@ -74,7 +75,7 @@ class Watchdog:
 class Unwatched:
     """Stands where no watchdog is."""
 
-    def at(self, place: str) -> None:
+    def at(self, place: str, patience: float = 0.0) -> None:
         pass
 
     def enter(self, what: str, tensor: str, step: int, layer: int) -> None:

@@ -12,6 +12,7 @@ from spimpi.errors import MissingDependency, SpimpiError, UsageError
 from spimpi.printable import one_line
 
 PATIENCE = 5.0  # seconds for every rank to raise an error that concerns all
+COMPILING = 1800.0  # seconds that a slow, busy machine may need for all kernels, once
 INTERRUPTED = 130  # as a shell reports SIGINT
 
 
@@ -38,7 +39,7 @@ def session(
     ending = world.Dup()  # so that the end's barrier meets no other message
     try:
         with Watchdog(timeout, world.rank, host, world.Abort) as watchdog:
-            watchdog.at("compiling kernels")
+            watchdog.at("compiling kernels", COMPILING)
             import_kernels(world, seeded, sequence, sketches, floats)
             yield world, watchdog
         ending.Free()

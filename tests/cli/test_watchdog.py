@@ -3,6 +3,8 @@
 import re
 import time
 
+from spimpi.watchdog import Watchdog
+
 PROGRAM = '''
 import sys, time
 from mpi4py import MPI
@@ -37,3 +39,17 @@ def test_a_rank_that_hangs_ends_the_job_with_its_name_and_place(run_ranks, tmp_p
     assert all(3 <= int(seconds) < 10 for seconds, _, _ in waits)
     assert places[0] == "token 2 of 4: allreduce max of attn_max, step 1, layer 2"
     assert places[1] == "token 2 of 4: matmuls and checks of qkv, step 1, layer 2"
+
+
+def test_a_stage_that_may_take_long_is_given_its_time_and_no_other(capsys):
+    ended = []
+    with Watchdog(0.2, 0, "n1", ended.append) as watchdog:
+        watchdog.at("compiling kernels", 60)
+        time.sleep(0.6)
+        assert not ended
+        watchdog.at("fabric")
+        deadline = time.monotonic() + 20
+        while not ended and time.monotonic() < deadline:
+            time.sleep(0.05)
+    assert ended == [3]
+    assert "waits in fabric" in capsys.readouterr().err
