@@ -36,6 +36,7 @@ def apart(command, what: str, crashed: int, size: int = 0) -> int:
     status is 3. Ctrl-C interrupts the child, which clears away what it was writing: status 130.
     For the main thread.
     """
+    what = one_line(what, 250)
     sys.stdout.flush()
     sys.stderr.flush()
     interrupted = signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -257,7 +257,8 @@ def compare(path: Path, recovery_dies: str) -> str:
         assert again.missing == (found.missing[1:] if unsealed else found.missing), (again, found)
         assert again.driver == "gather" if unsealed else again.state == "intact", again
         assert rows_there(path, again) == before
-        assert not journal_folder(path).exists()
+        left = [p.name for p in path.parent.iterdir() if p.name.startswith(f"{path.name}.")]
+        assert left == [f"{path.name}.parts"] * (again.driver == "parts"), left
     return f"{found.state}, {'journals' if unsealed else 'sealed'}"
 
 
