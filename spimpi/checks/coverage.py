@@ -19,7 +19,7 @@ NOTHING_CAME = "there are no elements in other memory than they were given in: n
 
 
 class Compared:
-    """Of each check of a session, whether any rank compared any elements with others than its own.
+    """Of each of several checks, whether any rank compared any elements with others than its own.
 
     ``n``: how many ranks did, of all the checks together. Only where some checks of a batch, or
     some ranks of it, compared nothing, that is not enough to know: then an MPI_Iallreduce of a byte
@@ -34,8 +34,6 @@ class Compared:
             return
         if n == session.size * sum(some):
             self._flags = some
-        elif len(checks) == 1:
-            self._flags = [n > 0]
         else:
             self._flags = np.array(self._flags, np.uint8)
             self._request = session.comm.Iallreduce(MPI.IN_PLACE, self._flags, op=MPI.BOR)

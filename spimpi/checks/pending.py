@@ -72,7 +72,8 @@ class Group:
         need for their verdicts. Never waits, so that ranks may have their groups in any order."""
         if merged[5] < ELSEWHERE or not self._is_clean(merged):
             return
-        self._compared = Compared(self.session, self.checks, merged[4])
+        if len(self.checks) > 1:
+            self._compared = Compared(self.session, self.checks, merged[4])
         if self._words is not None and not self._in_one:
             self._everyone = np.empty((self.session.size, self._words.size), np.uint64)
             self._following = self.session.comm.Iallgather(self._words, self._everyone)
@@ -90,10 +91,9 @@ class Group:
                 if len(c.contributed) == 1 and not c.n_loose and c.rule is not Rule.GATHERED:
                     self.session.remember(c.tag, c.contributed[0][1], c.given)
             size = self.session.size
-            compared = self._compared or Compared(self.session, self.checks, merged[4])
             verdicts = [
                 None if c.rule is Rule.GATHERED else holding(c, size, compares)
-                for c, compares in zip(self.checks, compared.wait())
+                for c, compares in zip(self.checks, self._which_compared(merged[4]))
             ]
         else:
             verdicts = explain(self.session, self.checks)
@@ -107,6 +107,14 @@ class Group:
     def _is_clean(self, merged) -> bool:
         """Whether a merged record is what clean checks give; its count then tells who compared."""
         return merged[:4] == self.clean[:4] and merged[4] < FAILED
+
+    def _which_compared(self, n: int) -> list[bool]:
+        """Of each check, whether any rank compared anything; ``n``: how many ranks, in all."""
+        if len(self.checks) == 1:
+            return [n > 0]
+        if self._compared is None:
+            self._compared = Compared(self.session, self.checks, n)
+        return self._compared.wait()
 
     def _split(self, everyone) -> list[int]:
         """The merged record of all ranks' records and words, which are kept."""
