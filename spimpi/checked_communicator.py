@@ -216,7 +216,8 @@ class CheckedComm(CheckedMessages):
             self._keep(Group(self._session, [check]).merge()[0])
 
     def _call(self, name, args, check) -> None:
-        call, attendance = getattr(self.comm, name), self._session.attendance
+        call, attendance = getattr(self.comm, name), self.ctx and self.ctx.attendance
+        self._session.attendance = attendance
         if attendance is None:
             call(*args)
             return

@@ -74,6 +74,9 @@ class Attendance:
     @contextmanager
     def waiting(self, what: str, comm, breakable=True):
         """Inside, this thread waits for the ranks of ``comm``; ``require_time`` is to be called."""
+        if self._stop.is_set():  # closed: a communicator's session may know it still
+            yield
+            return
         thread = threading.get_ident()
         before = self._waits.get(thread)
         self._take_messages()  # the others may have given up what this rank is late for
@@ -115,10 +118,15 @@ class Attendance:
         period = min(0.25, self.timeout / 4)
         while not self._stop.wait(period):
             self._take_messages()
-            now = monotonic()
-            late = [w for w in list(self._waits.values()) if now - w.since > self.timeout]
-            if late and self.error is None:
-                self._give_up(late[0])
+            late = next(filter(self._is_late, list(self._waits.values())), None)
+            if late is not None and self.error is None:
+                self._give_up(late)
+
+    def _is_late(self, wait: Wait) -> bool:
+        """First for the lowest rank of those that wait, then for twice as many, and so on: one asks
+        for all, or a few do."""
+        patience = self.timeout + GRACE * wait.ranks.index(self._comm.rank).bit_length()
+        return monotonic() - wait.since > patience
 
     def _take_messages(self) -> None:
         status = MPI.Status()

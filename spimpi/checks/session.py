@@ -171,8 +171,7 @@ def session_of(comm, ctx=None) -> Session:
     if ctx is not None and ctx.is_over(comm):
         return ctx.session
     session = _of_its_own(comm, "session", ctx and ctx.attendance)
-    if ctx is not None:
-        session.attendance = ctx.attendance
+    session.attendance = ctx and ctx.attendance
     return session
 
 
