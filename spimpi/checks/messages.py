@@ -201,26 +201,32 @@ class CheckedMessages:
         n = n_bytes // dtype.itemsize
         got = data.view(np.uint8)[: n * dtype.itemsize].view(dtype)
         word = fingerprint(got, self._message_tag(sequence), None, self.threads)
-        problem = ""
+        problem, receiver = "", self.comm.rank
         if record["sequence"] != sequence:
             problem = f"message {record['sequence']} where {sequence} was waited for"
         elif n_bytes != n_sent * dtype.itemsize:
             problem = f"{n} elements of {n_sent} arrived"
         elif record["word"] != word:
-            problem = "its contents changed on the way"
+            # Nothing tells which: the word is of the send buffer as it was when the send began.
+            receiver = None
+            problem = (
+                f"its contents changed, nothing tells which: rank {source}'s send buffer before its "
+                f"send had ended, or what rank {self.comm.rank} received"
+            )
         words = {"check": "Send", "expected": int(record["word"]), "actual": word}
         verdict = Verdict(True, Established.MOVED, **words)
         if problem:
-            verdict = self._changed(problem, words, source, tag, sequence)
+            verdict = self._changed(problem, receiver, words, source, tag, sequence)
         if self.ctx is not None and self.ctx.tracer is not None:
             c.n_bytes = n_bytes
             self.ctx.tracer.record(c, verdict, self.comm, source)
         return verdict
 
-    def _changed(self, problem, words, source, tag, sequence) -> Verdict:
+    def _changed(self, problem, at_fault, words, source, tag, sequence) -> Verdict:
+        host = "" if at_fault is None else MPI.Get_processor_name()
         where = Where(
-            "Send", "Send", sequence, -1, -1, self.comm.rank, MPI.Get_processor_name(),
-            self.comm.rank, f"{words['expected']:016x}", f"{words['actual']:016x}",
+            "Send", "Send", sequence, -1, -1, at_fault, host, self.comm.rank,
+            f"{words['expected']:016x}", f"{words['actual']:016x}",
             f"received from rank {source} with tag {tag}: {problem}",
         )  # fmt: skip
         return Verdict(False, Established(0), where, **words)
