@@ -53,6 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv=None) -> int:
     """Run one subcommand; returns its exit status."""
     set_thread_limits()  # before anything imports numpy, which reads them then
+    _let_all_text_out()
     with printable_errors():
         args = build_parser().parse_args(argv)
 
@@ -61,6 +62,13 @@ def main(argv=None) -> int:
             return args.run(args)
 
         return status_of(run)
+
+
+def _let_all_text_out() -> None:
+    r"""Characters that the encoding of an output lacks are written as Python writes them: \xe9."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def status_of(command) -> int:

@@ -1,13 +1,15 @@
 """Nothing of a file, an option or a name steers the terminal, whichever command prints it."""
 
 import io
+import os
+import subprocess
 import sys
 
 import h5py
 import numpy as np
 import pytest
 
-from spimpi.bench.synthetic_trace import write_ranks
+from spimpi.bench.synthetic_trace import synthetic_trace, write_ranks
 from spimpi.cli import main, status_of
 from spimpi.cli.printable_errors import PrintableStream, printable_errors
 from spimpi.trace.schema import Op, Stage, Status, TensorInfo, blank_events
@@ -97,3 +99,14 @@ def test_a_golden_file_steers_no_terminal(tmp_path, capfd):
         file.attrs["schema"] = EVIL
     status, text = said(capfd, "verify", "--no-trace", "--golden", tmp_path / f"g{EVIL}.h5")
     assert status == 2 and not STEERS & set(text)
+
+
+def test_a_character_that_the_output_lacks_is_written_out(tmp_path):
+    synthetic_trace(tmp_path / "é→.h5", 1, 3)
+    command = [sys.executable, "-m", "spimpi", "trace", "check", "é→.h5"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True,
+        text=True, timeout=60,
+    )  # fmt: skip
+    assert done.stderr == ""
+    assert done.stdout.startswith("\\xe9\\u2192.h5: INTACT")
