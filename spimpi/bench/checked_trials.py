@@ -89,7 +89,7 @@ def alltoallv(s: Scene):
         own = slice(cuts[rank], cuts[rank + 1])
         sent = np.concatenate([s.shard(r).reshape(-1)[own] for r in range(s.n)])
         places = [counts[rank] * r for r in range(s.n)]
-        return [sent, [counts[rank]] * s.n, places], [buffer, counts, cuts[:-1]]
+        return [sent, ([counts[rank]] * s.n, places)], [buffer, (counts, cuts[:-1])]
 
     return _trial(s, "Alltoallv", lambda r: wrong if r == s.hit else s.shard(r), arguments)
 

@@ -92,7 +92,7 @@ class _Rank(MPI.Intracomm):
 class _Context:
     """What checks use of a DistributedContext: a session and a seed; no batch, no trace."""
 
-    open_batch = tracer = None
+    open_batch = tracer = attendance = None
     seed = DEFAULT_SEED
 
     def __init__(self, comm, records):

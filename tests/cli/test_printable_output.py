@@ -37,7 +37,7 @@ def evil_trace(tmp_path):
     events["verdict"][3] = Status.FAILED
     tensors = [TensorInfo(EVIL + str(i), (4,), EVIL) for i in range(2)]
     path = tmp_path / f"t{EVIL}.h5"
-    facts = {"command": EVIL, "topology": EVIL, "run_id": EVIL, "world": 1, "injected": EVIL}
+    facts = {"command": EVIL, "topology": EVIL, "run_id": EVIL, "world": 1, "injected": [EVIL]}
     write_ranks(path, 1, [events].__getitem__, tensors, facts, "gather")
     return path
 

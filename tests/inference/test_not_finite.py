@@ -76,7 +76,7 @@ def test_without_a_golden_run_an_overflow_is_no_corruption_either(tmp_path, monk
 def test_an_overflow_that_does_not_come_twice_is_corruption(tmp_path, monkeypatch):
     job = job_with(tmp_path, "model.layers.1.self_attn.q_proj.weight", 3.39e38, whole=True)
     monkeypatch.setattr(overflow, "same_twice", lambda recorder: False)
-    with pytest.raises(CorruptionError, match="golden run on rank 0 failed"):
+    with pytest.raises(CorruptionError, match="in the golden run, on rank 0 alone"):
         make_golden(job)
 
 

@@ -132,6 +132,7 @@ def report(*args) -> int:
 
 
 def page_of(tmp_path, ranks, status=0, **attributes) -> Page:
+    (tmp_path / "run.h5").unlink(missing_ok=True)
     write_alone_trace(tmp_path / "run.h5", ranks, **attributes)
     assert report(tmp_path / "run.h5", "-o", tmp_path / "run.html", "--overwrite") == status
     return Page(tmp_path / "run.html")

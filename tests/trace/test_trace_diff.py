@@ -264,7 +264,7 @@ with spimpi.DistributedContext(comm, trace=sys.argv[1]) as ctx:
         x = np.arange(60, dtype=np.float32).reshape(6, 10) + step
         x[4, 7] -= step == planted
         tag = spimpi.Tag(name="hidden", layer=3, step=step)
-        mine = np.array_split(x, comm.size)[comm.rank]
+        mine = np.array_split(x, comm.size)[comm.rank].copy()
         for _ in range(2):
             spimpi.verify_allgather(comm, mine, x, part, tag, ctx=ctx)
         spimpi.verify_allreduce(comm, x, comm.size * x, spimpi.Tag(name="sum"), ctx=ctx)

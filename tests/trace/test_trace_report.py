@@ -365,7 +365,8 @@ def test_the_topology_is_a_grid_with_the_rank_at_fault_marked(tmp_path):
 
 @pytest.mark.parametrize("said", ["tp=2,pp=1,dp=999999999", "", "tp=0", {"tp": "two"}, [1], None])
 def test_a_topology_that_cannot_be_is_not_drawn(tmp_path, said):
-    assert "Topology" not in page_of(tmp_path, replicas(2), topology=said).tables
+    status = 0 if isinstance(said, str) else 3  # of another kind: damage
+    assert "Topology" not in page_of(tmp_path, replicas(2), status, topology=said).tables
 
 
 def test_an_exo_ring_is_drawn_as_a_ring_with_each_rank_s_layers(tmp_path):
@@ -420,8 +421,8 @@ def test_what_fails_before_the_inference_has_its_map(tmp_path, stage):
 
 
 def test_an_empty_trace_has_a_page(tmp_path):
-    page = page_of(tmp_path, [blank_events(0)] * 2)
-    assert "VERIFIED" in page.text
+    page = page_of(tmp_path, [blank_events(0)] * 2, status=3)
+    assert "INCOMPLETE" in page.text and "VERIFIED" not in page.text
 
 
 def test_the_last_step_is_shown_where_nothing_failed(tmp_path):

@@ -61,7 +61,9 @@ class Shares:
             self._settle()
 
     def _settle(self) -> None:
-        rows = np.concatenate([self.rows, *self.waiting])
+        # Tokens are looked at again and again: the same share counts once.
+        waiting = [np.unique(np.concatenate(self.waiting))] if self.waiting else []
+        rows = np.concatenate([self.rows, *waiting])
         rows = rows[np.lexsort((rows["place"], rows["run"]))]
         new = np.ones(len(rows), bool)
         new[1:] = rows["run"][1:] != rows["run"][:-1]
