@@ -278,7 +278,7 @@ class CheckedComm(CheckedMessages):
     def _keep(self, verdict) -> None:
         self.completed(self.next_call(), verdict)
         if not self._in_batch:  # its end raises
-            with told_by_rank_0(self.comm.rank):
+            with told_by_rank_0(self._session.rank):
                 enforce(verdict, self.check)
 
 
