@@ -33,14 +33,14 @@ status=$?
 printf '%s\n' "$said"
 
 # In a prolog nobody reads that: the system's log keeps the verdict, or the last words.
-verdict=$(grep -E '^verdict +[A-Z]+:' <<< "$said" | tail -n 1)
+verdict=$(grep -E '^(verdict +[A-Z]+|spimpi: corrupted):' <<< "$said" | tail -n 1)
 if [ -n "$in_prolog" ] && command -v logger > /dev/null; then
     logger -t spimpi -- "${verdict:-no verdict, status $status: $(tail -n 3 <<< "$said")}"
 fi
 
 case "$status $verdict" in
     "0 verdict"*VERIFIED:*) exit 0 ;;
-    *"verdict"*CORRUPTED:*) exit 1 ;;
+    *"verdict"*CORRUPTED:* | "1 spimpi: corrupted:"*) exit 1 ;;
     "0 "* | "3 "*) exit 3 ;;
     *) exit 2 ;;
 esac

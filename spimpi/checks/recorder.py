@@ -37,6 +37,7 @@ class Recorder:
         self.n_events = 0
         self._totals = {stage: StageTotals() for stage in Stage}
         self._failures: list[np.ndarray] = []
+        self._n_differing, self.most_kept = 0, KEPT_FAILURES
         self._golden_failures: set[tuple[int, int, int, int]] = set()
         self._rows: list[tuple] = []
         self._blocks: list[np.ndarray] = []
@@ -108,8 +109,14 @@ class Recorder:
         self._settle()
         return self._golden_failures
 
+    @property
+    def n_differing(self) -> int:
+        """Failed checks that found more than NaN or Inf in what is otherwise as it was made."""
+        self._settle()
+        return self._n_differing
+
     def all_failures(self) -> np.ndarray:
-        """The events of failed checks, the first KEPT_FAILURES or a few more."""
+        """The events of failed checks, the first ``most_kept`` or a few more."""
         self._settle()
         return np.concatenate(self._failures) if self._failures else np.zeros(0, EVENT)
 
@@ -145,7 +152,9 @@ class Recorder:
                 totals.n_bytes += int(events["bytes"][events["stage"] == stage].sum())
         bad = events[failed]
         self._golden_failures |= {place_of(e) for e in bad if e["stage"] == Stage.GOLDEN}
-        if bad.size and sum(a.size for a in self._failures) < KEPT_FAILURES:
+        alike = (bad["nonfinite"] > 0) & (bad["fingerprint"] == bad["expected"])
+        self._n_differing += int(bad.size - alike.sum())
+        if bad.size and sum(a.size for a in self._failures) < self.most_kept:
             self._failures.append(bad)
 
 

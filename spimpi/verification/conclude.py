@@ -38,7 +38,7 @@ class Outcome:
     @property
     def exit_status(self) -> int:
         """0 verified, 1 corrupted, 3 incomplete; of the tokens as they are in memory now."""
-        if self.n_failed or not self.are_those_chosen(self.tokens):
+        if self.n_failed or self.verdict.where or not self.are_those_chosen(self.tokens):
             return 1
         return 3 if self.verdict.missing else 0
 
@@ -122,9 +122,12 @@ def conclusion(
             f"two reductions of what was counted differ: {sums.n_failed} failed checks, and "
             f"{n_failed} by the ranks' own words"
         )
-    if not problems and bool(n_failed) != (first is not None):
+    if not problems and n_failed and not first:
         problems.append(f"{n_failed} checks failed, and no rank tells which")
+    if not problems and first and not n_failed:
+        problems.append("a rank tells of a failed check, and no rank counts one")
     where = _where(ctx, first, names, golden_failed) if first else None
+    n_failed = max(n_failed, 1) if where else n_failed
     missing = [] if problems else _missing(job, sums, has_golden)
     kinds = established(ctx, job, has_golden) if not where else Established(0)
     verdict = Verdict(not where and not missing, kinds, where, tuple(missing))

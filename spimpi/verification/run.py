@@ -1,5 +1,6 @@
 """``verify_distributed_inference``: what ``spimpi verify`` runs."""
 
+import math
 from contextlib import suppress
 from dataclasses import replace
 from time import perf_counter, sleep
@@ -80,6 +81,7 @@ def make_golden(job: Job, at=None) -> golden_runs.Golden:
     )  # fmt: skip
     with DistributedContext(MPI.COMM_SELF, alone.grid, job.seed) as ctx:
         run = _Run(ctx, alone, Quiet(), None)
+        run.recorder.most_kept = math.inf  # for overflow.same_twice
         with together(ctx.world, PATIENCE):
             require_memory(ctx, run.wanted_bytes())
         stage = run.stage(run.weights())
@@ -301,7 +303,8 @@ class _Run:
             self.golden.source if self.golden else "",
             conclude.those_chosen(tokens, words, job.seed),
         )  # fmt: skip
-        if found.verdict.where and not self.has_golden and not job.faults:
+        # Rank 0's word, since a rank may be alone in what it concluded.
+        if not self.has_golden and not job.faults and ctx.world.bcast(bool(found.verdict.where)):
             self._refuse_overflow(found.verdict.where)
         return conclude.Outcome(
             found.verdict, found.totals, self.seconds, found.n_events, found.n_failed, tokens,

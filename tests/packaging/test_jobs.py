@@ -14,12 +14,15 @@ import pytest
 JOBS = Path(__file__).parents[2] / "jobs"
 HELD = "verdict    VERIFIED: 210 checks; moved (bits arrived)"
 FOUND = "verdict    CORRUPTED: 1 of 210 checks failed; first: rank 1"
+EARLY = "spimpi: corrupted: step 0, tensor embed, rank 0: manifest failed"  # before a run began
 LACKS = "verdict    INCOMPLETE: rank 1 is missing"
 NO_SLOTS = "There are not enough slots available in the system"
 CASES = [
     (HELD, 0, 0),
     (FOUND, 1, 1),
     (FOUND, 143, 1),  # mpirun was ended after the verdict
+    (EARLY, 1, 1),
+    (EARLY, 143, 2),
     (LACKS, 3, 3),
     (NO_SLOTS, 1, 2),
     ("", 1, 2),
@@ -96,13 +99,21 @@ def test_the_prolog_runs(tmp_path, way):
     assert "verdict    VERIFIED" in done.stdout
 
 
-@pytest.mark.parametrize(("said", "status", "expected"), [c for c in CASES if c[0] != HELD])
+@pytest.mark.parametrize(
+    ("said", "status", "expected"), [c for c in CASES if c[0] not in (HELD, EARLY)]
+)
 def test_acceptance_ends_with_what_was_said(tmp_path, said, status, expected):
     """Its first command, the doctor's, does not hold here; it has words of its own."""
     said = said.replace(FOUND, "doctor: NOT FIT: ranks compute differently")
     folder = stand_in(tmp_path / "venv", said, status)
     done = run("acceptance.sbatch", tmp_path, SPIMPI=folder, PATH=os.environ["PATH"], SLURM_NTASKS=8, SLURM_JOB_ID=5)
     assert done.returncode == expected, done.stdout + done.stderr
+
+
+def test_acceptance_knows_corruption_that_was_found_before_a_run_began(tmp_path):
+    folder = stand_in(tmp_path / "venv", f"doctor: fit\n{EARLY}", 0)
+    done = run("acceptance.sbatch", tmp_path, SPIMPI=folder, PATH=os.environ["PATH"], SLURM_NTASKS=8, SLURM_JOB_ID=5)
+    assert done.returncode == 1, done.stdout + done.stderr
 
 
 def test_acceptance_holds_where_all_do_and_a_requeued_job_has_a_trace_of_its_own(tmp_path):

@@ -113,15 +113,15 @@ class SealedTrace(Trace):
         return os.path.realpath(self.path.parent)
 
     @contextmanager
-    def _opened_part(self, info: RankInfo):
-        """A rank's part, which is there, of this run, and as long as the table says."""
+    def _opened_part(self, info: RankInfo, name: str = "step"):
+        """A rank's part, which is there, of this run, and whose column is as long as the table says."""
         where = f"rank {info.rank} on {info.host}: the part {self._part(info)}"
         expected = (self.attributes.get("run_id", ""), info.rank, info.count)
         with ExitStack() as held:
             try:
                 part = held.enter_context(open_hdf5(self.path.parent / self._part(info)))
                 run_id, rank = own_attribute(part, "run_id"), int(own_attribute(part, "rank"))
-                found = (run_id, rank, len(layout.event_column(part, "step")))
+                found = (run_id, rank, len(layout.event_column(part, name)))
             except FileNotFoundError:
                 msg = f"{where} is missing"
                 raise IncompleteError(msg) from None
@@ -136,13 +136,14 @@ class SealedTrace(Trace):
                 raise DamageError(msg)
             yield part
 
-    def _check_part(self, info: RankInfo) -> None:
-        with self._opened_part(info):
+    def _check_part(self, info: RankInfo, name: str = "step") -> None:
+        """The part is there, and holds a column itself: what shows it would follow it anywhere."""
+        with self._opened_part(info, name):
             pass
 
     def _column(self, name: str):
         for info in self.ranks if self.driver == "parts" else ():
-            self._check_part(info)  # a missing part would read as fill values
+            self._check_part(info, name)  # a missing part would read as fill values
         self._require_open()
         try:
             return self._as_written(name)
