@@ -157,7 +157,9 @@ def built(check: Check, build: Callable) -> Check:
         check.seal()
     except SpimpiError as error:
         check.error = error
-    except (TypeError, ValueError, LookupError, OverflowError, MemoryError) as error:
+    except (
+        AttributeError, TypeError, ValueError, LookupError, OverflowError, MemoryError,
+    ) as error:  # fmt: skip
         check.error = UsageError(f"{type(error).__name__}: {error}")
     return check
 
