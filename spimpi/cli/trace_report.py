@@ -24,7 +24,7 @@ def add_report(commands) -> None:
     report.add_argument("-o", "--output", metavar="HTML", help=text)
     report.add_argument("--overwrite", action="store_true", help="replace an existing page")
     report.add_argument("--json", action="store_true", help="print what was written as JSON")
-    report.set_defaults(run_trace=run_report, crashed=3)
+    report.set_defaults(run_trace=run_report)
 
 
 def run_report(args) -> int:

@@ -49,7 +49,7 @@ def add_show(commands):
     )
     text = "of a job that is running: what it has flushed so far"
     show.add_argument("--live", action="store_true", help=text)
-    show.set_defaults(run_trace=run_show, crashed=3)
+    show.set_defaults(run_trace=run_show)
     return show
 
 

@@ -110,7 +110,8 @@ def options_of_others(rng, sound):
     def write(folder, changes):
         _places(sound, folder)
 
-    corrupted = command[:1] == ("trace",) or command == ("manifest", "check")
+    corrupted = command == ("manifest", "check")
+    corrupted |= command[:1] == ("trace",) and command != ("trace", "check")
     return Case("options_of_others", (list(command), _words), changes, write, corrupted)
 
 

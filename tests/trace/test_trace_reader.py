@@ -52,7 +52,7 @@ def test_a_rank_that_cannot_be_is_damage_to_every_command(tmp_path, one, column,
     for command in ("show", "locate", "check"):
         status = main(["trace", command, str(tmp_path / "run.h5")])
         out = "".join(capfd.readouterr())
-        assert status == (1 if command == "check" else 3), out
+        assert status == 3, out
         assert "1 of 1 ranks cannot be" in out and "Traceback" not in out
 
 
