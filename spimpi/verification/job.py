@@ -24,7 +24,7 @@ class Request:
 
     model: a Hugging Face directory (None: the embedded model); config: published shapes with seeded
     weights, of which the first ``layers``; topology: "tp=2,pp=2" or "exo", with ``memory``, and
-    ``rule`` for --exo-rule; ``prompt_ids``: texts such as "84,104,101"; tokens and seed None: those
+    ``rule`` for --exo-rule (None: exo's); ``prompt_ids``: texts such as "84,104,101"; tokens and seed None: those
     of the golden file, the seed also of the manifest, else the defaults; arith: "exact" or "blas";
     golden, manifest: file names; faults: as --inject takes them; repeat: how many runs; sketch:
     whether its trace gets sketches.
@@ -35,7 +35,7 @@ class Request:
     layers: int | None = None
     topology: str | None = None
     memory: str | None = None
-    rule: str = "exo"
+    rule: str | None = None
     prompts: tuple[str, ...] = ()
     prompt_ids: tuple[str, ...] = ()
     tokens: int | None = None

@@ -126,6 +126,9 @@ CASES = {
     "memory sizes for another count": ("verify --topology exo --memory 18,8", "3 ranks 2 sizes"),
     "memory is not numbers": ("verify --topology exo --memory 1,2,x", "positive number GB 1,2,x"),
     "memory without exo": ("verify --memory 1,2,3", "--memory goes with --topology exo"),
+    "a rule without exo": ("verify --exo-rule gay", "--exo-rule --topology exo found no --topology"),
+    "a rule of another topology": ("verify --exo-rule exo --topology tp=3", "--exo-rule exo tp=3"),
+    "two rules": ("verify --topology gay --exo-rule exo", "--topology gay found --exo-rule exo"),
     "exo ring longer than the layers": (
         "verify --model twolayers --topology exo", "idle 2 layers nearest 2 ranks"
     ),
@@ -198,6 +201,20 @@ CASES = {
     ),
     "a directory for a trace": (PROMPTED.replace("--no-trace", "--trace good"), "a directory"),
     "sketches without a trace": (f"{PROMPTED} --sketch", "--sketch trace --no-trace"),
+    "journals without a trace": (f"{PROMPTED} --journal disk", "--journal trace --no-trace"),
+    "a disk without a trace": (f"{PROMPTED} --sync", "--sync trace --no-trace"),
+    "a trace to replace and none": (f"{PROMPTED} --overwrite", "--overwrite trace --no-trace"),
+    "a driver without a trace": (f"{PROMPTED} --trace-driver auto", "--trace-driver --no-trace"),
+    "a trace without a name": (PROMPTED.replace("--no-trace", "--trace="), "a trace needs a name"),
+    "journals in no directory": (
+        PROMPTED.replace("--no-trace", "--trace t.h5 --journal nosuch/q"), "no directory nosuch"
+    ),
+    "journals beside the trace": (
+        PROMPTED.replace("--no-trace", "--trace t.h5 --journal ."), "beside the trace t.h5 anyway"
+    ),
+    "journals in a file": (
+        PROMPTED.replace("--no-trace", "--trace t.h5 --journal a-file"), "a-file no directory"
+    ),
     "a trace and none": ("verify --trace t.h5 --no-trace", "--no-trace not allowed with --trace"),
     # prompts and numbers
     "more tokens than positions": ("verify --tokens 2000", "2013 at most 1024"),
