@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 
 from spimpi.cli.registry import subcommand
@@ -9,11 +10,15 @@ from spimpi.errors import UsageError
 from spimpi.launch import launcher_rank
 
 
+PUBLISHED = ("llama-3.2-1b", "llama-3.2-3b", "olmo-2-1b", "olmo-2-7b", "olmo-3-7b")
+
+
 def add_model_arguments(parser) -> None:
     """What to run: shared by verify and golden."""
     add = parser.add_argument_group("what to run").add_argument
     add("--model", metavar="DIR", help="Hugging Face directory (default: the embedded model)")
-    add("--config", metavar="NAME", help="published shapes, seeded weights: llama-3.2-1b, llama-3.2-3b, olmo-2-1b, olmo-2-7b, olmo-3-7b")
+    config = add("--config", metavar="NAME", help=f"published shapes, seeded weights: {', '.join(PUBLISHED)}")
+    config.completed_by = PUBLISHED  # and no ``choices``: an unknown name is told in better words
     add("--layers", type=int, metavar="N", help="with --config: only the first N layers")
     add("--prompt", action="append", default=[], metavar="TEXT", help="repeatable (default: built-in prompts)")
     add("--prompt-ids", action="append", default=[], metavar="IDS", help="token ids, comma-separated; repeatable")
@@ -64,8 +69,8 @@ def add_arguments(parser) -> None:
 def verify(args) -> int:
     from spimpi.cli.session import session
 
-    if not args.timeout >= 0:
-        msg = f"--timeout must be 0 (never) or a number of seconds, found {args.timeout}"
+    if not 0 <= args.timeout < math.inf:
+        msg = f"--timeout must be a finite number of seconds, or 0 (never), found {args.timeout}"
         raise UsageError(msg)
     if args.no_trace:
         _require_no_options_of_a_trace(args)

@@ -227,8 +227,10 @@ CASES = {
     "text and ids": ("verify --prompt a --prompt-ids 1", "exclude each other"),
     "a negative seed": ("verify --seed -1", "--seed 0 to 2**64 - 1 found -1"),
     "a negative timeout": ("verify --timeout -5", "--timeout found -5"),
+    "an endless timeout": ("verify --timeout inf", "--timeout finite 0 (never) found inf"),
+    "a timeout that is no number": ("verify --timeout nan", "--timeout finite found nan"),
     "tokens are not a number": ("verify --tokens many", "--tokens invalid 'many'"),
-    "an unknown option": ("verify --bogus", "unrecognized --bogus"),
+    "an unknown option": ("verify --bogus", "unrecognized --bogus spimpi verify --help"),
     "an unknown command": ("verfy", "invalid choice 'verfy'"),
     "no command": ("", "required COMMAND"),
 }  # fmt: skip

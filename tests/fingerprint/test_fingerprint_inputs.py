@@ -113,6 +113,12 @@ def test_fewer_threads_than_one_are_refused(threads):
         fp.fingerprint(np.zeros(3), TAG, threads=threads)
 
 
+@pytest.mark.parametrize("threads", ["x", 1.5, None])
+def test_threads_of_another_kind_are_refused(threads):
+    with pytest.raises(UsageError, match=f"a whole number of 1 or more, found {threads!r}"):
+        fp.fingerprint(np.zeros(3), TAG, threads=threads)
+
+
 def test_flat_entries_take_contiguous_words_only():
     words = np.zeros(8, np.uint32)
     for bad in (words[::2], words.view(np.float32), words.reshape(2, 4)):
