@@ -157,9 +157,7 @@ def built(check: Check, build: Callable) -> Check:
         check.seal()
     except SpimpiError as error:
         check.error = error
-    except (
-        AttributeError, TypeError, ValueError, LookupError, OverflowError, MemoryError,
-    ) as error:  # fmt: skip
+    except Exception as error:  # whatever an array of anybody's raises, the others would wait
         check.error = UsageError(f"{type(error).__name__}: {error}")
     return check
 

@@ -30,7 +30,7 @@ def add_report(commands) -> None:
 def run_report(args) -> int:
     from spimpi.trace.report import report
 
-    output = args.output or default_output(args.files[0])
+    output = default_output(args.files[0]) if args.output is None else args.output
     found = report(args.files, output, args.overwrite)
     if args.json:
         print(json.dumps(_as_json(found), indent=1))
