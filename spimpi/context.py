@@ -12,6 +12,7 @@ import numpy as np
 from mpi4py import MPI
 
 from spimpi.checks.attendance import Attendance
+from spimpi.checks.pending import require_comm
 from spimpi.checks.session import Session
 from spimpi.errors import SpimpiError, UsageError
 from spimpi.fingerprint.tag import DEFAULT_SEED
@@ -49,6 +50,7 @@ class DistributedContext:
         journal=None, sync: bool = False, overwrite: bool = False, timeout: float | None = None,
     ):  # fmt: skip
         require_world()
+        require_comm(comm, "a context")
         self.grid = grid = grid or Grid(comm.size, 1, 1, (1,))
         self.seed, self.tracer, self.attendance = seed, None, None
         self._given = comm

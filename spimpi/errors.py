@@ -13,6 +13,10 @@ class UsageError(SpimpiError, ValueError):
     exit_status = 2
 
 
+class ArgumentKindError(UsageError, TypeError):
+    """An argument is of another kind than it takes; a TypeError too."""
+
+
 class MissingDependency(UsageError, ImportError):
     """An optional package is needed; the message says which and how to install it."""
 

@@ -9,7 +9,7 @@ import sys
 import time
 from contextlib import contextmanager
 
-from spimpi.errors import SpimpiError
+from spimpi.errors import IncompleteError, SpimpiError
 from spimpi.launch import HEAD_START, launcher_rank
 from spimpi.printable import one_line
 
@@ -40,5 +40,9 @@ def _tell(kind, error, trace) -> None:
         _hooks[0](kind, error, trace)
         return
     time.sleep(HEAD_START)
-    said = f"spimpi: rank {launcher_rank()}: {kind.__name__}, as on all ranks; its traceback is rank 0's"
+    said = f"spimpi: rank {launcher_rank()}: {kind.__name__}, as on "
+    if issubclass(kind, IncompleteError):  # of a timeout: some did not come, and it may be rank 0
+        said += f"rank 0, if that waited too: {error}"
+    else:
+        said += "all ranks; its traceback is rank 0's"
     print(one_line(said), file=sys.stderr, flush=True)

@@ -22,6 +22,8 @@ def printable(text, keep: str = "") -> str:
 
 def one_line(text, most: int = MOST) -> str:
     """``text`` on one line, printable, its middle left out where it is longer than ``most``."""
+    if isinstance(text, KeyError) and " " in str(text.args):  # h5py's: Python would quote a sentence
+        text = " ".join(map(str, text.args))
     line = printable(" ".join(str(text).split()))
     if len(line) <= most:
         return line

@@ -12,7 +12,7 @@ CASES = [
     ("ring_of_handoffs.py", "4 microbatches verified round 3 ranks", "--stale",
      ("tensor hidden, rank 1", "a stale buffer: that of sequence 1", "received from rank 0")),
     ("data_parallel_replica.py", "20 steps verified on 3 ranks", "--wrong",
-     ("step 10, tensor parameters, rank 2", "rank 2 differ from the majority")),
+     ("step 10, tensor parameters, rank 2", "rank 2 differs from the majority")),
     ("whole_run.py", "checks on 3 ranks, 0 failed\nverified", "--flip",
      ("corrupted: step 0, layer 3, tensor hidden, rank 1",)),
 ]  # fmt: skip

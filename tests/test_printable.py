@@ -31,3 +31,8 @@ def test_a_message_is_one_line_of_bounded_length():
     assert one_line("two\n  lines") == "two lines"
     line = one_line("begin" + "x" * 10_000 + "end")
     assert len(line) == MOST and line.startswith("begin") and line.endswith("end")
+
+
+def test_a_sentence_that_is_a_keys_error_is_not_quoted():
+    assert one_line(KeyError("Unable to open object (no 'x')")) == "Unable to open object (no 'x')"
+    assert one_line(KeyError("rank")) == "'rank'"

@@ -230,7 +230,7 @@ def _disagreement(session, c, words, reports) -> Verdict:
     if len(odd) == len(reports):
         text = f"{ranks_text(odd)} differ, and nothing tells which is right"
     else:
-        text = f"{ranks_text(odd)} differ from the majority"
+        text = f"{ranks_text(odd)} differ{'s' * (len(odd) == 1)} from the majority"
     truth = next((r for r in range(len(reports)) if r not in odd), 0)
     rank = odd[0] if len(odd) == 1 else None
     found, reused = None, [r for r, report in enumerate(reports) if report.is_reused]

@@ -110,7 +110,10 @@ def _rows(x, y, weight):
         raise UsageError(msg)
     for name, other in (("x", x), ("w", weight.w)):
         if share_memory(other, y):
-            msg = f"`{name}` and `y` share memory, so that the product is compared with itself"
+            msg = (
+                f"`{name}` and `y` share memory, so that the product would be compared with itself: "
+                f"give a copy of `{name}` made before the multiplication"
+            )
             raise UsageError(msg)
     n_rows = prod(x.shape[:-1])
     return x.reshape(n_rows, k), y.reshape(n_rows, n), y.shape

@@ -157,7 +157,7 @@ def built(check: Check, build: Callable) -> Check:
         check.seal()
     except SpimpiError as error:
         check.error = error
-    except (TypeError, ValueError, LookupError, OverflowError, MemoryError) as error:
+    except Exception as error:  # whatever an array of anybody's raises, the others would wait
         check.error = UsageError(f"{type(error).__name__}: {error}")
     return check
 
@@ -174,13 +174,13 @@ def settle(comm, check: Check, build: Callable, raises: bool, ctx):
         return enforce(Group(session, [check]).merge()[0], raises)
 
 
-def require_comm(comm) -> None:
+def require_comm(comm, whose: str = "a check") -> None:
     """Raise UsageError for what is no communicator of ranks that this one belongs to."""
     if isinstance(comm, MPI.Comm) and comm == MPI.COMM_NULL:
-        msg = "a check needs a communicator that this rank belongs to, found MPI.COMM_NULL"
+        msg = f"{whose} needs a communicator that this rank belongs to, found MPI.COMM_NULL"
         raise UsageError(msg)
     if not isinstance(comm, MPI.Intracomm):
-        msg = f"a check's first argument is an intracommunicator, found {type(comm).__name__}"
+        msg = f"{whose}'s first argument is an intracommunicator, found {type(comm).__name__}"
         raise UsageError(msg)
 
 

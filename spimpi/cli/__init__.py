@@ -19,6 +19,13 @@ from spimpi.printable import one_line
 class _Parser(argparse.ArgumentParser):
     """Usage errors are said once, by rank 0, in one line, and end every rank with status 2."""
 
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse's; what a command does not know it says itself, not ``spimpi`` for it."""
+        found, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return found, unknown
+
     def error(self, message):
         self.exit(2, one_line(f"{self.prog}: error: {message} (see {self.prog} --help)") + "\n")
 

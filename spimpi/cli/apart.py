@@ -28,8 +28,8 @@ TICK = 0.25  # seconds: a process that was stopped has not waited
 DEBUG = "SPIMPI_DEBUG"  # environment: an exception that nobody expected is shown where it was raised
 
 
-def apart(command, what: str, crashed: int, size: int = 0) -> int:
-    """``command()`` in a forked child: its exit status, or ``crashed`` where the child crashed.
+def apart(command, what: str, size: int = 0) -> int:
+    """``command()`` in a forked child: its exit status, or 3 where the child crashed.
 
     ``what`` it reads is then named; ``size``: of how many bytes. The child shares standard output
     and error, nothing else comes back. Where it takes longer than reading ``size`` bytes can, its
@@ -71,7 +71,7 @@ def apart(command, what: str, crashed: int, size: int = 0) -> int:
     if -status in CRASHES:
         did = "runs for ever" if -status == signal.SIGPROF else f"crashed ({name})"
         print(f"spimpi: {what} is damaged: HDF5 {did} reading it", file=sys.stderr)
-        return crashed
+        return IncompleteError.exit_status
     print(f"spimpi: reading {what} was ended by {name}", file=sys.stderr)
     return SpimpiError.exit_status
 

@@ -71,7 +71,7 @@ def commands_of(parser, name: str = "spimpi") -> list[Command]:
 def _option(action) -> Option:
     values = None
     if action.nargs != 0:
-        values = tuple(map(str, action.choices or ()))
+        values = tuple(map(str, action.choices or getattr(action, "completed_by", ())))
     metavar = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
     files = values == () and metavar in FILES
     return Option(tuple(action.option_strings), action.help or "", values, files)

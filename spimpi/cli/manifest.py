@@ -104,7 +104,7 @@ def run_check(args) -> int:
     from spimpi.manifest.format import read_manifest
 
     world = _world(args)
-    model = args.model or Path(args.manifest).parent
+    model = Path(args.manifest).parent if args.model is None else args.model
     manifest = _on_rank_0(world, lambda: read_manifest(args.manifest))
     with _progress(world, "checking", args.json) as progress:
         if world is None:

@@ -192,7 +192,10 @@ class Reporter:
         if outcome.expected_from:
             self._print(f"           expected fingerprints: {outcome.expected_from}")
         else:
-            self._print("           'expected' is not established: no golden run to compare with")
+            why = "no golden run to compare with"
+            if not job.exact:
+                why = "--arith blas has no reproducible fingerprints"
+            self._print(f"           'expected' is not established: {why}")
         if job.golden is not None and job.golden.weights is None:
             self._print("weights    not compared with the golden file, which has no fingerprints of them")
         if job.known:

@@ -25,11 +25,11 @@ def add_arguments(parser):
         "check",
         help="whether a trace is as it was written",
         description="Read a whole trace and say whether it is as it was written, whatever its "
-        "run found. Exit status: 0 intact; 1 damaged (where); 3 incomplete (what is missing); "
+        "run found. Exit status: 0 intact; 3 damaged, or incomplete (what and where); "
         "2 not a trace, or still written.",
     )
     check.add_argument("file", metavar="FILE", help="the trace; of a killed run its journals")
-    check.set_defaults(run_trace=_check, crashed=1)
+    check.set_defaults(run_trace=_check)
     recover = commands.add_parser(
         "recover",
         help="seal the journals of a run that was killed",
@@ -39,7 +39,7 @@ def add_arguments(parser):
     )
     recover.add_argument("file", metavar="RUN", help="the trace, or the folder of its journals")
     recover.add_argument("--overwrite", action="store_true", help="replace an existing trace")
-    recover.set_defaults(run_trace=_recover, crashed=3)
+    recover.set_defaults(run_trace=_recover)
     add_locate(commands)
     add_diff(commands)
     add_export(commands)
@@ -52,7 +52,7 @@ def add_arguments(parser):
 def run(args) -> int:
     files = args.files if "files" in args else [args.file, getattr(args, "other", None)]
     files = list(filter(None, files))
-    return apart(lambda: args.run_trace(args), " or ".join(files), args.crashed, _size(files))
+    return apart(lambda: args.run_trace(args), " or ".join(files), _size(files))
 
 
 def _size(files) -> int:

@@ -22,7 +22,7 @@ def add_diff(commands) -> None:
     text = "a trace; of a killed run its journals are read"
     parser.add_argument("file", metavar="A", help=text)
     parser.add_argument("other", metavar="B", help="the trace to compare with it")
-    parser.set_defaults(run_trace=run_diff, crashed=3)
+    parser.set_defaults(run_trace=run_diff)
     parser.add_argument("--json", action="store_true", help="print it as JSON")
 
 

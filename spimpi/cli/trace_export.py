@@ -24,7 +24,7 @@ def add_export(commands):
     export.add_argument("--format", metavar="NAME", help=text)
     export.add_argument("--overwrite", action="store_true", help="replace an existing OUT")
     export.add_argument("--json", action="store_true", help="print what was written as JSON")
-    export.set_defaults(run_trace=run_export, crashed=3)
+    export.set_defaults(run_trace=run_export)
 
 
 def run_export(args) -> int:

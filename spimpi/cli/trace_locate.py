@@ -22,7 +22,7 @@ def add_locate(commands) -> None:
     text = "entries of each list to print (default 10)"
     parser.add_argument("--failures", type=int, default=10, metavar="N", help=text)
     parser.add_argument("--json", action="store_true", help="print it as JSON")
-    parser.set_defaults(run_trace=run_locate, crashed=3)
+    parser.set_defaults(run_trace=run_locate)
 
 
 def run_locate(args) -> int:

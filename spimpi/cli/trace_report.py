@@ -24,13 +24,13 @@ def add_report(commands) -> None:
     report.add_argument("-o", "--output", metavar="HTML", help=text)
     report.add_argument("--overwrite", action="store_true", help="replace an existing page")
     report.add_argument("--json", action="store_true", help="print what was written as JSON")
-    report.set_defaults(run_trace=run_report, crashed=3)
+    report.set_defaults(run_trace=run_report)
 
 
 def run_report(args) -> int:
     from spimpi.trace.report import report
 
-    output = args.output or default_output(args.files[0])
+    output = default_output(args.files[0]) if args.output is None else args.output
     found = report(args.files, output, args.overwrite)
     if args.json:
         print(json.dumps(_as_json(found), indent=1))

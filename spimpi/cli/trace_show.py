@@ -49,7 +49,7 @@ def add_show(commands):
     )
     text = "of a job that is running: what it has flushed so far"
     show.add_argument("--live", action="store_true", help=text)
-    show.set_defaults(run_trace=run_show, crashed=3)
+    show.set_defaults(run_trace=run_show)
     return show
 
 
@@ -62,19 +62,18 @@ def run_show(args) -> int:
     from spimpi.trace.analysis.summary import summarise
 
     statuses, shown = [], []
-    for number, file in enumerate(args.files):
-        if number and not args.json:
-            print()
+    for file in args.files:
         try:
             with open_trace(file) as trace:
                 if not args.live:
                     refuse_running(trace)
                 summary = summarise(trace, args.failures, args.by)
                 statuses.append(summary.exit_status)
-                if args.json:
-                    shown.append(as_json(trace, summary, args.by))
-                else:
+                if not args.json:
+                    if shown:
+                        print()
                     _print(trace, summary, args.by)
+                shown.append(as_json(trace, summary, args.by) if args.json else file)
         except SpimpiError as error:
             if len(args.files) == 1:
                 raise

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import sys
 
 from spimpi.cli.registry import subcommand
@@ -9,11 +10,15 @@ from spimpi.errors import UsageError
 from spimpi.launch import launcher_rank
 
 
+PUBLISHED = ("llama-3.2-1b", "llama-3.2-3b", "olmo-2-1b", "olmo-2-7b", "olmo-3-7b")
+
+
 def add_model_arguments(parser) -> None:
     """What to run: shared by verify and golden."""
     add = parser.add_argument_group("what to run").add_argument
     add("--model", metavar="DIR", help="Hugging Face directory (default: the embedded model)")
-    add("--config", metavar="NAME", help="published shapes, seeded weights: llama-3.2-1b, llama-3.2-3b, olmo-2-1b, olmo-2-7b, olmo-3-7b")
+    config = add("--config", metavar="NAME", help=f"published shapes, seeded weights: {', '.join(PUBLISHED)}")
+    config.completed_by = PUBLISHED  # and no ``choices``: an unknown name is told in better words
     add("--layers", type=int, metavar="N", help="with --config: only the first N layers")
     add("--prompt", action="append", default=[], metavar="TEXT", help="repeatable (default: built-in prompts)")
     add("--prompt-ids", action="append", default=[], metavar="IDS", help="token ids, comma-separated; repeatable")
@@ -38,7 +43,7 @@ def add_arguments(parser) -> None:
     add = parser.add_argument_group("over which ranks").add_argument
     add("--topology", metavar="SPEC", help="tp=2,sp=2,pp=2,dp=2 (sp: sequence) or exo (default: chosen)")
     add("--memory", metavar="GB,GB,…", help="with --topology exo: memory of each rank")
-    add("--exo-rule", default="exo", metavar="RULE", choices=("exo", "exo-1.0", "exo-0", "gay"), help="exo's way: exo (default), exo-1.0, exo-0, gay")
+    add("--exo-rule", metavar="RULE", choices=("exo", "exo-1.0", "exo-0", "gay"), help="with --topology exo: exo (default), exo-1.0, exo-0, gay")
     add("--expect-ranks", type=int, metavar="N", help="refuse to run on another world size")
     add("--timeout", type=float, default=120, metavar="S", help="end the job after S s without progress; 0: never (120)")
     add = parser.add_argument_group("what to compare with").add_argument
@@ -53,7 +58,7 @@ def add_arguments(parser) -> None:
     trace.add_argument("--trace", metavar="FILE", help="HDF5 trace (default: a name of its own, here)")
     trace.add_argument("--no-trace", action="store_true", help="write no trace")
     add("--overwrite", action="store_true", help="replace an existing trace")
-    add("--trace-driver", default="auto", metavar="KIND", choices=("auto", "mpio", "parts", "gather"), help="auto (default), mpio, parts or gather")
+    add("--trace-driver", metavar="KIND", choices=("auto", "mpio", "parts", "gather"), help="auto (default), mpio, parts or gather")
     add("--journal", metavar="DIR", help="each node's own folder for journals meanwhile")
     add("--sync", action="store_true", help="wait for the disk, against a loss of power")
     add("--sketch", action="store_true", help="sketches too, to tell rounding from corruption")
@@ -64,12 +69,11 @@ def add_arguments(parser) -> None:
 def verify(args) -> int:
     from spimpi.cli.session import session
 
-    if not args.timeout >= 0:
-        msg = f"--timeout must be 0 (never) or a number of seconds, found {args.timeout}"
+    if not 0 <= args.timeout < math.inf:
+        msg = f"--timeout must be a finite number of seconds, or 0 (never), found {args.timeout}"
         raise UsageError(msg)
-    if args.sketch and args.no_trace:
-        msg = "--sketch puts sketches into the trace, found --no-trace"
-        raise UsageError(msg)
+    if args.no_trace:
+        _require_no_options_of_a_trace(args)
     kernels = (
         bool(args.config), "sp" in (args.topology or ""), args.sketch, args.arith == "blas"
     )  # fmt: skip
@@ -77,6 +81,17 @@ def verify(args) -> int:
         status, finish = _verify(args, comm, watchdog)
     finish()
     return status
+
+
+def _require_no_options_of_a_trace(args) -> None:
+    """Raise UsageError where an option says how the trace is to be, for --no-trace."""
+    if args.sketch:
+        msg = "--sketch puts sketches into the trace, found --no-trace"
+        raise UsageError(msg)
+    for option in ("--journal", "--sync", "--overwrite", "--trace-driver"):
+        if getattr(args, option[2:].replace("-", "_")) not in (None, False):
+            msg = f"{option} says how the trace is written, found --no-trace"
+            raise UsageError(msg)
 
 
 def _verify(args, comm, watchdog):
@@ -96,7 +111,7 @@ def _verify(args, comm, watchdog):
     )  # fmt: skip
     watchdog.at("reading the request")
     run_id = comm.bcast(new_run_id())
-    path = args.trace or f"{run_id}.h5"
+    path = f"{run_id}.h5" if args.trace is None else args.trace
     with together(comm, PATIENCE):
         # What rank 0 alone imports is imported here, where the others wait asleep.
         reporter = Reporter(comm.rank == 0, args.json)
@@ -105,7 +120,7 @@ def _verify(args, comm, watchdog):
         if not args.no_trace:
             command = " ".join(sys.argv)
             tracer = Tracer(
-                comm.rank, path, args.trace_driver, args.overwrite, command, run_id, args.journal,
+                comm.rank, path, args.trace_driver or "auto", args.overwrite, command, run_id, args.journal,
                 args.sync,
             )  # fmt: skip
     reporter.found(comm, job)

@@ -193,9 +193,7 @@ def linear_flat(words: np.ndarray, key: int, first_index: int, threads: int = 1)
 
 def _cpu(threads: int):
     """The CPU backend; imported here because numba takes its time."""
-    if threads < 1:
-        msg = f"at least one thread is needed, found threads={threads}"
-        raise UsageError(msg)
+    arrays.check_threads(threads)
     with optional_packages():
         from spimpi.fingerprint import cpu
 

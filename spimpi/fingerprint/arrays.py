@@ -12,7 +12,7 @@ from math import prod
 
 import numpy as np
 
-from spimpi.errors import UsageError
+from spimpi.errors import ArgumentKindError, UsageError
 from spimpi.fingerprint.protocols import as_array
 from spimpi.fingerprint.tag import GOLDEN, MASK
 from spimpi.partition import Slab, TensorPartition, whole
@@ -98,6 +98,16 @@ def slab_of(shape, where) -> Slab:
 def check_where(where) -> None:
     if where is not None and not isinstance(where, (TensorPartition, Slab)):
         msg = f"where must be None, a TensorPartition or a Slab, found {type(where).__name__}"
+        raise UsageError(msg)
+
+
+def check_threads(threads) -> None:
+    """Raise UsageError unless work can be shared among so many threads."""
+    if not isinstance(threads, (int, np.integer)):
+        msg = f"threads is a whole number of 1 or more, found {threads!r}"
+        raise ArgumentKindError(msg)
+    if threads < 1:
+        msg = f"threads is a whole number of 1 or more, found threads={threads}"
         raise UsageError(msg)
 
 

@@ -209,9 +209,7 @@ def _blocks(x: np.ndarray, offset):
 
 def _cpu(threads: int):
     """The CPU backend; imported here because numba takes its time."""
-    if threads < 1:
-        msg = f"at least one thread is needed, found threads={threads}"
-        raise UsageError(msg)
+    arrays.check_threads(threads)
     from spimpi.fingerprint import painting_cpu
 
     return painting_cpu

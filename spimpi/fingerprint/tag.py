@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from operator import index
 
-from spimpi.errors import UsageError
+from spimpi.errors import ArgumentKindError, UsageError
 
 GOLDEN = 0x9E3779B97F4A7C15
 VERSION = 0x5350492D56310000
@@ -30,7 +30,8 @@ class Tag:
     """The canonical name of a tensor: seed, name, layer (-1: none) and step.
 
     A tensor has one tag however it is split or processed; together with its global shape and
-    item size it selects the streams of fingerprint words (docs/fingerprint.md).
+    item size it selects the streams of fingerprint words (docs/fingerprint.md). UsageError where a
+    field is of another kind.
     """
 
     seed: int = DEFAULT_SEED
@@ -39,9 +40,10 @@ class Tag:
     step: int = 0
 
     def __post_init__(self):
+        _require_name(self.name)
         # numpy's integers would wrap, or refuse to, in the key's 64-bit arithmetic
         for field in ("seed", "layer", "step"):
-            object.__setattr__(self, field, index(getattr(self, field)))
+            object.__setattr__(self, field, _whole(field, getattr(self, field)))
         if not 0 <= self.seed <= MASK:
             msg = f"a seed is an unsigned 64-bit number, found {self.seed}"
             raise UsageError(msg)
@@ -49,6 +51,25 @@ class Tag:
     def key(self, domain: int, shape, itemsize: int) -> int:
         """Key of the tensor's stream in a domain, for its GLOBAL shape and item size (bytes)."""
         return _stream_key(self, domain, tuple(shape), itemsize)
+
+
+def _require_name(name) -> None:
+    if not isinstance(name, str):
+        msg = f"a tag's name is text, found {type(name).__name__} {name!r}"
+        raise ArgumentKindError(msg)
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        msg = f"a tag's name is text that UTF-8 can hold, found {name!r}"
+        raise UsageError(msg) from None
+
+
+def _whole(field: str, value) -> int:
+    try:
+        return index(value)
+    except TypeError:
+        msg = f"a tag's {field} is a whole number, found {type(value).__name__} {value!r}"
+        raise ArgumentKindError(msg) from None
 
 
 @lru_cache(maxsize=65536)

@@ -15,6 +15,7 @@ import numpy as np
 
 from spimpi.errors import UsageError
 from spimpi.fingerprint import xor_flat
+from spimpi.fingerprint.arrays import check_threads
 from spimpi.inference.checkpoint import byte_share
 from spimpi.launch import launch, usable_cores
 from spimpi.manifest.format import content_key
@@ -75,9 +76,7 @@ def shares_over(names, blocks: list[Block], shares_of, threads: int, progress=No
 
     ``threads`` threads take the blocks one after the other. Names without a share have 0.
     """
-    if threads < 1:
-        msg = f"at least one thread is needed, found threads={threads}"
-        raise UsageError(msg)
+    check_threads(threads)
     threads = min(threads, max(len(blocks), 1), MOST_THREADS)
     queue = _Queue(blocks, progress)
 

@@ -100,23 +100,27 @@ def choose(world_size: int, n_heads: int, n_layers: int) -> Grid:
     return Grid(tp, pp, world_size // (tp * pp), balanced_sizes(n_layers, pp))
 
 
-def parse(text, world_size: int, n_heads: int, n_layers: int, memory=None, rule="exo") -> Grid:
+def parse(text, world_size: int, n_heads: int, n_layers: int, memory=None, rule=None) -> Grid:
     """The grid that ``text`` asks for: ``tp=2,sp=2,pp=2,dp=2``, ``exo``, or None to choose one.
 
     Axes that are left out are 1. ``exo`` is a ring of all ranks whose layers follow ``memory``,
-    one number a rank (equal where None), by ``rule``; another rule's name instead of ``exo``
-    asks for that rule. Raises UsageError where the text is malformed, the axes do not multiply to
+    one number a rank (equal where None), by ``rule`` (exo's where None); another rule's name instead
+    of ``exo`` asks for that rule. Raises UsageError where the text is malformed, the axes do not multiply to
     the world size, there are more tensor ranks than heads or more stages than layers, or a rank
     would have no layer; the message names the nearest topologies that fit.
     """
     _require_positive(world_size, n_heads, n_layers)
     if text is not None and text.strip() in RULES:
         name = text.strip()
-        return _ring(world_size, n_layers, memory, rule if name == "exo" else name)
-    if memory is not None:
-        found = _shown(text) if text else text
-        msg = f"memory sizes belong to an exo ring (--topology exo), found topology {found}"
-        raise UsageError(msg)
+        if rule not in (None, name) and name != "exo":
+            msg = f"--topology {name} asks for the exo rule {name}, found --exo-rule {_shown(rule)}"
+            raise UsageError(msg)
+        return _ring(world_size, n_layers, memory, rule if rule and name == "exo" else name)
+    for what, given in (("memory sizes belong", memory), ("a rule (--exo-rule) belongs", rule)):
+        if given is not None:
+            found = f"topology {_shown(text)}" if text else "no --topology"
+            msg = f"{what} to an exo ring (--topology exo), found {found}"
+            raise UsageError(msg)
     if text is None:
         return choose(world_size, n_heads, n_layers)
     asked, shown = _axes(text), one_line(text, 80)

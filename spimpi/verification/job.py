@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from spimpi.errors import UsageError
+from spimpi.errors import ArgumentKindError, UsageError
 from spimpi.inference import golden as golden_runs
 from spimpi.inference import prompts as prompt_texts
 from spimpi.inference.checkpoint import open_checkpoint
@@ -24,10 +24,10 @@ class Request:
 
     model: a Hugging Face directory (None: the embedded model); config: published shapes with seeded
     weights, of which the first ``layers``; topology: "tp=2,pp=2" or "exo", with ``memory``, and
-    ``rule`` for --exo-rule; ``prompt_ids``: texts such as "84,104,101"; tokens and seed None: those
+    ``rule`` for --exo-rule (None: exo's); ``prompt_ids``: texts such as "84,104,101"; tokens and seed None: those
     of the golden file, the seed also of the manifest, else the defaults; arith: "exact" or "blas";
     golden, manifest: file names; faults: as --inject takes them; repeat: how many runs; sketch:
-    whether its trace gets sketches.
+    whether its trace gets sketches. UsageError where prompts, prompt_ids or faults are one text.
     """
 
     model: str | None = None
@@ -35,7 +35,7 @@ class Request:
     layers: int | None = None
     topology: str | None = None
     memory: str | None = None
-    rule: str = "exo"
+    rule: str | None = None
     prompts: tuple[str, ...] = ()
     prompt_ids: tuple[str, ...] = ()
     tokens: int | None = None
@@ -46,6 +46,10 @@ class Request:
     faults: tuple[str, ...] = ()
     repeat: int = 1
     sketch: bool = False
+
+    def __post_init__(self):
+        for field in ("prompts", "prompt_ids", "faults"):
+            _require_texts(field, getattr(self, field))
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,21 @@ class Job:
         return golden_runs.Workload.of(
             self.config, self.checkpoint, self.seed, self.n_tokens, self.prompts
         )
+
+
+def _require_texts(field: str, value) -> None:
+    if not isinstance(value, (tuple, list)):
+        msg = f"{field} is a tuple of texts, found {_a(value)}"
+        raise ArgumentKindError(msg)
+    for one in value:
+        if not isinstance(one, str):
+            msg = f"{field} is a tuple of texts, found {_a(one)} in it"
+            raise ArgumentKindError(msg)
+
+
+def _a(value) -> str:
+    kind = type(value).__name__
+    return f"a{'n' * (kind[0] in 'aeiou')} {kind}"
 
 
 def prepare(request: Request, world_size: int, rank: int = 0) -> Job:

@@ -9,10 +9,11 @@ import numpy as np
 from mpi4py import MPI
 
 from spimpi.checks.fabric import check_fabric, tensor_names
+from spimpi.checks.pending import require_comm
 from spimpi.checks.recorder import Recorder
 from spimpi.checks.verdict import Verdict
 from spimpi.context import DistributedContext
-from spimpi.errors import CorruptionError, SpimpiError, UsageError
+from spimpi.errors import ArgumentKindError, CorruptionError, SpimpiError, UsageError
 from spimpi.inference import golden as golden_runs
 from spimpi.inference.derived import derived_names
 from spimpi.inference.derived_check import check_derived, multiplied
@@ -66,6 +67,13 @@ def verify_distributed_inference(
     What fails is in the Outcome, no exception. Collective over ``comm``: every rank returns the
     same outcome or raises the same error (UsageError for what cannot be run).
     """
+    require_comm(comm, "a run")
+    if not isinstance(job, (Job, Request)):
+        msg = (
+            "what is to be verified is a spimpi.Request, or the Job that prepare made of one, "
+            f"found {type(job).__name__}"
+        )
+        raise ArgumentKindError(msg)
     if isinstance(job, Request):
         with together(comm):
             job = prepare(job, comm.size, comm.rank)

@@ -6,7 +6,9 @@ import pickle
 import numpy as np
 import pytest
 
-from spimpi import CorruptionError, Verdict
+from spimpi import CorruptionError, Tag, UsageError, Verdict
+from spimpi.checks.check import Check, Rule
+from spimpi.checks.pending import built
 from spimpi.checks.verdict import ElementError, Where
 from spimpi.fingerprint.arrays import share_memory
 from spimpi.trace.schema import Established
@@ -51,3 +53,13 @@ def test_memory_is_shared_where_a_byte_is():
         (x.view(np.uint8)[:, 1:2], x, True),
     ):  # fmt: skip
         assert share_memory(a, b) is share_memory(b, a) is shared
+
+
+@pytest.mark.parametrize("kind", [AttributeError, TypeError, KeyError, RuntimeError, MemoryError])
+def test_an_error_of_a_checks_local_part_is_kept_for_all_ranks_to_raise(kind):
+    def build(check):
+        raise kind("no such thing")
+
+    check = Check("broadcast", Tag(name="hidden"), Rule.AGREED, Established.MOVED)
+    error = built(check, build).error
+    assert isinstance(error, UsageError) and f"{kind.__name__}: " in str(error)

@@ -126,6 +126,9 @@ CASES = {
     "memory sizes for another count": ("verify --topology exo --memory 18,8", "3 ranks 2 sizes"),
     "memory is not numbers": ("verify --topology exo --memory 1,2,x", "positive number GB 1,2,x"),
     "memory without exo": ("verify --memory 1,2,3", "--memory goes with --topology exo"),
+    "a rule without exo": ("verify --exo-rule gay", "--exo-rule --topology exo found no --topology"),
+    "a rule of another topology": ("verify --exo-rule exo --topology tp=3", "--exo-rule exo tp=3"),
+    "two rules": ("verify --topology gay --exo-rule exo", "--topology gay found --exo-rule exo"),
     "exo ring longer than the layers": (
         "verify --model twolayers --topology exo", "idle 2 layers nearest 2 ranks"
     ),
@@ -198,6 +201,20 @@ CASES = {
     ),
     "a directory for a trace": (PROMPTED.replace("--no-trace", "--trace good"), "a directory"),
     "sketches without a trace": (f"{PROMPTED} --sketch", "--sketch trace --no-trace"),
+    "journals without a trace": (f"{PROMPTED} --journal disk", "--journal trace --no-trace"),
+    "a disk without a trace": (f"{PROMPTED} --sync", "--sync trace --no-trace"),
+    "a trace to replace and none": (f"{PROMPTED} --overwrite", "--overwrite trace --no-trace"),
+    "a driver without a trace": (f"{PROMPTED} --trace-driver auto", "--trace-driver --no-trace"),
+    "a trace without a name": (PROMPTED.replace("--no-trace", "--trace="), "a trace needs a name"),
+    "journals in no directory": (
+        PROMPTED.replace("--no-trace", "--trace t.h5 --journal nosuch/q"), "no directory nosuch"
+    ),
+    "journals beside the trace": (
+        PROMPTED.replace("--no-trace", "--trace t.h5 --journal ."), "beside the trace t.h5 anyway"
+    ),
+    "journals in a file": (
+        PROMPTED.replace("--no-trace", "--trace t.h5 --journal a-file"), "a-file no directory"
+    ),
     "a trace and none": ("verify --trace t.h5 --no-trace", "--no-trace not allowed with --trace"),
     # prompts and numbers
     "more tokens than positions": ("verify --tokens 2000", "2013 at most 1024"),
@@ -210,8 +227,10 @@ CASES = {
     "text and ids": ("verify --prompt a --prompt-ids 1", "exclude each other"),
     "a negative seed": ("verify --seed -1", "--seed 0 to 2**64 - 1 found -1"),
     "a negative timeout": ("verify --timeout -5", "--timeout found -5"),
+    "an endless timeout": ("verify --timeout inf", "--timeout finite 0 (never) found inf"),
+    "a timeout that is no number": ("verify --timeout nan", "--timeout finite found nan"),
     "tokens are not a number": ("verify --tokens many", "--tokens invalid 'many'"),
-    "an unknown option": ("verify --bogus", "unrecognized --bogus"),
+    "an unknown option": ("verify --bogus", "unrecognized --bogus spimpi verify --help"),
     "an unknown command": ("verfy", "invalid choice 'verfy'"),
     "no command": ("", "required COMMAND"),
 }  # fmt: skip

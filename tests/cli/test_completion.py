@@ -26,6 +26,7 @@ CASES = {
     "an option": (["verify", "--exo"], ["--exo-rule"]),
     "an option of a command of a command": (["trace", "export", "--over"], ["--overwrite"]),
     "a value": (["verify", "--trace-driver", "ga"], ["gather"]),
+    "a name": (["verify", "--config", "olmo-3"], ["olmo-3-7b"]),
     "a word of a list": (["completion", "z"], ["zsh"]),
     "a file": (["trace", "show", "a-tr"], ["a-trace.h5"]),
     "a file of an option": (["verify", "--golden", "a-tr"], ["a-trace.h5"]),

@@ -55,3 +55,23 @@ def test_ranks_other_than_0_say_nothing(capsys, monkeypatch):
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     for arguments in (["verify", "--help"], ["verify", "--help-faults"], ["verify", "--bogus"]):
         assert said(capsys, *arguments)[1:] == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "command"),
+    [
+        (["verify", "--bogus"], "spimpi verify"), (["trace", "show", "a", "--bogus"], "spimpi trace show"),
+        (["doctor", "a"], "spimpi doctor"), (["--bogus", "doctor"], "spimpi"),
+    ],
+)  # fmt: skip
+def test_who_does_not_know_an_argument_names_its_own_help(capsys, arguments, command):
+    status, _, err = said(capsys, *arguments)
+    assert status == 2 and err.startswith(f"{command}: error: unrecognized arguments: ")
+    assert err.endswith(f"(see {command} --help)\n")
+
+
+def test_the_published_models_that_are_offered_are_all():
+    from spimpi.cli import verify
+    from spimpi.inference import published
+
+    assert set(verify.PUBLISHED) == set(published.PUBLISHED)

@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from spimpi import one_traceback
+from spimpi.errors import IncompleteError, UsageError
+
 PROGRAM = Path(__file__).parent / "one_traceback_program.py"
 RANKS = 3
 
@@ -44,3 +47,18 @@ def test_a_rank_that_alone_lets_it_pass_is_not_silent(run_ranks):
     done = run_ranks(2, PROGRAM, "kept", timeout=60)
     assert done.returncode != 0
     assert "spimpi: rank 1: CorruptionError" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (UsageError, "spimpi: rank 0: UsageError, as on all ranks; its traceback is rank 0's\n"),
+        (IncompleteError, "spimpi: rank 0: IncompleteError, as on rank 0, if that waited too: rank 1 is late\n"),
+    ],
+)  # fmt: skip
+def test_what_some_ranks_raise_is_not_said_of_all(kind, told, capsys, monkeypatch):
+    monkeypatch.setattr(one_traceback.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(one_traceback, "_hooks", [None])
+    error = one_traceback.mark(kind("rank 1 is late"), 2)
+    one_traceback._tell(kind, error, None)
+    assert capsys.readouterr().err == told

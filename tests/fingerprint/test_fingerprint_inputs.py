@@ -91,9 +91,31 @@ def test_a_tag_takes_numpys_integers_and_no_others():
         Tag(seed=-1)
 
 
+@pytest.mark.parametrize("name", [3, None, b"x", "\ud800", Tag(), np.array(["x"])], ids=repr)
+def test_a_tag_takes_a_name_of_text_alone(name):
+    with pytest.raises(UsageError, match="a tag's name is text.*, found .") as caught:
+        Tag(name=name)
+    assert isinstance(caught.value, TypeError) or isinstance(name, str)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("layer", "a"), ("step", 1.5), ("seed", "x"), ("layer", None), ("step", [1])]
+)
+def test_a_tags_field_of_another_kind_is_named(field, value):
+    with pytest.raises(UsageError, match=f"a tag's {field} is a whole number, found") as caught:
+        Tag(**{field: value})
+    assert isinstance(caught.value, TypeError)
+
+
 @pytest.mark.parametrize("threads", [0, -1])
 def test_fewer_threads_than_one_are_refused(threads):
     with pytest.raises(UsageError, match=f"threads={threads}"):
+        fp.fingerprint(np.zeros(3), TAG, threads=threads)
+
+
+@pytest.mark.parametrize("threads", ["x", 1.5, None])
+def test_threads_of_another_kind_are_refused(threads):
+    with pytest.raises(UsageError, match=f"a whole number of 1 or more, found {threads!r}"):
         fp.fingerprint(np.zeros(3), TAG, threads=threads)
 
 

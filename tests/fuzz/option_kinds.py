@@ -88,11 +88,14 @@ def _places(sound, folder):
     (folder / "loop").symlink_to("loop")
 
 
+OF_A_TRACE = ("--trace", "--sketch", "--journal", "--sync", "--overwrite", "--trace-driver")
+
+
 @kind(22)
 def options_of_verify(rng, sound):
     changes = tuple(_draw(rng, "verify", VERIFY, 3))
     base = ["verify", "--prompt-ids", "1,2", "--model", "model", "--timeout", "120"]
-    base += [] if any(n in ("--trace", "--sketch") for n, _ in changes) else ["--no-trace"]
+    base += [] if any(n in OF_A_TRACE for n, _ in changes) else ["--no-trace"]
     base += [] if any(n == "--tokens" for n, _ in changes) else ["--tokens", "1"]
 
     def write(folder, changes):
@@ -110,7 +113,8 @@ def options_of_others(rng, sound):
     def write(folder, changes):
         _places(sound, folder)
 
-    corrupted = command[:1] == ("trace",) or command == ("manifest", "check")
+    corrupted = command == ("manifest", "check")
+    corrupted |= command[:1] == ("trace",) and command != ("trace", "check")
     return Case("options_of_others", (list(command), _words), changes, write, corrupted)
 
 

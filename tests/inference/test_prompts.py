@@ -9,6 +9,7 @@ from reference_models import greedy, tiny_config
 from spimpi.errors import MissingDependency, UsageError
 from spimpi.inference.config import EMBEDDED_MODEL, load_config, published
 from spimpi.inference.prompts import Prompts, built_in, check_length, decode, encode, parse_ids
+from spimpi.verification.job import Request
 
 
 @pytest.fixture
@@ -174,3 +175,14 @@ def test_a_tokenizer_that_is_none_is_refused(tmp_path, contents):
     with pytest.raises(UsageError, match="tokenizer.json cannot be read") as caught:
         encode(["x"], load_config(EMBEDDED_MODEL), tmp_path)
     assert len(str(caught.value)) <= 500
+
+
+@pytest.mark.parametrize("field", ["prompts", "prompt_ids", "faults"])
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [("hello", "a str"), (b"1", "a bytes"), (None, "a NoneType"), ((1,), "an int in it"), (["a", None], "a NoneType in it")],
+)  # fmt: skip
+def test_what_a_request_repeats_is_a_tuple_of_texts(field, given, found):
+    with pytest.raises(UsageError, match=f"{field} is a tuple of texts, found {found}$"):
+        Request(**{field: given})
+    assert getattr(Request(**{field: ["a"]}), field) == ["a"]

@@ -308,6 +308,13 @@ def test_what_is_no_communicator_is_refused(comm):
         spimpi.verify_replicas(3, data(SHAPE), TAG)
     with pytest.raises(spimpi.UsageError, match="COMM_NULL"):
         spimpi.verify_replicas(MPI.COMM_NULL, data(SHAPE), TAG)
+    for none in (None, MPI.COMM_NULL):
+        with pytest.raises(spimpi.UsageError, match="a context.*COMM_NULL|found NoneType"):
+            spimpi.DistributedContext(none)
+        with pytest.raises(spimpi.UsageError, match="a run.*COMM_NULL|found NoneType"):
+            spimpi.verify_distributed_inference(none, spimpi.Request())
+    with pytest.raises(spimpi.UsageError, match="is a spimpi.Request.*, found NoneType"):
+        spimpi.verify_distributed_inference(comm, None)
 
 
 def test_user_messages_in_flight_do_not_meet_the_checks(comm):

@@ -36,7 +36,7 @@ def test_a_replica_gone_wrong_is_named(comm, name):
                 FAULTS[name](x, data((5, 3), seed=1))
             with corruption(part, victim, "replicas") as caught:
                 spimpi.verify_replicas(part, x, TAG)
-            assert f"rank {victim} differ from the majority" in str(caught.value)
+            assert f"rank {victim} differs from the majority" in str(caught.value)
             assert caught.value.verdict.expected == spimpi.fingerprint(data((5, 3)), TAG)
 
 
@@ -213,7 +213,7 @@ def test_products_of_bool_and_in_the_memory_of_an_input_are_refused(comm):
         spimpi.verify_matmul(comm, x, w, x @ w, TAG)
     assert spimpi.verify_matmul(comm, x, w, x.astype(int) @ w.astype(int), TAG)
     same = np.eye(3)
-    with refused(comm, "`x` and `y` share memory"):
+    with refused(comm, "`x` and `y` share memory.*: give a copy of `x`"):
         spimpi.verify_matmul(comm, same, np.eye(3), same, TAG)
     with refused(comm, "`w` and `y` share memory"):
         spimpi.verify_matmul(comm, np.eye(3), spimpi.project_weight(same, TAG), same, TAG)

@@ -161,7 +161,8 @@ def test_bad_input_is_refused_on_every_rank(comm):
     x = np.ones((4, 6))
     last = comm.rank == comm.size - 1
     _refused(comm, "BAND", x, x, op=MPI.BAND)
-    _refused(comm, "PROD", x, x, op=MPI.PROD)
+    _refused(comm, "no check of MPI.PROD is known", x, x, op=MPI.PROD)
+    _refused(comm, "no check of 'sum' is known: expected one of MPI.SUM", x, x, op="sum")
     _refused(comm, "no check is known for allreduce of bool", x > 0, x > 0)
     _refused(comm, "complex128 by MPI.MAX", x + 1j, x + 1j, op=MPI.MAX)
     _refused(comm, "float8", *2 * (x.astype(ml_dtypes.float8_e5m2),))

@@ -32,6 +32,12 @@ def check(capfd, path) -> tuple[int, dict]:
     return status, found
 
 
+def damaged(capfd, path) -> dict:
+    status, found = check(capfd, path)
+    assert (status, found["state"]) == (3, "damaged")
+    return found
+
+
 def refused(capfd, path) -> str:
     assert main(["trace", "check", str(path)]) == 2
     (line,) = capfd.readouterr().err.splitlines()
@@ -60,8 +66,8 @@ def test_a_part_of_another_run_is_damage(tmp_path, one, capfd):
         write_trace(one, tmp_path / f"{name}.h5", some_events(n), "parts")
     part = "rank-00000.h5"
     shutil.copy(tmp_path / "old.h5.parts" / part, tmp_path / "run.h5.parts" / part)
-    status, found = check(capfd, tmp_path / "run.h5")
-    assert status == 1 and "is not the one that was written" in found["damage"][0]
+    found = damaged(capfd, tmp_path / "run.h5")
+    assert "is not the one that was written" in found["damage"][0]
 
 
 def test_an_altered_value_is_damage_and_its_rank_is_named(tmp_path, one, driver, capfd):
@@ -72,8 +78,8 @@ def test_an_altered_value_is_damage_and_its_rank_is_named(tmp_path, one, driver,
     rows = path if driver != "parts" else tmp_path / "run.h5.parts" / "rank-00000.h5"
     with h5py.File(rows, "r+") as file:
         file["events/layer"][7] += 1
-    status, found = check(capfd, path)
-    assert status == 1 and found["events"] == 0
+    found = damaged(capfd, path)
+    assert found["events"] == 0
     assert "rank 0 on" in found["damage"][0] and "events were altered" in found["damage"][0]
 
 
@@ -85,8 +91,8 @@ def test_a_column_that_shows_other_rows_than_the_parts_hold_is_damage(tmp_path, 
     with h5py.File(path, "r+") as file:
         del file["events/layer"]
         file["events/layer"] = some_events(50)["layer"] + 1
-    status, found = check(capfd, path)
-    assert status == 1 and found["events"] == 50 and "altered" in found["damage"][0]
+    found = damaged(capfd, path)
+    assert found["events"] == 50 and "altered" in found["damage"][0]
 
 
 def test_a_column_that_calls_a_number_otherwise_is_damage(tmp_path, one, driver, capfd):
@@ -97,16 +103,16 @@ def test_a_column_that_calls_a_number_otherwise_is_damage(tmp_path, one, driver,
     with h5py.File(path, "r+") as file:
         names = list(file["events/verdict"].attrs["names"])
         file["events/verdict"].attrs["names"] = [names[1], names[0], *names[2:]]
-    status, found = check(capfd, path)
-    assert status == 1 and "calls 0 FAILED, not VERIFIED" in found["damage"][0]
+    found = damaged(capfd, path)
+    assert "calls 0 FAILED, not VERIFIED" in found["damage"][0]
 
 
 def test_a_file_cut_short_is_damage(tmp_path, one, driver, capfd):
     path = tmp_path / "run.h5"
     write_trace(one, path, some_events(50), driver)
     os.truncate(path, path.stat().st_size // 2)
-    status, found = check(capfd, path)
-    assert status == 1 and "is damaged or cut short" in found["damage"][0]
+    found = damaged(capfd, path)
+    assert "is damaged or cut short" in found["damage"][0]
 
 
 def test_the_journals_of_a_killed_run_are_incomplete(tmp_path, one, capfd):
@@ -125,8 +131,8 @@ def test_a_flipped_byte_in_a_journal_is_damage(tmp_path, one, capfd):
     data = bytearray(journal.path.read_bytes())
     data[-200] ^= 1
     journal.path.write_bytes(data)
-    status, found = check(capfd, path)
-    assert status == 1 and "record 48 is damaged" in found["damage"][0]
+    found = damaged(capfd, path)
+    assert "record 48 is damaged" in found["damage"][0]
 
 
 def test_a_trace_that_is_still_written_is_refused_unless_shown_live(tmp_path, capfd):
@@ -173,9 +179,9 @@ def test_a_crash_of_the_reader_is_told_as_damage(capfd):
         faulthandler.disable()
         os.kill(os.getpid(), signal.SIGSEGV)
 
-    assert apart(crash, "run.h5", crashed=1) == 1
+    assert apart(crash, "run.h5") == 3
     assert capfd.readouterr().err == "spimpi: run.h5 is damaged: HDF5 crashed (SIGSEGV) reading it\n"
-    assert apart(lambda: 3, "run.h5", crashed=1) == 3
+    assert apart(lambda: 5, "run.h5") == 5
 
 
 def test_a_reader_that_runs_for_ever_is_told_as_damage(capfd, monkeypatch):
@@ -184,7 +190,7 @@ def test_a_reader_that_runs_for_ever_is_told_as_damage(capfd, monkeypatch):
         re.match(r"(a+)+$", "a" * 60 + "b")  # one call that never gives Python its turn
 
     monkeypatch.setattr(module, "PATIENCE", 1.0)
-    assert apart(run_for_ever, "run.h5", crashed=1) == 1
+    assert apart(run_for_ever, "run.h5") == 3
     assert capfd.readouterr().err == "spimpi: run.h5 is damaged: HDF5 runs for ever reading it\n"
 
 
@@ -203,7 +209,7 @@ def command():
     finally:
         file.unlink()
 
-status = apart(command, "run.h5", 3)
+status = apart(command, "run.h5")
 assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 sys.exit(status)
 """
@@ -224,7 +230,7 @@ def test_a_reader_that_closes_the_pipe_gives_no_traceback(tmp_path, one):
 def test_a_reader_that_waits_is_ended_after_the_time_that_its_file_can_need(capfd, monkeypatch):
     monkeypatch.setattr(module, "SECONDS", 0.5)
     began = time.monotonic()
-    assert apart(lambda: time.sleep(600), "run.h5", crashed=1) == 3
+    assert apart(lambda: time.sleep(600), "run.h5") == 3
     assert time.monotonic() - began < 60
     told = capfd.readouterr().err
     assert told.startswith("spimpi: run.h5: not read within 0 s, which files of 0 bytes")
@@ -232,18 +238,18 @@ def test_a_reader_that_waits_is_ended_after_the_time_that_its_file_can_need(capf
 
 def test_a_larger_file_has_more_time_and_more_memory(monkeypatch):
     monkeypatch.setattr(module, "SECONDS", 0.2)
-    assert apart(lambda: time.sleep(1) or 5, "run.h5", 1, size=100 * module.BYTES_A_SECOND) == 5
+    assert apart(lambda: time.sleep(1) or 5, "run.h5", size=100 * module.BYTES_A_SECOND) == 5
     monkeypatch.setattr(module, "MEMORY", 1 << 20)
 
     def take():
         return 5 if bytearray(1 << 27) else 6
 
-    assert apart(take, "run.h5", 1, size=1 << 27) == 5
-    assert apart(take, "run.h5", 1, size=0) == 3
+    assert apart(take, "run.h5", size=1 << 27) == 5
+    assert apart(take, "run.h5", size=0) == 3
 
 
 def test_memory_beyond_what_the_file_can_need_is_told_as_damage(capfd):
-    assert apart(lambda: len(bytearray(1 << 33)), "run.h5", crashed=1, size=1 << 20) == 3
+    assert apart(lambda: len(bytearray(1 << 33)), "run.h5", size=1 << 20) == 3
     assert "run.h5 is damaged: reading it takes more memory" in capfd.readouterr().err
 
 
@@ -259,7 +265,7 @@ def command():
     print("x" * 1_000_000)
     return 5
 
-sys.exit(apart.apart(command, "run.h5", 3))
+sys.exit(apart.apart(command, "run.h5"))
 """
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as started:
         time.sleep(4)
@@ -272,10 +278,10 @@ def test_what_nobody_expected_is_damage_in_one_sentence_unless_it_is_looked_for(
         raise KeyError("x" * 2000 + "\x1b[31m\n")
 
     monkeypatch.delenv("SPIMPI_DEBUG")
-    assert apart(fail, "run.h5", crashed=1) == 3
+    assert apart(fail, "run.h5") == 3
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("spimpi: run.h5 cannot be read: KeyError") and len(line) <= 508
     assert "\x1b" not in line and "SPIMPI_DEBUG=1" in line
     monkeypatch.setenv("SPIMPI_DEBUG", "1")
-    assert apart(fail, "run.h5", crashed=1) == 4
+    assert apart(fail, "run.h5") == 4
     assert "Traceback" in capfd.readouterr().err

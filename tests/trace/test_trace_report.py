@@ -207,6 +207,7 @@ def test_a_page_that_exists_is_kept(tmp_path, capfd):
     assert capfd.readouterr().err.count("\n") == 1
     assert (tmp_path / "run.html").read_text() == "mine"
     assert report(tmp_path / "run.h5", "--overwrite") == 0
+    assert report(tmp_path / "run.h5", "-o", "") == 2
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run.h5", "run.html"]
 
 

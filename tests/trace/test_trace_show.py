@@ -248,6 +248,7 @@ def test_several_traces_are_shown_one_after_the_other(tmp_path, one, capfd):
     said = capfd.readouterr()
     assert status == 2 and f"there is no trace {paths[2]}" in said.err
     assert "VERIFIED" in said.out and "CORRUPTED" in said.out
+    assert said.out.startswith("trace ") and said.out.count("\n\ntrace ") == 1
     status, text = show(capfd, "--json", *paths[:2])
     assert status == 1 and [run["verdict"] for run in json.loads(text)] == ["verified", "corrupted"]
 

@@ -107,12 +107,13 @@ def _name_of(op) -> str:
     """The name of an operation that can be checked."""
     for name in _CHECKED + _REFUSED:
         if op == getattr(MPI, name):
+            found = f"MPI.{name}"
             break
     else:
-        name = "a user-defined operation"
+        name, found = None, "a user-defined operation" if isinstance(op, MPI.Op) else repr(op)
     if name in _CHECKED:
         return name
-    msg = f"no check of MPI.{name} is known: expected one of MPI.{', MPI.'.join(_CHECKED)}"
+    msg = f"no check of {found} is known: expected one of MPI.{', MPI.'.join(_CHECKED)}"
     raise UsageError(msg)
 
 

@@ -33,9 +33,10 @@ def journal_path(folder, rank: int) -> Path:
 
 
 def make_folder(folder: Path) -> None:
-    """The folder of this run's journals, which another rank may have made. OSError; FileExistsError
-    where a link or a file stands there, or another user's folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """The folder of this run's journals, and the one that it is in, which other ranks may have made.
+    OSError; FileExistsError where a link or a file stands there, or another user's folder."""
+    folder.parent.mkdir(exist_ok=True)  # --journal DIR; the path to it must be there
+    folder.mkdir(exist_ok=True)
     facts, own = os.lstat(folder), os.geteuid()
     # On a network's disk root's folder may be nobody's.
     if not stat.S_ISDIR(facts.st_mode) or own not in (0, facts.st_uid):

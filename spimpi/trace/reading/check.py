@@ -10,7 +10,7 @@ from spimpi.trace.reading.reader import open as open_trace
 from spimpi.trace.reading.sealed import SealedTrace
 from spimpi.trace.sealing.leftovers import parts_folder
 
-EXIT_STATUS = {"intact": 0, "damaged": 1, "incomplete": 3}
+EXIT_STATUS = {"intact": 0, "damaged": 3, "incomplete": 3}  # 1 is of corruption that a run found
 
 
 @dataclass(frozen=True)

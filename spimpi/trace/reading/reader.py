@@ -27,6 +27,8 @@ def open(path) -> Trace:
     msg = f"there is no trace {path}"
     if path.is_dir():
         msg += ", it is a directory"
+    elif path.exists():
+        msg += ", it is no ordinary file"
     elif folder.is_symlink():
         msg += f", and its journals are not here: {folder} points to {folder.readlink()}"
     raise UsageError(msg)

@@ -19,7 +19,7 @@ from spimpi.trace.checksum import rows_fingerprint
 from spimpi.trace.journals.growing import merged, renumbered
 from spimpi.trace.journals.journal import OWN_HEADER, Journal, read_journal
 from spimpi.trace.journals.journal_files import (
-    NODES, OURS, RANKS_OWN, REPLACE, in_use, journal_folder, lock, remove_journal,
+    NODES, OURS, RANKS_OWN, REPLACE, in_use, journal_folder, lock, make_folder, remove_journal,
 )  # fmt: skip
 from spimpi.trace.journals.node_file import Stream
 from spimpi.trace.journals.synced import sync
@@ -70,6 +70,7 @@ def check_can_write(path, overwrite: bool = False, local=None) -> None:
     if not (link.is_symlink() and link.readlink().name == link.name):  # of a run with --journal
         _check_ours(link, OURS)
     if local is not None:
+        _check_local(Path(local), Path(path))
         _check_ours(folder, OURS)
 
 
@@ -94,7 +95,7 @@ def prepare(path, overwrite: bool = False, local=None) -> Path:
             for file in folder.iterdir():
                 file.unlink()
             folder.rmdir()
-        folder.mkdir(parents=local is not None)
+        make_folder(folder)
         if local is not None:
             link.symlink_to(folder.absolute())
     except OSError as error:
@@ -275,6 +276,9 @@ def _read_back(plan: Plan) -> None:
 
 def check_place(path: Path) -> None:
     """UsageError where no file can be made at ``path``, or something that is none stands there."""
+    if not path.name:
+        msg = f"a trace needs a name, found {str(path)!r}, a directory"
+        raise UsageError(msg)
     if not path.parent.is_dir():
         msg = f"cannot write the trace {path}: there is no directory {path.parent}"
         raise UsageError(msg)
@@ -283,6 +287,21 @@ def check_place(path: Path) -> None:
         raise UsageError(msg)
     if other := no_ordinary_file(path):
         msg = f"cannot write the trace {path}: it is {other}; choose another name"
+        raise UsageError(msg)
+
+
+def _check_local(local: Path, path: Path) -> None:
+    """UsageError where journals cannot be put into the folder ``local``, made if it is not there."""
+    if local.is_dir():
+        if local.samefile(path.parent):
+            msg = f"the journals are beside the trace {path} anyway: name another folder, or none"
+            raise UsageError(msg)
+        return
+    if os.path.lexists(local):
+        msg = f"cannot write the journals into {local}: it is no directory"
+        raise UsageError(msg)
+    if not local.parent.is_dir():
+        msg = f"cannot write the journals into {local}: there is no directory {local.parent}"
         raise UsageError(msg)
 
 
