@@ -18,6 +18,7 @@ from spimpi.inference.weights import Loader
 from spimpi.manifest import make_manifest, write_manifest
 from spimpi.topology.tensor import TensorShard
 from spimpi.trace.schema import Established, Op
+from spimpi.trace.schema import Stage as Phase
 from spimpi.verification import run
 from spimpi.verification.job import Request, prepare
 
@@ -52,7 +53,7 @@ def events(monkeypatch):
     seen, one = [], Recorder.one
 
     def noted(self, tensor, op, stage, established, *words, **more):
-        if stage == run.Phase.WEIGHTS:
+        if stage == Phase.WEIGHTS:
             seen.append((tensor, op, more.get("step", 0), established))
         one(self, tensor, op, stage, established, *words, **more)
 
