@@ -311,6 +311,7 @@ def test_a_flip_while_the_run_goes_on_is_found_after_the_last_step(
 def refused(comm, words, **given):
     with pytest.raises(UsageError, match=words):
         prepare(Request(**given), comm.size, comm.rank)
+    comm.Barrier()  # the files may be taken away after the last test
 
 
 def test_another_model_seed_or_arithmetic_is_refused(comm, model, manifest, shared_folder):
