@@ -26,7 +26,7 @@ from spimpi.checks.pending import built, enforce, in_words, require_comm
 from spimpi.checks.requests import wait
 from spimpi.checks.session import Link, Pair, pair_of
 from spimpi.checks.verdict import NO_ELEMENTS, Verdict, Where
-from spimpi.errors import UsageError
+from spimpi.errors import IncompleteError, UsageError
 from spimpi.fingerprint import fingerprint
 from spimpi.fingerprint.protocols import as_array
 from spimpi.fingerprint.tag import DEFAULT_SEED, Tag, absorb
@@ -272,7 +272,7 @@ def _settled(exchange, check, ctx):
     if ctx is not None:
         exchange.check.tracer, exchange.attendance = ctx.tracer, ctx.attendance
     if ctx is not None and ctx.open_batch is not None:
-        return ctx.open_batch.add_handoff(exchange.order, exchange.finish, check)
+        return ctx.open_batch.add_handoff(exchange, check)
     return enforce(exchange.finish(), check)
 
 
@@ -286,11 +286,12 @@ class _Exchange:
             self.own[name] = value
         self.own["from_rank"] = ends[0]
         self.peer, self.rank, self.attendance = pair.peer, rank, None
-        # The two directions between two ranks do not wait for each other.
-        direction = int(ends[0] > ends[1])
+        # The two directions between two ranks do not wait for each other, and what was under way in
+        # a batch that a rank has left meets nothing. (MPI has tags up to 32767 at least.)
+        tag = 2 * (pair.n_left % (1 << 14)) + int(ends[0] > ends[1])
         self.requests = [
-            pair.comm.Irecv([self.other.view(np.uint8), MPI.BYTE], self.peer, direction),
-            pair.comm.Isend([self.own.view(np.uint8), MPI.BYTE], self.peer, direction),
+            pair.comm.Irecv([self.other.view(np.uint8), MPI.BYTE], self.peer, tag),
+            pair.comm.Isend([self.own.view(np.uint8), MPI.BYTE], self.peer, tag),
         ]
 
     @property
@@ -298,10 +299,19 @@ class _Exchange:
         """Where this hand-off comes when many are finished: all ranks must have one order."""
         return min(self.ends), max(self.ends), self.ends[0]
 
+    def take_back(self) -> None:
+        """It does not count, though it stays under way, and with it its buffers. Local."""
+        self.link.sequence = int(self.own["sequence"][0])
+        self.pair.abandoned.append(self)
+
     def finish(self) -> Verdict:
         """Wait for the other end's record, and judge. The same on both ends."""
-        for request in self.requests:
-            wait(request, None, self.attendance, in_words([self.check]), self.pair.comm)
+        try:
+            for request in self.requests:
+                wait(request, None, self.attendance, in_words([self.check]), self.pair)
+        except IncompleteError:
+            self.take_back()
+            raise
         sends = self.rank == self.ends[0]
         records = [self.own[0], self.other[0]][:: 1 if sends else -1]
         sent, waited = records
