@@ -5,6 +5,7 @@ communicator, its check on a private one. docs/checks.md ("The wrapper") has wha
 """
 
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 from mpi4py import MPI
@@ -175,7 +176,7 @@ class CheckedComm(CheckedMessages):
 
     def Reduce_scatter(self, sendbuf, recvbuf, recvcounts=None, op=MPI.SUM, *, tag=None):
         args = (sendbuf, recvbuf, recvcounts, op)
-        self._sum("Reduce_scatter", calls.reduce_scatter, args, op, tag)
+        self._sum("Reduce_scatter", self._reduce_scatter(), args, op, tag)
 
     def Ireduce_scatter(
         self, sendbuf, recvbuf, recvcounts=None, op=MPI.SUM, *, tag=None
@@ -183,7 +184,11 @@ class CheckedComm(CheckedMessages):
         args = (sendbuf, recvbuf, recvcounts, op)
         if recvcounts is None:  # then ranks ask each other, and mpi4py does so too
             self._queue.judge_all()
-        return self._isum("Ireduce_scatter", calls.reduce_scatter, args, op, tag)
+        return self._isum("Ireduce_scatter", self._reduce_scatter(), args, op, tag)
+
+    def _reduce_scatter(self):
+        self._session.attendance = self.ctx and self.ctx.attendance
+        return partial(calls.reduce_scatter, everyones=self._session.everyones)
 
     def Reduce_scatter_block(self, sendbuf, recvbuf, op=MPI.SUM, *, tag=None):
         args = (sendbuf, recvbuf, op)

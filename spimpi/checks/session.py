@@ -13,6 +13,7 @@ from threading import RLock
 import numpy as np
 from mpi4py import MPI
 
+from spimpi.errors import IncompleteError
 from spimpi.fingerprint.tag import MASK
 from spimpi.launch import require_world
 from spimpi.reduction import PATIENCE, RECORD, RecordReduction, within
@@ -91,6 +92,17 @@ class Session:
             request.Wait()
         else:
             self.attendance.wait(request, what, self.comm)
+
+    def everyones(self, number: int, what: str) -> list[int]:
+        """A number of each rank; ``what`` they are asked for, in words. Collective."""
+        own, everyone = np.array([number], np.int64), np.empty(self.size, np.int64)
+        request = self.comm.Iallgather(own, everyone)
+        try:
+            self.wait(request, what)
+        except IncompleteError:
+            self.abandoned.append((request, own, everyone))
+            raise
+        return everyone.tolist()
 
     def withdraw(self) -> None:
         """Take no part in the check that the others make now, or will: this rank has an error.
