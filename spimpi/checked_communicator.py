@@ -75,9 +75,9 @@ class CheckedComm(CheckedMessages):
 
         return passed
 
-    def _note(self, what, depth):
+    def _note(self, what, depth, compared=""):
         self.completed(self.next_call(), None)
-        note(self.unchecked, what, depth)
+        note(self.unchecked, what, depth, compared)
 
     @contextmanager
     def tagged(self, tag: Tag):
@@ -255,7 +255,7 @@ class CheckedComm(CheckedMessages):
         if op in known:
             self._run(name, args, *self._summed(describe, args, op, tag))
             return
-        self._note(f"{name} by {name_of(op)}", 5)
+        self._note(f"{name} by {name_of(op)}", 5, "the operation")
         self._run(name, args, operation_check(self._session.comm, name, op, tag), _nothing)
         self.completed(self.next_call(), None)
 
@@ -263,7 +263,7 @@ class CheckedComm(CheckedMessages):
         tag = self._next_tag(name, tag)
         if op in known:
             return self._irun(name, args, *self._summed(describe, args, op, tag))
-        self._note(f"{name} by {name_of(op)}", 5)
+        self._note(f"{name} by {name_of(op)}", 5, "the operation")
         c = operation_check(self._session.comm, name, op, tag, with_words=True)
         return self._irun(name, args, c, _nothing)
 
