@@ -211,7 +211,9 @@ def test_a_handoff_that_is_given_up_is_its_two_ends_affair(comm):
         _reached(comm, range(1, comm.size))
     else:
         somewhere_else(comm)
-        assert (ctx.attendance.error is None) == (comm.rank > 1)
+        while comm.rank == 1 and ctx.attendance.error is None:  # its thread looks now and then
+            time.sleep(0.01)
+        assert comm.rank == 1 or ctx.attendance.error is None
     _left(comm, ctx)
 
 
