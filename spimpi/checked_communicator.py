@@ -5,6 +5,7 @@ communicator, its check on a private one. docs/checks.md ("The wrapper") has wha
 """
 
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 from mpi4py import MPI
@@ -74,9 +75,9 @@ class CheckedComm(CheckedMessages):
 
         return passed
 
-    def _note(self, what, depth):
+    def _note(self, what, depth, compared=""):
         self.completed(self.next_call(), None)
-        note(self.unchecked, what, depth)
+        note(self.unchecked, what, depth, compared)
 
     @contextmanager
     def tagged(self, tag: Tag):
@@ -175,7 +176,7 @@ class CheckedComm(CheckedMessages):
 
     def Reduce_scatter(self, sendbuf, recvbuf, recvcounts=None, op=MPI.SUM, *, tag=None):
         args = (sendbuf, recvbuf, recvcounts, op)
-        self._sum("Reduce_scatter", calls.reduce_scatter, args, op, tag)
+        self._sum("Reduce_scatter", self._reduce_scatter(), args, op, tag)
 
     def Ireduce_scatter(
         self, sendbuf, recvbuf, recvcounts=None, op=MPI.SUM, *, tag=None
@@ -183,7 +184,11 @@ class CheckedComm(CheckedMessages):
         args = (sendbuf, recvbuf, recvcounts, op)
         if recvcounts is None:  # then ranks ask each other, and mpi4py does so too
             self._queue.judge_all()
-        return self._isum("Ireduce_scatter", calls.reduce_scatter, args, op, tag)
+        return self._isum("Ireduce_scatter", self._reduce_scatter(), args, op, tag)
+
+    def _reduce_scatter(self):
+        self._session.attendance = self.ctx and self.ctx.attendance
+        return partial(calls.reduce_scatter, everyones=self._session.everyones)
 
     def Reduce_scatter_block(self, sendbuf, recvbuf, op=MPI.SUM, *, tag=None):
         args = (sendbuf, recvbuf, op)
@@ -250,7 +255,7 @@ class CheckedComm(CheckedMessages):
         if op in known:
             self._run(name, args, *self._summed(describe, args, op, tag))
             return
-        self._note(f"{name} by {name_of(op)}", 5)
+        self._note(f"{name} by {name_of(op)}", 5, "the operation")
         self._run(name, args, operation_check(self._session.comm, name, op, tag), _nothing)
         self.completed(self.next_call(), None)
 
@@ -258,7 +263,7 @@ class CheckedComm(CheckedMessages):
         tag = self._next_tag(name, tag)
         if op in known:
             return self._irun(name, args, *self._summed(describe, args, op, tag))
-        self._note(f"{name} by {name_of(op)}", 5)
+        self._note(f"{name} by {name_of(op)}", 5, "the operation")
         c = operation_check(self._session.comm, name, op, tag, with_words=True)
         return self._irun(name, args, c, _nothing)
 

@@ -14,7 +14,7 @@ from mpi4py import MPI
 from spimpi.checks.attendance import Attendance
 from spimpi.checks.pending import require_comm
 from spimpi.checks.session import Session
-from spimpi.errors import SpimpiError, UsageError
+from spimpi.errors import IncompleteError, SpimpiError, UsageError
 from spimpi.fingerprint.tag import DEFAULT_SEED
 from spimpi.launch import require_world
 from spimpi.reduction import RecordReduction, agree
@@ -199,7 +199,12 @@ class DistributedContext:
         """
         unsealed = None
         if self.attendance is not None:
-            self.attendance.close()
+            try:
+                self.attendance.close()
+            except IncompleteError as error:  # as if the error had ended the block
+                if self.tracer is not None:
+                    self.tracer.give_up(error)
+                raise
         if self.tracer is not None:
             try:
                 self.tracer.seal()

@@ -20,6 +20,7 @@ from mpi4py import MPI
 from spimpi.errors import IncompleteError
 from spimpi.launch import LONGEST_NAP, SHORTEST_NAP
 from spimpi.printable import one_line
+from spimpi.reduction import PATIENCE
 from spimpi.watchdog import EXIT_STATUS
 
 ASK, ANSWER, GIVE_UP = 1, 2, 3  # message tags
@@ -62,7 +63,19 @@ class Attendance:
         self._thread.join(2 * GRACE)
 
     def close(self) -> None:
-        """Collective: all have come, so nobody asks any more."""
+        """Collective: when all have come, nobody asks any more; until then this rank answers.
+
+        IncompleteError where a check has been given up, and the others do not come.
+        """
+        self.leave("has left the context")
+        everyone, nap, patience = self._comm.Ibarrier(), SHORTEST_NAP, None
+        while not everyone.Test():
+            if self.error is not None:
+                patience = patience or monotonic() + PATIENCE
+                if monotonic() > patience:
+                    self.require_time()
+            sleep(nap)
+            nap = min(2 * nap, LONGEST_NAP)
         self.stop()
         atexit.unregister(self.stop)
         self._comm.Free()
@@ -73,7 +86,8 @@ class Attendance:
 
     @contextmanager
     def waiting(self, what: str, comm, breakable=True):
-        """Inside, this thread waits for the ranks of ``comm``; ``require_time`` is to be called."""
+        """Inside, this thread waits for the ranks of ``comm`` (whatever has its Get_group);
+        ``require_time`` is to be called."""
         if self._stop.is_set():  # closed: a communicator's session may know it still
             yield
             return
@@ -118,9 +132,11 @@ class Attendance:
         period = min(0.25, self.timeout / 4)
         while not self._stop.wait(period):
             self._take_messages()
-            late = next(filter(self._is_late, list(self._waits.values())), None)
-            if late is not None and self.error is None:
-                self._give_up(late)
+            late = list(filter(self._is_late, list(self._waits.values())))
+            if late and self.error is None:
+                self._give_up(late[0])
+            elif not all(wait.breakable for wait in late):
+                self._end_the_job()  # another rank has given up, and this one can't see it
 
     def _is_late(self, wait: Wait) -> bool:
         """First for the lowest rank of those that wait, then for twice as many, and so on: one asks
@@ -182,8 +198,10 @@ class Attendance:
             return  # another rank was faster, or the last one has come meanwhile
         self.error = self._in_words(late)
         self._tell(late.ranks, self.error, GIVE_UP)
-        if late.breakable:
-            return
+        if not late.breakable:
+            self._end_the_job()
+
+    def _end_the_job(self) -> None:
         print(f"spimpi: {self.error}", file=sys.stderr, flush=True)
         self._comm.Abort(EXIT_STATUS)
 

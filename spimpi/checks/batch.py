@@ -3,16 +3,15 @@
 The checks over the context's world share one reduction of 48 bytes, those over each other
 communicator one more. Where there are sums, painted tensors or weights, their words follow in one
 Allgather for each of these communicators. Hand-offs in a batch are exchanged between their two ends
-meanwhile; their failures travel in the world's record, so that every rank of the context raises the
-same error.
+meanwhile; their failures travel in a second record of the world's, so that every rank of the context
+raises the same error. The world's first record tells whether a rank has left the batch by an
+exception: nothing else is begun before it, so that such a one leaves nothing half done.
 """
-
-from operator import itemgetter
 
 from spimpi.checks.check import HANDOFFS, Check, Rule
 from spimpi.checks.pending import Group, PendingVerdict, error_of
-from spimpi.checks.session import ELSEWHERE
-from spimpi.errors import CorruptionError, SpimpiError, UsageError
+from spimpi.checks.session import ELSEWHERE, HANDED_OVER
+from spimpi.errors import CorruptionError, IncompleteError, SpimpiError, UsageError
 from spimpi.fingerprint.tag import MASK, Tag
 from spimpi.one_traceback import mark
 from spimpi.trace.schema import Established
@@ -24,7 +23,7 @@ class Batch:
     def __init__(self, ctx):
         self.ctx = ctx
         self._entries: dict = {ctx.session: []}  # session -> (check, pending verdict, raises)
-        self._handoffs: list = []  # (order, what finishes it, verdict, raises)
+        self._handoffs: list = []  # (exchange under way, verdict, raises)
         self._tensors: dict = {}  # tag -> (global shape, dtype)
         self._contents: dict = {}  # tag, check, places -> words
 
@@ -39,8 +38,8 @@ class Batch:
         self.ctx.open_batch = None
         if kind is None:
             self._settle()
-        else:  # hand-offs may be under way: their buffers stay until the communicator goes
-            self.ctx.session.abandoned.append(self._handoffs)
+        else:
+            self._take_back()
             if issubclass(kind, Exception):
                 self.ctx.session.withdraw()
 
@@ -56,13 +55,13 @@ class Batch:
         self._entries.setdefault(session, []).append((check, pending, raises))
         return pending
 
-    def add_handoff(self, order, finish, raises: bool) -> PendingVerdict:
-        """Take a hand-off under way; ``finish()`` gives its verdict or raises. Local.
+    def add_handoff(self, exchange, raises: bool) -> PendingVerdict:
+        """Take a hand-off under way; ``exchange.finish()`` gives its verdict or raises. Local.
 
-        ``order``: hand-offs are finished by it, so that no ring of ranks waits in a circle.
+        Hand-offs are finished by ``exchange.order``, so that no ring of ranks waits in a circle.
         """
         pending = PendingVerdict("pipeline hand-off")
-        self._handoffs.append((order, finish, pending, raises))
+        self._handoffs.append((exchange, pending, raises))
         return pending
 
     def _require_one_tensor(self, check: Check) -> None:
@@ -86,35 +85,61 @@ class Batch:
             raise UsageError(msg)
 
     def _settle(self) -> None:
-        """Finish hand-offs, reduce, judge, and raise what is to be raised. Collective."""
+        """Reduce, finish hand-offs, judge, and raise what is to be raised. Collective."""
+        world = self.ctx.session
+        entries = [(world, self._entries.pop(world)), *self._entries.items()]
+        entries[0][1].append((_handoff_check(), PendingVerdict(HANDOFFS), True))
+        groups = [(Group(session, [c for c, _, _ in some]), some) for session, some in entries]
+        for session, _ in entries:
+            session.judge_requests()
+        first, others = groups[0][0], [group for group, _ in groups[1:]]
+        first.start(ELSEWHERE if others else HANDED_OVER if self._handoffs else MASK)
+        try:
+            merged = [first.wait()]
+        except IncompleteError:
+            self._take_back()
+            raise
+        place = merged[0][5]
+        if place < ELSEWHERE:  # a rank left the batch: nothing else may be waited for
+            self._take_back()
+            first.judge(merged[0])
+        # All ranks are here, so the other end of a hand-off is too.
+        handed = [_handoff_check(*self._finished())] if place != MASK else []
+        for group in others:
+            group.start()
+        merged += [group.wait() for group in others]
+        for (group, _), words in zip(groups, merged):
+            group.follow(words)
+        errors = [_judged(group, words, some) for (group, some), words in zip(groups, merged)]
+        if handed:
+            group = Group(world, handed)
+            group.start()
+            some = [(handed[0], PendingVerdict(HANDOFFS), True)]
+            errors[0] = errors[0] or _judged(group, group.wait(), some)
+        elsewhere = None
+        if place == ELSEWHERE:
+            elsewhere = self._first_elsewhere(next((e for e in errors[1:] if e), None))
+        error = errors[0] or elsewhere
+        if error:
+            raise mark(error, world.rank)
+
+    def _finished(self) -> tuple:
+        """Finish the hand-offs: those that failed, and the first error. Collective over their ends."""
         failed, error = [], None
-        for _, finish, pending, raises in sorted(self._handoffs, key=itemgetter(0)):
+        for exchange, pending, raises in sorted(self._handoffs, key=lambda one: one[0].order):
             try:
-                verdict = pending._verdict = finish()
+                verdict = pending._verdict = exchange.finish()
             except SpimpiError as caught:
                 error = error or caught
                 continue
             if raises and not verdict:
                 failed.append(verdict)
-        world = self.ctx.session
-        entries = [(world, self._entries.pop(world)), *self._entries.items()]
-        entries[0][1].append((_handoff_check(failed, error), PendingVerdict(HANDOFFS), True))
-        groups = [(Group(session, [c for c, _, _ in some]), some) for session, some in entries]
-        for i, (group, _) in enumerate(groups):
-            group.start(ELSEWHERE if i == 0 and len(groups) > 1 else MASK)
-        merged = [groups[0][0].wait()]
-        if merged[0][5] < ELSEWHERE:  # a rank left the batch: it may be missing in the others too
-            groups[0][0].judge(merged[0])
-        merged += [group.wait() for group, _ in groups[1:]]
-        for (group, _), words in zip(groups, merged):
-            group.follow(words)
-        errors = [_judged(group, words, some) for (group, some), words in zip(groups, merged)]
-        elsewhere = None
-        if merged[0][5] == ELSEWHERE:
-            elsewhere = self._first_elsewhere(next((e for e in errors[1:] if e), None))
-        first = errors[0] or elsewhere
-        if first:
-            raise mark(first, self.ctx.session.rank)
+        return failed, error
+
+    def _take_back(self) -> None:
+        """The hand-offs are not finished. Local."""
+        for exchange, _, _ in reversed(self._handoffs):
+            exchange.take_back()
 
     def _first_elsewhere(self, own):
         """The error of the lowest rank that met one over another communicator. Collective."""
@@ -141,8 +166,9 @@ def _judged(group: Group, merged, entries):
     return error_of(bad[0]) if bad else None
 
 
-def _handoff_check(failed, error) -> Check:
-    """The hand-offs' failures on this rank, as a check that the whole world settles."""
+def _handoff_check(failed=(), error=None) -> Check:
+    """The hand-offs' failures on this rank, as a check that the whole world settles; without any,
+    what the world settles where it has no other check."""
     check = Check(HANDOFFS, Tag(name=HANDOFFS), Rule.LOCAL, Established(0))
     check.seal()
     check.error, check.n_bad = error, len(failed)

@@ -157,12 +157,12 @@ def reduce(comm, sendbuf, recvbuf, op, root):
     return _scattered(comm, sent, result, counts)
 
 
-def reduce_scatter(comm, sendbuf, recvbuf, recvcounts, op):
-    """Of MPI_Reduce_scatter."""
+def reduce_scatter(comm, sendbuf, recvbuf, recvcounts, op, *, everyones):
+    """Of MPI_Reduce_scatter. ``everyones``: of a session over ``comm``, to ask all ranks by."""
     sent = _kept(sendbuf, recvbuf)
     if recvcounts is None:  # mpi4py asks all ranks too
         size = getattr(_or_error(lambda: block_of(recvbuf)), "size", 0)
-        recvcounts = comm.allgather(size)
+        recvcounts = everyones(size, "the block lengths of a reduce-scatter")
 
     def result(own, part):
         whole = block_of(recvbuf)

@@ -64,7 +64,11 @@ class Group:
     def wait(self) -> list[int]:
         """The merged record."""
         request, _, merged = self._request
-        self.session.wait(request, in_words(self.checks))
+        try:
+            self.session.wait(request, in_words(self.checks))
+        except IncompleteError:  # it is under way still
+            self.session.abandoned.append(self._request)
+            raise
         return self._split(merged) if self._in_one else merged.tolist()
 
     def follow(self, merged: list[int]) -> None:
@@ -81,6 +85,7 @@ class Group:
     def judge(self, merged: list[int]) -> list[Verdict]:
         """One verdict for each check; UsageError on every rank where one could not be made."""
         if merged[5] < ELSEWHERE:
+            self.session.n_left += 1
             msg = (
                 f"{in_words(self.checks)}: nothing was checked, rank {merged[5]} takes no part: its "
                 "call raised an error, which it tells itself"

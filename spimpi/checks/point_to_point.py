@@ -9,7 +9,6 @@ that was taken before the send: ``before_send``.
 """
 
 import hashlib
-from collections import deque
 from dataclasses import replace
 
 import numpy as np
@@ -17,7 +16,7 @@ from mpi4py import MPI
 
 from spimpi.checks.at_rest import AtRest, at_rest
 from spimpi.checks.blame import findings
-from spimpi.checks.check import Check, Rule
+from spimpi.checks.check import Check, Rule, place_of
 from spimpi.checks.link_record import (
     CLOSED, HANDED_ON, LINK_RECORD, NOT_GIVEN, dims_of, order_problem, shape_problem,
     usage_problem,
@@ -27,8 +26,9 @@ from spimpi.checks.pending import built, enforce, in_words, require_comm
 from spimpi.checks.requests import wait
 from spimpi.checks.session import Link, Pair, pair_of
 from spimpi.checks.verdict import NO_ELEMENTS, Verdict, Where
-from spimpi.errors import UsageError
+from spimpi.errors import IncompleteError, UsageError
 from spimpi.fingerprint import fingerprint
+from spimpi.fingerprint.protocols import as_array
 from spimpi.fingerprint.tag import DEFAULT_SEED, Tag, absorb
 from spimpi.trace.schema import Established
 
@@ -79,7 +79,8 @@ class HandoffChain:
         # The pair's communicator is made at the first hand-off: made here, the chains of a ring
         # would wait for each other.
         self._comm, self._ends = comm, _ends(comm, from_rank, to_rank)
-        self._link, self._watched = Link(), deque()
+        self._link = Link()
+        self._watched: list[AtRest] = []
 
     @property
     def _pair(self) -> Pair:
@@ -91,10 +92,11 @@ class HandoffChain:
         return self._link.sequence
 
     def before_send(self, activations, *, step=0, layer=-1, where=None) -> None:
-        """Fingerprint the buffer of the next hand-off, on the sender before its send begins. Local.
+        """Fingerprint the buffer of a hand-off to come, on the sender before its send begins. Local.
 
-        ``verify`` takes these in the order in which they were made, and sees a buffer that was
-        overwritten before its send had ended. Arguments as there.
+        The ``verify`` of this very array (its memory), step, layer and ``where`` takes it, the first
+        of several alike, and sees a buffer that was overwritten before its send had ended. Not every
+        hand-off needs one.
         """
         self._require_open()
         if self._comm.rank != self._ends[0]:
@@ -110,7 +112,7 @@ class HandoffChain:
         """Check the next hand-off; arguments and errors as for verify_pipeline_handoff."""
         self._require_open()
         tag = Tag(self.seed, self.name, layer, step)
-        before = self._watched.popleft() if self._watched else None
+        before = self._take_watch(activations, tag, where)
         c = _check(activations, tag, where, self._ends, self._comm.rank, self.threads, before)
         words = _words(HANDED_ON, self._link, c, microbatch, layers, before)
         exchange = _Exchange(
@@ -123,11 +125,34 @@ class HandoffChain:
         """End the chain: both ends must have made as many hand-offs. Collective over the two."""
         self._require_open()
         c = Check(NAME, Tag(self.seed, self.name), Rule.LOCAL, Established.MOVED)
+        if self._watched:
+            c.error = _never_handed_on(self._watched)
+            self._watched = []
         words = _words(CLOSED, self._link, c, None, None)
         exchange = _Exchange(
             self._pair, self._link, c, self._ends, self._comm.rank, words, self
         )
         return _settled(exchange, check, self.ctx)
+
+    def _take_watch(self, activations, tag, where) -> AtRest | None:
+        """The watch of this hand-off's array, no longer kept; None where it was not watched.
+
+        One of the same memory and another place is a mistake, which the check refuses; one of other
+        memory is another hand-off's.
+        """
+        if not self._watched:
+            return None
+        try:
+            array = as_array(activations)
+            place = tag, place_of(array.shape, where)
+        except Exception:  # the check meets it again, and tells both ends
+            return None
+        its_own = [w for w in self._watched if _same_array(w.array, array)]
+        right = [w for w in its_own if (w.tag, w.slab) == place]
+        found = next(iter(right or its_own), None)
+        if found is not None:
+            self._watched.remove(found)
+        return found
 
     def _require_open(self):
         if self.closed:
@@ -184,6 +209,27 @@ def _require_watch(before, c: Check, slab, sends) -> None:
             f"of {c.tag} at {slab}"
         )
         raise UsageError(msg)
+    if not _same_array(watched, array):
+        msg = "before_send is of another array: give at_rest the buffer that is sent, and its check too"
+        raise UsageError(msg)
+
+
+def _same_array(a, b) -> bool:
+    """Whether two arrays are the same memory, seen alike. Empty ones of one shape always are."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    steps = [[s for s, n in zip(x.strides, x.shape) if n > 1] for x in (a, b)]
+    return not a.size or (a.ctypes.data == b.ctypes.data and steps[0] == steps[1])
+
+
+def _never_handed_on(watches) -> UsageError:
+    """What a chain's end says of watches that no hand-off took."""
+    places = [f"{w.tag} at {w.slab}" for w in watches[:3]]
+    more = ", …" * (len(watches) > 3)
+    return UsageError(
+        f"{len(watches)} before_send of no hand-off: {', '.join(places)}{more}; give `verify` the "
+        "same array, step, layer and where"
+    )
 
 
 def _words(kind, link, c: Check, microbatch, layers, before=None) -> dict:
@@ -226,7 +272,7 @@ def _settled(exchange, check, ctx):
     if ctx is not None:
         exchange.check.tracer, exchange.attendance = ctx.tracer, ctx.attendance
     if ctx is not None and ctx.open_batch is not None:
-        return ctx.open_batch.add_handoff(exchange.order, exchange.finish, check)
+        return ctx.open_batch.add_handoff(exchange, check)
     return enforce(exchange.finish(), check)
 
 
@@ -240,11 +286,12 @@ class _Exchange:
             self.own[name] = value
         self.own["from_rank"] = ends[0]
         self.peer, self.rank, self.attendance = pair.peer, rank, None
-        # The two directions between two ranks do not wait for each other.
-        direction = int(ends[0] > ends[1])
+        # The two directions between two ranks do not wait for each other, and what was under way in
+        # a batch that a rank has left meets nothing. (MPI has tags up to 32767 at least.)
+        tag = 2 * (pair.n_left % (1 << 14)) + int(ends[0] > ends[1])
         self.requests = [
-            pair.comm.Irecv([self.other.view(np.uint8), MPI.BYTE], self.peer, direction),
-            pair.comm.Isend([self.own.view(np.uint8), MPI.BYTE], self.peer, direction),
+            pair.comm.Irecv([self.other.view(np.uint8), MPI.BYTE], self.peer, tag),
+            pair.comm.Isend([self.own.view(np.uint8), MPI.BYTE], self.peer, tag),
         ]
 
     @property
@@ -252,10 +299,19 @@ class _Exchange:
         """Where this hand-off comes when many are finished: all ranks must have one order."""
         return min(self.ends), max(self.ends), self.ends[0]
 
+    def take_back(self) -> None:
+        """It does not count, though it stays under way, and with it its buffers. Local."""
+        self.link.sequence = int(self.own["sequence"][0])
+        self.pair.abandoned.append(self)
+
     def finish(self) -> Verdict:
         """Wait for the other end's record, and judge. The same on both ends."""
-        for request in self.requests:
-            wait(request, None, self.attendance, in_words([self.check]), self.pair.comm)
+        try:
+            for request in self.requests:
+                wait(request, None, self.attendance, in_words([self.check]), self.pair)
+        except IncompleteError:
+            self.take_back()
+            raise
         sends = self.rank == self.ends[0]
         records = [self.own[0], self.other[0]][:: 1 if sends else -1]
         sent, waited = records

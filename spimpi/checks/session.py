@@ -13,6 +13,7 @@ from threading import RLock
 import numpy as np
 from mpi4py import MPI
 
+from spimpi.errors import IncompleteError
 from spimpi.fingerprint.tag import MASK
 from spimpi.launch import require_world
 from spimpi.reduction import PATIENCE, RECORD, RecordReduction, within
@@ -22,8 +23,9 @@ LINK_HISTORY = 8
 PAIR_TAG = 1069
 
 # What a record's place tells all ranks, as the lowest of theirs: below ELSEWHERE, a rank that takes
-# no part in the check; ELSEWHERE, that some rank's batch has checks over other communicators.
-ELSEWHERE = 1 << 32
+# no part in the check; ELSEWHERE, that some rank's batch has checks over other communicators;
+# HANDED_OVER, that none has, but some rank's has hand-offs.
+ELSEWHERE, HANDED_OVER = 1 << 32, 1 << 33
 
 
 @dataclass
@@ -54,7 +56,10 @@ class Session:
         self.queue = None
         self.queues: list = []  # of requests under way, which are judged before blocking checks
         self.unchecked: Counter = Counter()  # calls that checked communicators passed on
-        self.abandoned: list = []  # what a batch left under way when an exception ended it
+        self.abandoned: list = []  # what is under way and is not waited for any more
+        # In how many checks some rank took no part, as all ranks count them: the records of
+        # hand-offs that such a one left under way are not to meet those of later ones.
+        self.n_left = 0
         self.attendance = None  # of a context with a timeout
         self._owned = owned
 
@@ -88,12 +93,24 @@ class Session:
         else:
             self.attendance.wait(request, what, self.comm)
 
+    def everyones(self, number: int, what: str) -> list[int]:
+        """A number of each rank; ``what`` they are asked for, in words. Collective."""
+        own, everyone = np.array([number], np.int64), np.empty(self.size, np.int64)
+        request = self.comm.Iallgather(own, everyone)
+        try:
+            self.wait(request, what)
+        except IncompleteError:
+            self.abandoned.append((request, own, everyone))
+            raise
+        return everyone.tolist()
+
     def withdraw(self) -> None:
         """Take no part in the check that the others make now, or will: this rank has an error.
 
         They learn it from the merged record and raise too (Group.judge), so this rank need not
         stay; it does for PATIENCE seconds, for a reduction moves on where its ranks are in MPI.
         """
+        self.n_left += 1
         words = [0, 0, MASK, MASK, 0, self.rank]
         request, *kept = self._start(words)
         self.abandoned.append((request, kept))
@@ -120,6 +137,8 @@ class Pair:
         self._user, self._ends, self._session = comm, (low, high), session
         self.links: dict = {}
         self._own = None
+        self.abandoned: list = []  # hand-offs that are under way and are not waited for any more
+        self.n_left = 0  # of the context that is used now: Session.n_left
         self.peer = high if comm.rank == low else low
         self.comm = session.comm if session is not None else self.alone
         if session is None:
@@ -136,6 +155,15 @@ class Pair:
             pair.Free()
             group.Free()
         return self._own
+
+    def Get_group(self):
+        """The two ends, as a communicator gives its ranks: the caller frees it. Local."""
+        everyone = self.comm.Get_group()
+        if self._session is None:
+            return everyone
+        ends = everyone.Incl(self._ends)
+        everyone.Free()
+        return ends
 
     def free(self) -> None:
         if self._own is not None:
@@ -203,4 +231,5 @@ def pair_of(comm, one: int, other: int, ctx=None) -> Pair:
     kept = session.pairs if session is not None else _kept(comm)
     if ends not in kept:
         kept[ends] = Pair(comm, *ends, session)
+    kept[ends].n_left = 0 if ctx is None else ctx.session.n_left
     return kept[ends]

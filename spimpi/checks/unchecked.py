@@ -1,6 +1,7 @@
 """What of a communicator the wrapper does not check, by name; docs/checks.md has the same list.
 
-Such a call goes on to the communicator, but not silently: the first of each kind warns.
+Such a call goes on to the communicator, but not silently: the first of each kind warns. Of sums by
+operations that have no check, only the operation is compared.
 """
 
 import warnings
@@ -47,12 +48,16 @@ def name_of(op) -> str:
     return next(known, "an operation of the user's")
 
 
-def note(counts, what: str, depth: int) -> None:
-    """Count an unchecked call; the first one of its kind warns, at the user's line."""
+def note(counts, what: str, depth: int, compared: str = "") -> None:
+    """Count an unchecked call; the first one of its kind warns, at the user's line.
+
+    ``compared``: what of it is compared all the same.
+    """
     counts[what] += 1
     if counts[what] == 1:
+        how = f"only {compared} is compared" if compared else "it goes on to the communicator as it is"
         msg = (
-            f"{what} is not checked: it goes on to the communicator as it is (docs/checks.md, "
+            f"{what} is not checked: {how} (docs/checks.md, "
             '"The wrapper"; where that is meant, call it on checked.comm)'
         )
         warnings.warn(msg, UncheckedWarning, stacklevel=depth)

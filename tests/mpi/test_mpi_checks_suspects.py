@@ -308,10 +308,46 @@ def test_a_watched_send_buffer_tells_who_is_at_fault(comm):
     with refused(ends, "before_send is for the sender"):
         watch = spimpi.at_rest(x, tag)
         spimpi.verify_pipeline_handoff(comm, x, 0, 1, tag, before_send=watch)
+    with refused(ends, "before_send is of another array"):
+        watch = spimpi.at_rest(x.copy(), tag) if sends else None
+        spimpi.verify_pipeline_handoff(comm, x, 0, 1, tag, before_send=watch)
     with HandoffChain(comm, 0, 1, "c") as chain:
         if not sends:
             with pytest.raises(spimpi.UsageError, match="for the sender, rank 0"):
                 chain.before_send(x)
+
+
+@two
+def test_a_chains_watch_is_taken_by_the_handoff_of_its_own_array_alone(comm):
+    """Several under way, of one tag; only some are watched, and not in the order of the checks."""
+    if comm.rank > 1:
+        return
+    sends = comm.rank == 0
+    x = [data((3,), seed=s) for s in range(4)] + [np.empty(0), np.empty(0)]
+    chain = HandoffChain(comm, 0, 1, "some")
+    if sends:
+        for i in (3, 1, 5):
+            chain.before_send(x[i])
+    strengths = [chain.verify(one).strength for one in x]
+    assert ["before the send" in text for text in strengths[:4]] == [False, True, False, True]
+    if sends:
+        chain.before_send(x[1])
+        x[1][0] += 1
+    verdict = chain.verify(x[0], check=False)
+    assert verdict and "after the send alone" in verdict.strength
+    x[1][0] += not sends
+    verdict = chain.verify(x[1], check=False)
+    assert verdict.where.rank == 0 and "overwritten before its send had ended" in str(verdict)
+    if sends:
+        chain.before_send(x[2], step=1)
+    with refused(_Ends(comm), "before_send is of another tensor"):
+        chain.verify(x[2])
+    if sends:
+        chain.before_send(x[2])
+    assert "after the send alone" in chain.verify(x[2].copy()).strength
+    with refused(_Ends(comm), "1 before_send of no hand-off: .*give `verify` the same array"):
+        chain.close()
+    assert chain.close()
 
 
 class _Ends:

@@ -168,3 +168,76 @@ def test_a_rank_that_left_by_an_error_is_named_so(comm):
         _reached(comm, (1,))
     ctx.attendance.stop()
     comm.Barrier()
+
+
+class _Ending:
+    """A communicator by which no job is ended: it keeps the status instead."""
+
+    def __init__(self, comm):
+        self.comm, self.status = comm, None
+
+    def Abort(self, status):
+        self.status = status
+
+    def __getattr__(self, name):
+        return getattr(self.comm, name)
+
+
+@two
+def test_a_rank_inside_mpi_is_ended_where_another_one_gave_up_before_it(comm, capfd):
+    ctx = spimpi.DistributedContext(comm, timeout=TIMEOUT)
+    attendance = ctx.attendance
+    ending = attendance._comm = _Ending(attendance._comm)
+    comm.Barrier()
+    if comm.rank == 0:
+        with pytest.raises(spimpi.IncompleteError, match="waits in Allgather of 'x'"):
+            spimpi.verify_replicas(comm, np.ones(3), Tag(name="a"), ctx=ctx)
+    else:
+        with attendance.waiting("Allgather of 'x'", comm, breakable=False):
+            end = time.monotonic() + 15 * TIMEOUT
+            while ending.status is None and time.monotonic() < end:
+                time.sleep(0.01)
+        assert ending.status == 3
+        assert "spimpi: replicas of 'a', step 0: given up after" in capfd.readouterr().err
+    _left(comm, ctx)
+
+
+@three
+def test_a_handoff_that_is_given_up_is_its_two_ends_affair(comm):
+    ctx = spimpi.DistributedContext(comm, timeout=TIMEOUT)
+    if comm.rank == 0:
+        with pytest.raises(spimpi.IncompleteError, match="not in it: rank 1 in [^;]*$"):
+            spimpi.verify_pipeline_handoff(comm, np.ones(3), 0, 1, Tag(name="act"), ctx=ctx)
+        _reached(comm, range(1, comm.size))
+    else:
+        somewhere_else(comm)
+        while comm.rank == 1 and ctx.attendance.error is None:  # its thread looks now and then
+            time.sleep(0.01)
+        assert comm.rank == 1 or ctx.attendance.error is None
+    _left(comm, ctx)
+
+
+@two
+def test_a_rank_that_asks_for_the_block_lengths_of_a_reduce_scatter_is_not_left_alone(comm):
+    ctx = spimpi.DistributedContext(comm, timeout=TIMEOUT)
+    checked = spimpi.checked(comm, ctx)
+    x = np.arange(2.0 * comm.size)
+    checked.Reduce_scatter(x, np.empty(2))
+    assert checked.verdict
+    _given_up(
+        comm, (1,), lambda: checked.Reduce_scatter(x, np.empty(2)),
+        "the block lengths of a reduce-scatter: given up", "not in it: rank 1 in somewhere_else",
+    )  # fmt: skip
+    _left(comm, ctx)
+
+
+@two
+def test_a_rank_that_left_the_context_normally_is_named_so_and_learns_it(comm):
+    ctx = spimpi.DistributedContext(comm, timeout=TIMEOUT)
+    comm.Barrier()
+    with pytest.raises(spimpi.IncompleteError, match="rank 0 has left the context"):
+        with warnings.catch_warnings(), ctx:
+            if comm.rank:
+                spimpi.verify_replicas(comm, np.ones(3), Tag(name="x"), ctx=ctx)
+    ctx.attendance.stop()
+    comm.Barrier()

@@ -128,7 +128,7 @@ def test_a_newer_schema_is_refused(tmp_path):
 
 def test_an_existing_journal_is_not_overwritten(tmp_path):
     a_journal(tmp_path, some_events(1))
-    with pytest.raises(UsageError, match="remove it .with .spimpi verify. use --overwrite"):
+    with pytest.raises(UsageError, match="remove it .with .spimpi verify. use --overwrite, with a Distributed"):
         Journal(tmp_path, 3, header(4), TENSORS)
 
 

@@ -18,7 +18,7 @@ from spimpi.whole_file import no_ordinary_file
 RANKS_OWN, NODES = "rank-*.journal", "node-*.journal"
 # All that a run makes in the folder of its journals.
 OURS = re.compile(r"(rank|node)-\d{5,10}\.(journal|tensors|sketches)|sealing-[0-9a-f]{16}")
-REPLACE = "with `spimpi verify` use --overwrite"  # a program's trace has no such option
+REPLACE = "with `spimpi verify` use --overwrite, with a DistributedContext overwrite=True"
 
 
 def journal_folder(path, local=None) -> Path:
