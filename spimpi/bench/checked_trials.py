@@ -111,8 +111,8 @@ class _Bytes:
     def __init__(self, comm, arrives):
         self._comm, self._arrives, self.rank = comm, arrives, comm.rank
 
-    def Send(self, buf, dest, tag):
-        self._comm.Send([buf.view(np.uint8), MPI.BYTE], dest, tag)
+    def Isend(self, buf, dest, tag):
+        return self._comm.Isend([buf.view(np.uint8), MPI.BYTE], dest, tag)
 
     def Recv(self, buf, source, tag, status):
         self._comm.Recv([buf.view(np.uint8), MPI.BYTE], source, tag, status)

@@ -2,7 +2,7 @@
 
 A function takes a communicator for its ranks and the arguments of the call, before the call, so
 that what it overwrites can be copied. It returns what looks at the buffers after it: of data that
-are moved (rule, established, n_loose, build(check)); of a sum build(), which gives the kind of sum,
+are moved (rule, established, n_loose, build(check)); of a sum the kind of sum, and look(), which gives
 contribution, result and partition. An error is kept until then, for all ranks to raise: raised here
 it would leave the others in the collective. ``vector``: of a v-collective, whose buffers mpi4py reads
 in its own way.
@@ -138,17 +138,17 @@ def allreduce(comm, sendbuf, recvbuf, op):
     """Of MPI_Allreduce."""
     sent = _kept(sendbuf, recvbuf)
 
-    def build():
-        return "allreduce", _array(sent), _array(_or_error(lambda: block_of(recvbuf))), None
+    def look():
+        return _array(sent), _array(_or_error(lambda: block_of(recvbuf))), None
 
-    return build
+    return "allreduce", look
 
 
 def reduce(comm, sendbuf, recvbuf, op, root):
     """Of MPI_Reduce."""
     sent = _kept(sendbuf, recvbuf)
 
-    def result(own):
+    def result(own, part):
         return block_of(recvbuf) if comm.rank == root else own[:0]
 
     def counts(own):
@@ -164,10 +164,10 @@ def reduce_scatter(comm, sendbuf, recvbuf, recvcounts, op):
         size = getattr(_or_error(lambda: block_of(recvbuf)), "size", 0)
         recvcounts = comm.allgather(size)
 
-    def result(own):
+    def result(own, part):
         whole = block_of(recvbuf)
         # In place the result is the first elements of what was the whole contribution.
-        return whole[: recvcounts[comm.rank]] if _in_place(sendbuf) else whole
+        return whole[: part and part.sizes[comm.rank]] if _in_place(sendbuf) else whole
 
     return _scattered(comm, sent, result, lambda own: recvcounts)
 
@@ -176,7 +176,7 @@ def reduce_scatter_block(comm, sendbuf, recvbuf, op):
     """Of MPI_Reduce_scatter_block. The contribution is a block for each rank."""
     sent = _kept(sendbuf, recvbuf, comm.size)
 
-    def result(own):
+    def result(own, part):
         if _in_place(sendbuf):
             return blocks_of(recvbuf, comm.size).parts()[0]
         return block_of(recvbuf)
@@ -185,13 +185,15 @@ def reduce_scatter_block(comm, sendbuf, recvbuf, op):
 
 
 def _scattered(comm, sent, result, counts):
-    def build():
-        own = _array(sent)
-        shard = _or_error(lambda: result(own)) if isinstance(own, np.ndarray) else own
-        shard = Unreadable(shard) if isinstance(shard, SpimpiError) else shard
-        return "reduce_scatter", own, shard, _shard(comm, own, counts)
+    own = _array(sent)
+    part = _shard(comm, own, counts)  # a list of counts may be another after the call
 
-    return build
+    def look():
+        shard = _or_error(lambda: result(own, part)) if isinstance(own, np.ndarray) else own
+        shard = Unreadable(shard) if isinstance(shard, SpimpiError) else shard
+        return own, shard, part
+
+    return "reduce_scatter", look
 
 
 def _shard(comm, own, counts) -> TensorPartition | None:

@@ -183,18 +183,21 @@ class EventWriter:
         return wrong
 
     def _bounds(self, events, results, float_sums):
-        """Sums of floats by what rounding explains: no word is known of what they should be."""
+        """Sums of floats by what rounding explains: no word is known of what they should be. It says
+        nothing of rows with NaN or Inf: they fail as ``_count_nonfinite``'s do."""
         for column, check in enumerate(self.plan):
             if check.source[0] != "bounds":
                 continue
             index = check.source[1]
             bad, peers = float_sums.bad[:, index], float_sums.peers[:, index]
-            own = events[:, column]
+            rows = np.where(bad, 0, float_sums.nonfinite[:, index])
+            failed, own = bad | (rows > 0), events[:, column]
             own["fingerprint"] = results.sums[:, index]
             own["expected"] = np.where(bad, 0, own["fingerprint"])
-            own["verdict"] = np.where(bad, Status.FAILED, Status.VERIFIED)
+            own["nonfinite"] = np.minimum(rows, 0xFFFF)
+            own["verdict"] = np.where(failed, Status.FAILED, Status.VERIFIED)
             world = [self.ctx.grid.rank_of(*self.ctx.place[:3], t) for t in range(self.ctx.tensor.size)]
-            own["peer"] = np.where(bad & (peers >= 0), np.array(world)[peers], -1)
+            own["peer"] = np.where(failed & (peers >= 0), np.array(world)[peers], -1)
 
     def _count_nonfinite(self, events, results):
         """Rows with NaN or Inf fail the check of the tensor in which they were met."""

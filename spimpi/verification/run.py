@@ -325,5 +325,6 @@ class _Run:
             return
         with together(self.ctx.world, PATIENCE):
             if self.ctx.rank == 0:
-                how = ", or a fault that no check sees made NaN of it (a golden run would tell)"
+                other = "a golden run" if self.job.exact else "--arith exact, with a golden run,"
+                how = f", or a fault that no check sees made NaN of it ({other} would tell)"
                 overflow.refuse(where, self.job.checkpoint, how)

@@ -1,17 +1,18 @@
 """Weights that are not finite, or so large that the model leaves float32: bad input, no corruption."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from mpi4py import MPI
 from reference_models import random_tensors, tiny_config, write
 
+from spimpi.checks.recorder import KEPT_FAILURES, Recorder
 from spimpi.errors import CorruptionError, UsageError
 from spimpi.inference import finite
 from spimpi.inference.checkpoint import open_checkpoint
-from spimpi.trace.schema import blank_events
+from spimpi.trace.schema import Stage as Phase
+from spimpi.trace.schema import Status, blank_events
 from spimpi.verification import overflow
 from spimpi.verification.job import Request, prepare
 from spimpi.verification.run import make_golden, verify_distributed_inference
@@ -105,7 +106,9 @@ def test_only_rows_that_are_not_finite_with_right_bits_are_the_model_s_own(chang
     failures["nonfinite"], failures["fingerprint"], failures["expected"] = 2, 7, 7
     for column, value in (changes or {}).items():
         failures[column][1] = value
-    recorder = SimpleNamespace(all_failures=lambda: failures)
+    failures["verdict"], failures["stage"] = Status.FAILED, Phase.COMPUTE
+    recorder = Recorder({"attn": 0})
+    recorder.add(failures, {})
     assert overflow.only_overflow(MPI.COMM_SELF, recorder) == is_own
 
 
@@ -132,3 +135,30 @@ def test_the_largest_weight_is_looked_for_up_to_a_layer(tmp_path):
     checkpoint = open_checkpoint(tmp_path, config)
     assert finite.largest_weight(checkpoint, 0) == ("model.layers.0.mlp.up_proj.weight", 50)
     assert finite.largest_weight(checkpoint, -1) == ("model.layers.1.mlp.up_proj.weight", 70)
+
+
+def many_failures(recorder, n, repeat, differs=False, at_once=100):
+    """``n`` rows with NaN that are as they were made; the last one may differ."""
+    for start in range(0, n, at_once):
+        events = blank_events(min(at_once, n - start))
+        events["verdict"], events["nonfinite"], events["repeat"] = Status.FAILED, 1, repeat
+        events["stage"], events["step"] = Phase.COMPUTE, np.arange(start, start + len(events))
+        events["expected"][-1] = differs and start + at_once >= n
+        recorder.add(events, {})
+        recorder.write_down()
+
+
+@pytest.mark.parametrize("differs", [False, True])
+def test_one_mismatch_behind_thousands_of_rows_with_nan_is_no_overflow(differs):
+    recorder = Recorder({"attn": 0})
+    many_failures(recorder, 3 * KEPT_FAILURES, 0, differs)
+    assert overflow.only_overflow(MPI.COMM_SELF, recorder) == (not differs)
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_thousands_of_failures_come_twice_alike_whenever_they_were_written_down(missing):
+    recorder = Recorder({"attn": 0})
+    recorder.most_kept = np.inf
+    many_failures(recorder, 2 * KEPT_FAILURES, 0)
+    many_failures(recorder, 2 * KEPT_FAILURES - missing, 1, at_once=330)
+    assert overflow.same_twice(recorder) == (not missing)

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from mpi_helpers import GROUPED, IDS, OLMO, both_families, named, quick_fabric, verify
 
-from spimpi.inference import exact, kernels, layers
+from spimpi.errors import UsageError
+from spimpi.inference import blas_layers, exact, kernels, layers
 from spimpi.inference.weights import Loader
 from spimpi.verification import run
 
@@ -313,6 +314,76 @@ def test_a_wrong_sum_of_floats_is_noticed(comm, model, monkeypatch, tensor, wron
     assert (where.tensor, where.layer, where.step) == (tensor, LAYER, 1), str(where)
     assert where.check == "allreduce sum" and "where rounding explains" in where.detail
     assert where.rank == (None if wrong == "off alike" else comm.size - 1), str(where)
+
+
+class Numpy:
+    """numpy, whose products with ``out`` hold ``value`` in their first column while it is set."""
+
+    value = None
+
+    def __getattr__(self, name):
+        return getattr(np, name)
+
+    def matmul(self, a, b, out):
+        np.matmul(a, b, out=out)
+        if self.value is not None:
+            out[:, 0] = self.value
+
+
+def _partial_products(monkeypatch, ranks, value):
+    """From step 1 on these ranks' partial products of ffn_out hold the value, in one layer."""
+    numpy, reduce = Numpy(), blas_layers.BlasLayers._reduce
+
+    def struck(self, tensor, which, i, x, matrix, b):
+        here = (tensor, i) == ("ffn_out", LAYER) and b.step >= 1 and self.ctx.rank in ranks
+        numpy.value = value if here else None
+        reduce(self, tensor, which, i, x, matrix, b)
+        numpy.value = None
+
+    monkeypatch.setattr(blas_layers, "np", numpy)
+    monkeypatch.setattr(blas_layers.BlasLayers, "_reduce", struck)
+
+
+def _blas(comm, model, **more):
+    wishes = dict(model=named(model, GROUPED), prompt_ids=IDS, tokens=3, arith="blas", **more)
+    return verify(comm, topology=f"tp={comm.size}", **wishes)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("case", ["given by one", "given by all", "overflow"])
+def test_sums_of_floats_that_are_not_finite_are_not_verified(comm, model, monkeypatch, case):
+    """Nothing tells a model that leaves float32 from a fault in a product that is not checked."""
+    quick_fabric(monkeypatch)
+    last = comm.size - 1
+    ranks, value, said = {
+        "given by one": ({last}, np.nan, f"NaN or Inf given by rank {last};"),
+        "given by all": (range(comm.size), np.inf, "NaN or Inf given by ranks 0, 1"),
+        "overflow": (range(comm.size), np.float32(3e38), "may have overflowed"),
+    }[case]
+    _partial_products(monkeypatch, ranks, value)
+    with pytest.raises(UsageError) as caught:
+        _blas(comm, model)
+    assert "leaves float32 at step 1, layer 1, tensor ffn_out" in str(caught.value)
+    assert said in str(caught.value) and "rows with NaN or Inf" in str(caught.value)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_nan_that_is_not_in_the_sum_of_floats_is_a_failure(comm, model, monkeypatch):
+    quick_fabric(monkeypatch)
+    _partial_products(monkeypatch, {0}, np.nan)
+    add = layers.Layers.sum_over_ranks
+
+    def struck(self, name, i, sent, summed, b):
+        add(self, name, i, sent, summed, b)
+        np.nan_to_num(summed, copy=False)
+
+    monkeypatch.setattr(layers.Layers, "sum_over_ranks", struck)
+    outcome = _blas(comm, model)
+    where = outcome.verdict.where
+    assert outcome.exit_status == 1 and "of rank 0 are not in the sum" in where.detail
+    assert (where.check, where.tensor, where.step) == ("allreduce sum", "ffn_out", 1)
 
 
 @both_families

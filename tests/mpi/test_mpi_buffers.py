@@ -173,6 +173,49 @@ def test_a_message_is_read_as_mpi_sends_it(comm, at):
     assert not elements_of(buffer)[1]
 
 
+def _misaligned(n, values=()):
+    """Room for ``n`` doubles that begins at an odd address."""
+    raw = np.zeros(8 * n + 1, np.uint8)
+    room = raw[1 - raw.ctypes.data % 2 :][: 8 * n]
+    room[: 8 * len(values)] = np.asarray(values, float).view(np.uint8)
+    return room
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(
+    "name", ["Allreduce", "Reduce", "Reduce_scatter", "Reduce_scatter_block", "MAX"]
+)
+def test_sums_into_a_buffer_at_an_odd_address_are_checked_as_they_arrived(comm, name, in_place):
+    """Such a buffer's elements are read from a copy: one made before the call holds no sum."""
+    n, root = 2 * comm.size, comm.size - 1
+    x = np.arange(float(n)) + comm.rank
+    every = np.arange(float(n)) * comm.size + sum(range(comm.size))
+    shard = every[2 * comm.rank :][:2]
+    call, more, expected = {
+        "Allreduce": ("Allreduce", (), every),
+        "MAX": ("Allreduce", (MPI.MAX,), np.arange(float(n)) + root),
+        "Reduce": ("Reduce", (MPI.SUM, root), every if comm.rank == root else every[:0]),
+        "Reduce_scatter": ("Reduce_scatter", ([2] * comm.size,), shard),
+        "Reduce_scatter_block": ("Reduce_scatter_block", (), shard),
+    }[name]
+    room = _misaligned(n if in_place else max(len(expected), 1), x if in_place else ())
+    sent, got = x, [room, MPI.DOUBLE]
+    if in_place and call == "Reduce" and comm.rank != root:
+        sent = got  # elsewhere than at the root nothing is in place
+    elif in_place:
+        sent = MPI.IN_PLACE
+    checked = spimpi.checked(comm)
+    for prefix in ("", "I"):
+        if prefix and in_place:
+            room[:] = _misaligned(n, x)
+        request = getattr(checked, prefix + (call.lower() if prefix else call))(sent, got, *more)
+        if prefix:
+            request.Wait()
+        assert checked.verdict and checked.verdict.established
+        if comm.rank == root or call != "Reduce":
+            assert room[: 8 * len(expected)].tobytes() == expected.tobytes()
+
+
 def test_a_sum_is_of_the_datatype_not_of_the_arrays_dtype(comm):
     """Floats in an array of integers: MPI adds floats."""
     checked, own = spimpi.checked(comm), np.arange(8.0) + comm.rank

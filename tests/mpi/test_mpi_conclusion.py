@@ -262,3 +262,13 @@ def test_tokens_that_changed_on_any_rank_are_every_ranks_verdict(comm, ctx):
     where = found.verdict.where
     assert not found.verdict and found.n_failed == 1
     assert (where.tensor, where.rank) == ("tokens", culprit)
+
+
+def test_a_failure_that_no_rank_counts_is_corruption_still(comm, ctx):
+    """The count of failed checks struck in memory, on the rank that has the failure."""
+    recorder = recorder_of(comm.rank, failed=comm.rank == 0)
+    for totals in recorder.totals.values():
+        totals.failed = 0
+    found = conclude.conclusion(ctx, JOB, recorder, NAMES, False, 3, [True, True], "")
+    outcome = conclude.Outcome(found.verdict, {}, {}, found.n_events, found.n_failed, None, "")
+    assert outcome.exit_status == 1 and found.n_failed and found.verdict.where.step == 1

@@ -6,7 +6,7 @@ from mpi4py import MPI
 from planted import worlds
 from sums_data import TAG, added, dtype_of, own_of
 
-from spimpi import TensorPartition
+from spimpi import DistributedContext, TensorPartition
 from spimpi.checks.sums.agreement import disagreement_of
 from spimpi.checks.sums.call import RESULT, prepare
 from spimpi.checks.sums.verify import sum_check, verify_allreduce, verify_reduce_scatter
@@ -100,6 +100,24 @@ def test_an_mpi_that_saturates_is_noted_and_what_does_not_overflow_is_held(comm,
             shard[place[0] - cut.start, place[1]] ^= 1
         verdict = verify_reduce_scatter(part, xs[part.rank], shard, cut, TAG, check=False)
         assert not verdict and [e.index for e in verdict.where.elements] == [place]
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("in_batch", [False, True])
+def test_ranks_that_disagree_where_a_sum_has_no_room_fail(comm, in_batch):
+    """What MPI makes of an overflow is open, but it is one result: saturated here, wrapped there."""
+    x = np.full(64, 100, np.int8)
+    total = np.full(64, 127, np.int8)
+    if comm.rank == comm.size - 1:
+        total[:] = added([x] * comm.size)
+    if not in_batch:
+        verdict = verify_allreduce(comm, x, total, TAG, check=False)
+    else:
+        with DistributedContext(comm) as ctx, ctx.batch():
+            verdict = verify_allreduce(comm, x, total, TAG, check=False, ctx=ctx)
+            x[:], total[:] = 3, 3
+    assert not verdict and "differ from the others'" in str(verdict)
+    assert verdict.where.rank == (comm.size - 1 if comm.size > 2 else None)
 
 
 @pytest.mark.parametrize("name", ["int8", "uint8", "int16", "uint16", "int32"])

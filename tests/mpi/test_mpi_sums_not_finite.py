@@ -7,9 +7,11 @@ from mpi4py import MPI
 from planted import worlds
 from sums_data import TAG, added, dtype_of, own_of
 
+from spimpi import DistributedContext
 from spimpi.checks.sums.verify import verify_allreduce
 
 pytestmark = [pytest.mark.mpi, pytest.mark.wheels]
+two = pytest.mark.mpi(min_size=2)
 
 
 @pytest.mark.parametrize("name", ["float64", "float32", "float16", "bfloat16"])
@@ -140,6 +142,43 @@ def test_of_extremes_zeros_and_elements_with_nan_may_differ_and_nothing_else(com
         assert not verify_allreduce(
             part, xs[part.rank], wrong, TAG, op=getattr(MPI, op), check=False
         )
+
+
+# Buffers that were used again before the batch's end: what was recorded of them tells
+
+
+def _summed_in_a_batch(comm, name, given=None):
+    """The verdict on a sum whose last rank has one element a unit off, and whose buffers are
+    overwritten before the batch ends. ``given``: a value that rank 0 gives."""
+    last = comm.rank == comm.size - 1
+    xs = own_of(comm, name)
+    if given is not None:
+        xs[0][1, 1] = given
+    total, x = added(xs), xs[comm.rank]
+    if last:
+        total[2, 2] = np.nextafter(total[2, 2], dtype_of(name).type(9))
+    with DistributedContext(comm) as ctx, ctx.batch():
+        verdict = verify_allreduce(comm, x, total, TAG, check=False, ctx=ctx)
+        x[:], total[:] = 3, 3
+    return verdict
+
+
+@two
+@pytest.mark.parametrize("name", ["float64", "float32", "bfloat16"])
+def test_ranks_that_disagree_are_told_by_their_words_where_buffers_are_used_again(comm, name):
+    verdict = _summed_in_a_batch(comm, name)
+    assert not verdict and "differ from the others'" in str(verdict)
+    assert "have changed since" in str(verdict)
+    assert verdict.where.rank == (comm.size - 1 if comm.size > 2 else None)
+
+
+@two
+@pytest.mark.parametrize("name", ["float64", "float32"])
+def test_agreement_beside_nan_is_not_granted_where_buffers_are_used_again(comm, name):
+    """Words that differ may do so by their NaN alone: nothing tells any more."""
+    verdict = _summed_in_a_batch(comm, name, np.nan)
+    assert verdict and "agreed" not in verdict.kinds and "agreement" not in verdict.strength
+    assert "whether the ranks agree is not known" in str(verdict)
 
 
 # What is not covered, by whom, and what it leaves to be established

@@ -394,3 +394,15 @@ def test_spimpi_errors_alone_come_from_opening(base):
         path = forged(base, lambda file: file.attrs.__delitem__(name), f"{name}.h5", sealed=False)
         with pytest.raises(SpimpiError):
             open_trace(path)
+
+
+@pytest.mark.parametrize("name", ["bytes", "step", "t_end"])
+def test_a_part_shows_nothing_of_another_file_either(tmp_path, name):
+    """A column of the whole trace leads to the parts' columns, and these must be their own."""
+    path = tmp_path / "run.h5"
+    write_alone_trace(path, [some_events(N, seed=rank) for rank in range(2)], "parts")
+    (part,) = path.with_name("run.h5.parts").glob("*0001.h5")
+    with h5py.File(part, "r+") as file:
+        outside(f"events/{name}")(file, tmp_path)
+    with open_trace(path) as trace, pytest.raises(IncompleteError, match="is damaged"):
+        trace.column(name)[:]

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from spimpi.checks.failure import used_again
 from spimpi.checks.sums import report as sum_report, words as sum_words
 from spimpi.checks.sums.call import RESULT
 from spimpi.checks.verdict import NO_ELEMENTS, Verdict
@@ -12,11 +13,12 @@ from spimpi.trace.schema import Established
 ONE_RANK = "on one rank nothing is summed: the result is the contribution, which was compared alone"
 
 
-def passed(local, everyone, strength, missing=(), n_left_out=0) -> Verdict:
+def passed(local, everyone, strength, missing=(), n_left_out=0, compared=False) -> Verdict:
     """The verdict on a sum in which nothing is wrong.
 
     It establishes COMPUTED of what was covered, if that is anything (``n_left_out`` elements were
-    not), and AGREED of results that all ranks hold. Of no elements, and on one rank, neither.
+    not), and AGREED of results that all ranks hold: whose words are the same, or which were
+    ``compared`` in what was covered (``disagreement_of``). Of no elements, or on one rank, neither.
     """
     established, missing = Established(0), tuple(missing)
     if not local.n_elements:
@@ -27,25 +29,40 @@ def passed(local, everyone, strength, missing=(), n_left_out=0) -> Verdict:
         covered = n_left_out < local.n_elements
         if covered:
             established |= Established.COMPUTED
-        if not local.scattered:
+        if not local.scattered and (covered and compared or not np.ptp(everyone[:, RESULT])):
             strength += ", agreement"
-            if covered or not np.ptp(everyone[:, RESULT]):
-                established |= Established.AGREED
+            established |= Established.AGREED
     return Verdict(
         holds=True, established=established, missing=missing, check=local.name, strength=strength,
     )  # fmt: skip
 
 
+def passed_if_agreed(comm, local, everyone, strength, missing=(), n_left_out=0) -> Verdict:
+    """``passed`` of a sum whose results, looked at one by one, are right; or how they disagree."""
+    failure = disagreement_of(comm, local, everyone)
+    if failure is not None:
+        return failure
+    return passed(local, everyone, strength, missing, n_left_out)
+
+
+def can_compare(comm, local, everyone, results_finite: bool) -> bool:
+    """Whether ``disagreement_of`` can tell of floats: not where words differ, the arrays have
+    changed since, and results hold NaN, which MPI may give otherwise on each rank. Collective."""
+    return results_finite or not np.ptp(everyone[:, RESULT]) or not local.reused(comm)
+
+
 def disagreement_of(comm, local, everyone, unsure=None) -> Verdict | None:
     """The failure of an allreduce whose results are not the same on all ranks.
 
-    Of floats that differ, what MPI may give otherwise on each rank is left out (docs/sums.md).
+    Of floats that differ, what MPI may give otherwise on each rank is left out (docs/sums.md). They
+    are read for it; where they have changed since their words were made, the words alone tell.
     ``unsure``: elements of a maximum or minimum of which nothing can be asked.
     """
     results = everyone[:, RESULT]
     if local.scattered or not np.ptp(results):
         return None
-    if local.dtype.kind not in "iub":
+    reused = ()
+    if local.dtype.kind not in "iub" and not (reused := local.reused(comm)):
         kept = sum_words.comparable(local.blocks.result, local.op, unsure)
         own = np.array([fingerprint(kept, local.tag)], np.uint64)
         results = np.empty(comm.size, np.uint64)
@@ -55,6 +72,8 @@ def disagreement_of(comm, local, everyone, unsure=None) -> Verdict | None:
         return None
     rank = odd[0] if len(odd) == 1 else None
     detail = f"the results of ranks {sum_report.listed(odd)} differ from the others'"
+    if reused:
+        detail += f"; {used_again(reused)}: by the words made before"
     return sum_report.failure(local, "agreement", detail, rank=rank)
 
 

@@ -16,7 +16,9 @@ from spimpi.checks.sums import (
     search as sum_search,
     words as sum_words,
 )
-from spimpi.checks.sums.agreement import disagreement_of, holders_of, passed, wrong_ranks
+from spimpi.checks.sums.agreement import (
+    disagreement_of, holders_of, passed, passed_if_agreed, wrong_ranks,
+)  # fmt: skip
 from spimpi.checks.sums.call import BAD, HEADER, HIGH, INTEGRAL, LARGEST, LINEAR, LOW, OWN, RESULT
 from spimpi.checks.verdict import Verdict
 from spimpi.fingerprint.tag import MASK
@@ -103,7 +105,7 @@ def integers(comm, local, everyone) -> Verdict:
     failure = _by_words(comm, local, everyone, "integers", MASK + 1)
     if failure is not None:
         return failure
-    return disagreement_of(comm, local, everyone) or passed(local, everyone, "exact (integers)")
+    return passed_if_agreed(comm, local, everyone, "exact (integers)")
 
 
 def _wrapping(comm, local, everyone, modulus) -> Verdict:
@@ -111,8 +113,8 @@ def _wrapping(comm, local, everyone, modulus) -> Verdict:
     blocks = local.blocks
     if reused := local.reused(comm):
         left_out = f"sums that may have wrapped are not covered: {used_again(reused)}"
-        return disagreement_of(comm, local, everyone) or passed(
-            local, everyone, "exact (integers)", [left_out], local.n_elements
+        return passed_if_agreed(
+            comm, local, everyone, "exact (integers)", [left_out], local.n_elements
         )
     n = len(blocks.blocks)
     words = np.zeros((n + 1, sum_exact.N_WRAPPED), np.uint64)
@@ -131,9 +133,7 @@ def _wrapping(comm, local, everyone, modulus) -> Verdict:
             return _wrong_narrow(local, everyone, looked, *words)
         strength, missing, n_left_out = "exact (integers)", [looked.told(local.dtype)], looked.n
         break
-    return disagreement_of(comm, local, everyone) or passed(
-        local, everyone, strength, missing, n_left_out
-    )
+    return passed_if_agreed(comm, local, everyone, strength, missing, n_left_out)
 
 
 def _wrong_narrow(local, everyone, looked, modulus, own, results) -> Verdict:
@@ -164,7 +164,7 @@ def bits(comm, local, everyone) -> Verdict:
                 local, "exact", detail, rank=rank, expected=expected,
                 actual=int(everyone[q, LINEAR]),
             )  # fmt: skip
-    return disagreement_of(comm, local, everyone) or passed(local, everyone, "exact (XOR)")
+    return passed_if_agreed(comm, local, everyone, "exact (XOR)")
 
 
 def extreme(comm, local, everyone) -> Verdict:
@@ -216,7 +216,8 @@ def extreme(comm, local, everyone) -> Verdict:
         f"{n_nan} elements to which {ranks_text(givers)} gave NaN are not covered (they are NaN or "
         "some rank's own: MPI does not say which)"
     ] * (n_nan > 0)
-    return passed(local, everyone, f"exact ({local.op})", missing, n_nan)
+    strength = f"exact ({local.op})"
+    return passed(local, everyone, strength, missing, n_nan, compared=True)
 
 
 def _beside_nan(comm, x, r, places):

@@ -10,7 +10,9 @@ import numpy as np
 
 from spimpi.checks.failure import ranks_text, used_again
 from spimpi.checks.sums import float_bound, report as sum_report, search as sum_search
-from spimpi.checks.sums.agreement import disagreement_of, holders_of, passed, wrong_ranks
+from spimpi.checks.sums.agreement import (
+    can_compare, disagreement_of, holders_of, passed, wrong_ranks,
+)  # fmt: skip
 from spimpi.checks.sums.call import HEADER, INTEGRAL, PIECES, RESULT, regions
 from spimpi.checks.sums.judge_exact import integral
 from spimpi.checks.verdict import Verdict
@@ -116,16 +118,22 @@ def _looked_into(comm, local, everyone) -> Verdict:
     wrong = {q: bins for q, bins in failing.items() if bins.size}
     if wrong:
         return _too_far(comm, local, everyone, wrong, own, results, limit)
-    disagreement = None
-    if len(holders) > 1 and not left_out.reused:
+    compared = local.scattered or can_compare(comm, local, everyone, np.isfinite(results).all())
+    if compared:
         disagreement = disagreement_of(comm, local, everyone)
-    if disagreement is not None:
-        return disagreement
+        if disagreement is not None:
+            return disagreement
     exact = integral(comm, local, everyone)
     if exact is not None:
         return exact
     largest = float(limit.max(initial=0.0, where=np.isfinite(limit)))
-    return passed(local, everyone, _strength(largest), left_out.told(), left_out.n)
+    missing = left_out.told()
+    if not compared:
+        missing.append(
+            "whether the ranks agree is not known: their results differ in bits, perhaps of NaN "
+            f"alone, and {used_again(local.reused(comm))}"
+        )
+    return passed(local, everyone, _strength(largest), missing, left_out.n, compared)
 
 
 def _ranges(local, q, bins) -> list[tuple[int, int]]:

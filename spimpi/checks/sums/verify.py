@@ -76,12 +76,20 @@ def sum_check(
 
     ``name``: "allreduce", whose ``partition`` is None, or "reduce_scatter". Local.
     """
+    return sum_check_of(comm, name, lambda: (contribution, result, partition), tag, op, threads)
+
+
+def sum_check_of(
+    comm, name: str, look: Callable, tag, op=MPI.SUM, threads=1
+) -> tuple[Check, Callable]:
+    """As ``sum_check``, of arrays that are looked at when the sum is complete: ``look()`` gives
+    contribution, result and partition. Local."""
     require_comm(comm)
     c = Check(name, tag, Rule.GATHERED, Established.COMPUTED, threads)
     c.words = np.zeros(n_words(comm.size), np.uint64)
 
     def build(c):
-        local = prepare(comm, c, contribution, result, partition, op)
+        local = prepare(comm, c, *look(), op)
         _fill(local, c.words, threads, comm)
         c.got = _word_of_result(local, c)
 
