@@ -6,6 +6,7 @@ metadata (1.10 on about one flip in 200).
 
 import faulthandler
 import shutil
+import traceback
 
 import pytest
 from trace_samples import same, skip_without_mpio, some_events, some_sketches, write_trace
@@ -19,7 +20,7 @@ from spimpi.trace.reading.sketches import combined
 from spimpi.trace.sealing.recover import recover
 
 SAMPLES = 80  # a file
-RIGHT, NAMED, CRASHED, WRONG = 0, 1, 98, 99
+RIGHT, NAMED, CRASHED, WRONG = 0, 1, 3, 99  # 3: as ``apart`` says it
 
 FILES = [
     ("gather", "run.h5"), ("mpio", "run.h5"),
@@ -75,9 +76,19 @@ def impatient(monkeypatch):
 def read_apart(path, expected, events) -> int:
     def read():
         faulthandler.disable()
-        return judged(path, expected, events)
+        try:
+            return judged(path, expected, events)
+        except Exception:  # ``apart`` would take it for damage
+            traceback.print_exc()
+            return WRONG
 
-    return apart(read, "run.h5", CRASHED)
+    return apart(read, "run.h5")
+
+
+def ended_well(capfd) -> bool:
+    """Whether no reader raised what nobody expected, nor waited."""
+    told = capfd.readouterr().err
+    return "Traceback" not in told and "not read within" not in told
 
 
 @pytest.fixture(params=FILES, ids=[f"{driver} {name}" for driver, name in FILES])
@@ -104,7 +115,7 @@ def test_a_flipped_bit_anywhere_is_harmless_or_named(sound, capfd):
         file.write_bytes(damaged)
         results.append(read_apart(path, expected, events))
         assert results[-1] in (RIGHT, NAMED, CRASHED), (place, results[-1])
-    assert "Traceback" not in capfd.readouterr().err
+    assert ended_well(capfd)
     assert results.count(NAMED) > 5
 
 
@@ -117,7 +128,7 @@ def test_a_region_overwritten_anywhere_is_harmless_or_named(sound, capfd):
         damaged[place : place + size] = bytes(len(damaged[place : place + size]))
         file.write_bytes(damaged)
         assert read_apart(path, expected, events) in (RIGHT, NAMED, CRASHED), place
-    assert "Traceback" not in capfd.readouterr().err
+    assert ended_well(capfd)
 
 
 def test_a_file_cut_short_anywhere_is_named(sound, capfd):
@@ -126,7 +137,7 @@ def test_a_file_cut_short_anywhere_is_named(sound, capfd):
     for length in range(0, len(data) - 1, max(1, len(data) // 25)):
         file.write_bytes(data[:length])
         assert read_apart(path, expected, events) in (NAMED, CRASHED), length
-    assert "Traceback" not in capfd.readouterr().err
+    assert ended_well(capfd)
 
 
 def test_a_wrong_value_would_be_seen(sound, tmp_path):
