@@ -176,15 +176,20 @@ def test_prefill_and_decoding_give_the_bits_of_one_rank_alone(comm, model, facts
 GOLDEN = 2 * (1 + 3 * 5 + 1 + 1)
 WEIGHTS = 3 * 9 + 3
 LAYER = 5 + 6 + 1  # tensors at rest, products, keys and values gathered
+# After the last step: two norms and four matrices' exponents a layer; embedding; last norm and the
+# head's exponents; rotary tables. Prompts' ids, and the first step's tokens, as embedded; each
+# step's tokens as rank 0 hands them out.
+STANDING = 3 * (2 + 4) + 1 + 2 + 1
+EMBEDDED, HANDED_OUT = 2, 2
 
 
 def _two_sequence_ranks():
     fabric = 5 * (1 + 2) + 3 * (1 + 1)  # allgather; bxor, broadcast; records of group and world
     # Prefill: eight microbatches, one a prompt, of three layers and the output at rest; the later
-    # step: one. Each step: the head's product, logits and tokens at rest. Once: the last rows and
-    # the tokens, gathered.
-    one = (8 + 1) * (3 * LAYER + 1) + 2 * 3 + 1 + 1
-    return 2 * (fabric + WEIGHTS + one) + GOLDEN
+    # step: one. Each step: the head's rows at rest, its product, logits and tokens at rest. Once:
+    # the last rows and the tokens, gathered.
+    one = (8 + 1) * (3 * LAYER + 1) + 2 * 4 + 1 + 1 + STANDING + EMBEDDED
+    return 2 * (fabric + WEIGHTS + one) + HANDED_OUT + GOLDEN
 
 
 def _two_tensor_by_two_sequence_ranks():
@@ -193,8 +198,8 @@ def _two_tensor_by_two_sequence_ranks():
     copies, maxima = 3 * 2 + 1, 3 * 2
     shared = LAYER + 2 + 2 + 2 + 2  # partial sums at rest, sums, maxima, agreement of two
     # A microbatch also puts its embedding together; a step gathers logits and agrees on tokens.
-    one = (8 + 1) * (3 * shared + 1 + 1) + 2 * (3 + 2) + 1 + 1
-    return 4 * (fabric + WEIGHTS + copies + maxima + one) + GOLDEN
+    one = (8 + 1) * (3 * shared + 1 + 1) + 2 * (4 + 2) + 1 + 1 + STANDING + EMBEDDED
+    return 4 * (fabric + WEIGHTS + copies + maxima + one) + HANDED_OUT + GOLDEN
 
 
 def _two_stages_of_two_sequence_ranks():
@@ -202,8 +207,9 @@ def _two_stages_of_two_sequence_ranks():
     # The later step has two microbatches. First stage, two layers: the output at rest after its
     # send; the closing hop of each step; the tokens, gathered. Second stage: hand-offs; the head.
     first = (8 + 2) * (2 * LAYER + 1) + 2 + 1
-    second = (8 + 2) * (1 + LAYER + 1) + 2 * 3 + 1
-    return 4 * fabric + 2 * WEIGHTS + 2 * (first + second) + GOLDEN
+    second = (8 + 2) * (1 + LAYER + 1) + 2 * 4 + 1
+    both = first + second + STANDING + 1 + EMBEDDED  # both have rotary tables
+    return 4 * fabric + 2 * WEIGHTS + 2 * both + HANDED_OUT + GOLDEN
 
 
 @pytest.mark.parametrize(
@@ -229,10 +235,10 @@ def test_every_rank_records_what_the_closed_form_says(comm, model, monkeypatch, 
     quick_fabric(monkeypatch)
     recorded, conclude = [], run._Run._conclude
 
-    def also_note(self, tokens, runs):
+    def also_note(self, tokens, words, runs):
         due = expected_events(self.ctx, self.job, runs, self.has_golden)
         recorded.append((self.recorder.n_events, due))
-        return conclude(self, tokens, runs)
+        return conclude(self, tokens, words, runs)
 
     monkeypatch.setattr(run._Run, "_conclude", also_note)
     for exact in ("exact", "blas"):

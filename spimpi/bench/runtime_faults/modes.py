@@ -78,7 +78,7 @@ def _grid(mode):
     config = MODELS[mode.model]
     memory = parse_memory(mode.memory) if mode.memory else None
     return grids.parse(
-        mode.topology, mode.n_ranks, config.n_heads, config.n_layers, memory, "exo"
+        mode.topology, mode.n_ranks, config.n_heads, config.n_layers, memory, None
     )
 
 
