@@ -46,5 +46,10 @@ def _superseded(path: Path, folder: Path) -> bool:
     """Whether the file is of an earlier run than the journals: what was asked for is the latter."""
     if not folder.is_dir():
         return False
-    run_id = JournalTrace(path, folder).attributes.get("run_id")
+    try:
+        run_id = JournalTrace(path, folder).attributes.get("run_id")
+    except UsageError:
+        if any(folder.glob("*.journal")):
+            raise
+        return False  # another rank has just sealed them, and takes the folder away
     return run_id is not None and sealed_run_id(path) != run_id
