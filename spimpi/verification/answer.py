@@ -99,16 +99,21 @@ class Answer:
         comm.Allgatherv(sent, blocks(gathered, sizes))
         result = folded(token_words(gathered, self.keys, first))
         found = compare_assembled(ctx.records, comm, share, result)
-        rank = found.rank
-        if found.wrong and rank < 0:  # all have the same wrong ones: whose are not what it chose?
-            changed = comm.allgather(bool(folded(token_words(sent, self.keys, begin)) != share))
-            rank = changed.index(True) if sum(changed) == 1 else -1
+        rank, culprit = found.rank, -1
         if found.wrong:
-            self.culprit = ranks[rank] if rank >= 0 else -1
+            changed = bool(folded(token_words(sent, self.keys, begin)) != share)
+            told = comm.allgather((changed, self.culprit))
+            if rank < 0:  # all have the same wrong ones: whose are not what it chose?
+                odd = [r for r, (changed, _) in enumerate(told) if changed]
+                rank = odd[0] if len(odd) == 1 else -1
+            if rank >= 0:  # or whoever spoilt what that rank was given before
+                before = told[rank][1]
+                culprit = ranks[rank] if before in (None, -1) else before
+            self.culprit = culprit
         self.recorder.one(
             "tokens", Op.ALLGATHER, phase, MOVED | Established.AGREED, result, found.expected,
             found.wrong, t_start=start, repeat=self.repeat, bytes=gathered.nbytes,
-            step=job.n_tokens - 1, peer=ranks[rank] if rank >= 0 else -1,
+            step=job.n_tokens - 1, peer=culprit,
         )  # fmt: skip
         self.share = found.expected
         return gathered
