@@ -22,7 +22,9 @@ from spimpi.reduction import together
 from spimpi.trace.journals.journal import Journal, new_run_id
 from spimpi.trace.journals.journal_files import journal_folder, own_journal
 from spimpi.trace.journals.signals import SignalFlush
-from spimpi.trace.schema import EVENT, Established, Op, Stage, Status, TensorInfo
+from spimpi.trace.schema import (
+    EVENT, HELD_BY_ONE, Established, Op, Stage, Status, TensorInfo,
+)  # fmt: skip
 from spimpi.trace.sealing.seal import choose_driver, prepare, seal
 
 OPS = {
@@ -40,7 +42,6 @@ STATES = {
     Status.VERIFIED: "verified", Status.NOT_ESTABLISHED: "incomplete", Status.FAILED: "failed",
 }  # fmt: skip
 WORST_LAST = list(STATES)
-LOCAL = (Op.HANDOFF, Op.MESSAGE, Op.AT_REST, Op.MATMUL)  # of what one rank holds
 LIMITS = {
     name: (int(np.iinfo(EVENT[name]).min), int(np.iinfo(EVENT[name]).max))
     for name in ("step", "microbatch", "layer", "sequence", "element")
@@ -185,7 +186,7 @@ class ProgramTracer:
 
     def _group(self, comm, op) -> int:
         """Of a collective of some of the ranks 1 + the lowest of them: which group made it."""
-        if op in LOCAL or comm.size == self.comm.size:
+        if op in HELD_BY_ONE or comm.size == self.comm.size:
             return 0
         return 1 + min(self._world_ranks(comm, range(comm.size)))
 

@@ -23,7 +23,7 @@ from spimpi.inference.tensors import ATTN, ATTN_MAX, ATTN_OUT, FFN, QKV, REST
 from spimpi.jit import inlined, kernel
 
 # Where nothing is fingerprinted:
-NO_KEYS = NO_WORDS = np.empty((0, 0), np.uint64)
+NO_WORDS = np.empty((0, 0), np.uint64)
 NO_SEGMENTS = np.empty((0, 3), np.int64)
 NO_NORM = np.empty(0, np.float32)
 NOT_HELD = -1  # as a place in ``held``

@@ -48,6 +48,10 @@ class Op(IntEnum):
     MESSAGE = 19
 
 
+# Checks whose fingerprint is of what one rank holds.
+HELD_BY_ONE = (Op.HANDOFF, Op.MESSAGE, Op.AT_REST, Op.MATMUL)
+
+
 class Status(IntEnum):
     """The outcome of one check."""
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spimpi.trace.analysis.contents import LOCAL, SHARED
+from spimpi.trace.analysis.contents import SHARED
 from spimpi.trace.names import member, name_of
-from spimpi.trace.schema import Op, Stage
+from spimpi.trace.schema import HELD_BY_ONE, Op, Stage
 
 SUMS = (Op.ALLREDUCE_SUM, Op.REDUCE_SCATTER)
 INTEGERS = ("int", "uint", "bool")  # dtypes whose sums no order changes
@@ -62,9 +62,9 @@ def compared(a, b, tensors, runs: Runs) -> tuple[np.ndarray, np.ndarray]:
         why[program & unsure] = GROUPS
         why[program & differs & loose & np.isin(op, SHARED)] = BLOCKS
         why[program & differs & rounding[a["tensor"]] & np.isin(op, SUMS)] = ROUNDED
-        why[program & differs & np.isin(op, LOCAL)] = ONE_RANK
+        why[program & differs & np.isin(op, HELD_BY_ONE)] = ONE_RANK
     if not runs.complete:
-        spread = several | np.isin(op, (*SHARED, *LOCAL))
+        spread = several | np.isin(op, (*SHARED, *HELD_BY_ONE))
         lacks = (a["rows"] != b["rows"]) | (not runs.alike)
         why[program & differs & spread & lacks] = LACKING
     why[(a["values"] == 0) | (b["values"] == 0)] = NO_WORD

@@ -16,11 +16,10 @@ from spimpi.trace.analysis.places import (
 from spimpi.trace.analysis.summary import Failure, Failures
 from spimpi.trace.analysis.unfinished import Shares
 from spimpi.trace.journals.growing import OTHERS
-from spimpi.trace.schema import Op, Stage, Status, blank_events
+from spimpi.trace.schema import HELD_BY_ONE, Op, Stage, Status, blank_events
 
 # Where such a check of a program holds, each rank's fingerprint is its share of the whole tensor's.
 SHARED = (Op.GATHER, Op.SCATTER, Op.ALLTOALL, Op.RING, Op.REDUCE_SCATTER)
-LOCAL = (Op.HANDOFF, Op.MESSAGE, Op.AT_REST, Op.MATMUL)  # the fingerprint is of what one rank holds
 TOKENS = "tokens"  # of verify; compared whichever check recorded them
 CONTENT = np.dtype(
     [
@@ -95,7 +94,7 @@ def contents(trace) -> Contents:
 def _of_verify(block, is_tokens) -> np.ndarray:
     stage, op = block["stage"], block["op"]
     whole = np.isin(stage, (Stage.GOLDEN, Stage.WEIGHTS)) & (op == Op.CONTENT)
-    final = is_tokens & (stage == Stage.DATA) & ~np.isin(op, LOCAL)
+    final = is_tokens & (stage == Stage.DATA) & ~np.isin(op, HELD_BY_ONE)
     return whole | (final & (block["fingerprint"] != 0))
 
 
@@ -120,7 +119,7 @@ class _Program:
         )
 
     def add(self, block) -> None:
-        words, local = packed(block), np.isin(block["op"], LOCAL)
+        words, local = packed(block), np.isin(block["op"], HELD_BY_ONE)
         # Of a collective: which ranks made it, by the lowest of them. Else: the rank at the other
         # end, with whose messages those of others do not come in one order.
         words["group"] = np.where(local, block["peer"].astype(np.int64) + 1, block["sequence"])

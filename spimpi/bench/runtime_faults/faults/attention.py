@@ -12,7 +12,6 @@ ROPE, CACHE, ATTENTION, QK_NORM = (
     "rotary tables and positions", "the cache of keys and values", "inside attention",
     "the norm of queries and keys",
 )  # fmt: skip
-SEEN_IN_ATTENTION = ("scores", "attn", "qkv", "qk_normed", "kv")
 
 
 def exact_olmo(mode):
