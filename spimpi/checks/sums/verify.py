@@ -23,6 +23,7 @@ from spimpi.checks.sums.judge_floats import floats
 from spimpi.checks.verdict import Verdict
 from spimpi.errors import UsageError
 from spimpi.fingerprint import fingerprint
+from spimpi.fingerprint.arrays import check_threads
 from spimpi.fingerprint.tag import MASK
 from spimpi.trace.schema import Established
 
@@ -130,9 +131,7 @@ def _word_of_result(local: SumCall, c: Check) -> int:
 def _fill(local: SumCall, words, threads: int, comm) -> None:
     blocks, tag = local.blocks, local.tag
     slab = blocks.slabs[blocks.own]
-    if threads < 1:
-        msg = f"at least one thread is needed, found threads={threads}"
-        raise UsageError(msg)
+    check_threads(threads)
     if local.kind == "float":
         _fill_floats(local, words, threads, comm)
         return
