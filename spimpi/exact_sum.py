@@ -21,6 +21,7 @@ from spimpi.fingerprint.tag import MASK, Tag
 from spimpi.one_traceback import told_by_rank_0
 from spimpi.reduction import minority, together
 from spimpi.trace.schema import Established
+from spimpi.units import listed
 
 _PIECE = 1 << 17  # elements that are widened at a time
 _BITS = 62  # of a sum
@@ -260,6 +261,6 @@ def _check(comm, own, total, result, tag, dtype) -> None:
         raise CorruptionError(verdict)
     odd = minority(everyone[:, 2])
     if odd:
-        detail = f"ranks {sum_report.listed(odd)} rounded the same sum to other bits"
+        detail = f"ranks {listed(odd)} rounded the same sum to other bits"
         rank = odd[0] if len(odd) == 1 else None
         raise CorruptionError(sum_report.failure(_Subject(tag), "exact", detail, rank))

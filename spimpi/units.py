@@ -1,4 +1,4 @@
-"""Numbers as people read them."""
+"""Bytes, ranks and lists as people read them."""
 
 
 def in_bytes(n: int) -> str:
@@ -8,3 +8,17 @@ def in_bytes(n: int) -> str:
         if value < 1024 or unit == "TiB":
             return f"{n} B" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
+
+
+SHOWN = 8  # of a list
+
+
+def listed(items) -> str:
+    """'0, 2', '0, 1, 2, 3, 4, 5, 6, 7, …'."""
+    return ", ".join(map(str, items[:SHOWN])) + ", …" * (len(items) > SHOWN)
+
+
+def ranks_text(ranks) -> str:
+    """'rank 3', 'ranks 0, 2', 'ranks 0, 1, 2, 3, 4, 5, 6, 7, … (64 in all)'."""
+    more = f" ({len(ranks)} in all)" * (len(ranks) > SHOWN)
+    return f"rank{'s' * (len(ranks) != 1)} {listed(ranks)}{more}"

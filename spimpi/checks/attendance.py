@@ -21,6 +21,7 @@ from spimpi.errors import IncompleteError
 from spimpi.launch import LONGEST_NAP, SHORTEST_NAP
 from spimpi.printable import one_line
 from spimpi.reduction import PATIENCE
+from spimpi.units import ranks_text
 from spimpi.watchdog import EXIT_STATUS
 
 ASK, ANSWER, GIVE_UP = 1, 2, 3  # message tags
@@ -212,7 +213,7 @@ class Attendance:
         more = len(missing) - SHOWN
         told += [f"… ({len(missing)} in all)"] * (more > 0)
         return one_line(
-            f"{late.what}: given up after {self.timeout:g} s; {_ranks(came)} "
+            f"{late.what}: given up after {self.timeout:g} s; {ranks_text(came)} "
             f"wait{'s' * (len(came) == 1)} in it; not in it: {'; '.join(told) or 'none'}"
         )
 
@@ -221,8 +222,3 @@ class Attendance:
             return f"rank {rank} does not answer"
         waits, place = self._answers[rank]
         return f"rank {rank} {place}, waits in {' and '.join(waits) if waits else 'no check'}"
-
-
-def _ranks(ranks) -> str:
-    shown = ", ".join(map(str, ranks[:SHOWN])) + f", … ({len(ranks)} in all)" * (len(ranks) > SHOWN)
-    return f"rank{'s' * (len(ranks) != 1)} {shown}"

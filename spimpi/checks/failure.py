@@ -23,6 +23,7 @@ from spimpi.fingerprint.tag import MASK
 from spimpi.partition import Slab
 from spimpi.reduction import minority
 from spimpi.trace.schema import Established
+from spimpi.units import ranks_text
 
 LOCALISED = 3  # failing checks of a batch that are looked into
 DIGEST, GIVEN, GOT, SIZE, N_BAD, ERROR, COMPARES = range(7)
@@ -155,12 +156,6 @@ def _grouped(values, words, between=" ") -> str:
         if value is not None:
             groups.setdefault(repr(value), ([], value))[0].append(rank)
     return "; ".join(f"{ranks_text(r)}{between}{words(v)}" for r, v in groups.values())
-
-
-def ranks_text(ranks) -> str:
-    """'rank 3', 'ranks 0, 2', 'ranks 0, 1, 2, … (64 in all)'."""
-    shown = ", ".join(map(str, ranks[:8])) + f", … ({len(ranks)} in all)" * (len(ranks) > 8)
-    return f"rank{'s' * (len(ranks) > 1)} {shown}"
 
 
 def _same_kind(kind, text):

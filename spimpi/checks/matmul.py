@@ -20,6 +20,7 @@ from spimpi.fingerprint.arrays import share_memory
 from spimpi.fingerprint.protocols import as_array
 from spimpi.fingerprint.tag import GOLDEN, LINEAR, Tag
 from spimpi.trace.schema import Established
+from spimpi.units import listed
 
 NAME = "matmul"
 SHOWN = 16
@@ -211,12 +212,12 @@ def _complaint(x, y, weight, bad, shape) -> dict:
     if n_wrapped and not elements:
         msg = (
             f"products of this dtype wrap: {y.dtype} has no room for the sums of {n_wrapped} "
-            f"elements of rows {_listed(bad)}, and beside them nothing is wrong there: multiply "
+            f"elements of rows {listed(bad)}, and beside them nothing is wrong there: multiply "
             "in a wider dtype"
         )
         raise UsageError(msg)
     n = len(bad)
-    detail = f"{n} row{'s' * (n > 1)} of the product wrong: {_listed(bad)}"
+    detail = f"{n} row{'s' * (n > 1)} of the product wrong: {listed(bad)}"
     if n_wrapped:
         detail += f" (in some {y.dtype} has no room for the sums)"
     if not elements:
@@ -225,10 +226,6 @@ def _complaint(x, y, weight, bad, shape) -> dict:
     return {
         "detail": detail, "elements": elements, "n_wrong": len(elements) if all_seen else None,
     }  # fmt: skip
-
-
-def _listed(rows) -> str:
-    return ", ".join(map(str, rows[:8])) + ", …" * (len(rows) > 8)
 
 
 def _exact_row(x, w, row, dtype) -> tuple[np.ndarray, np.ndarray]:

@@ -6,10 +6,10 @@ gave, in any order of additions. Imported only where --arith blas runs on severa
 
 import numpy as np
 
-from spimpi.checks.failure import ranks_text
 from spimpi.checks.sums import float_bound
 from spimpi.fingerprint.projections import project_both
 from spimpi.fingerprint.tag import SKETCH, Tag
+from spimpi.units import ranks_text
 
 MOST_BINS = 16  # of a tensor: words that a sum adds to a group's exchange
 SUMMED = ("attn_out", "ffn_out", "qk_sum")

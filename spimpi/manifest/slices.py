@@ -10,9 +10,9 @@ from math import prod
 import numpy as np
 
 from spimpi.manifest.format import TensorFacts
+from spimpi.units import ranks_text
 
 _COMBINATIONS = 4096  # of copies that differ, tried against the manifest
-_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -137,10 +137,3 @@ def _xor(words) -> int:
     for word in words:
         total ^= word
     return total
-
-
-def ranks_text(ranks) -> str:
-    """'rank 3', 'ranks 0, 2', 'ranks 0, 1, 2, … (64 in all)'."""
-    shown = ", ".join(map(str, ranks[:_SHOWN]))
-    more = f", … ({len(ranks)} in all)" if len(ranks) > _SHOWN else ""
-    return f"rank{'s' * (len(ranks) > 1)} {shown}{more}"

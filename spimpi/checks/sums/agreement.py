@@ -9,6 +9,7 @@ from spimpi.checks.verdict import NO_ELEMENTS, Verdict
 from spimpi.fingerprint import fingerprint
 from spimpi.reduction import minority
 from spimpi.trace.schema import Established
+from spimpi.units import listed
 
 ONE_RANK = "on one rank nothing is summed: the result is the contribution, which was compared alone"
 
@@ -71,7 +72,7 @@ def disagreement_of(comm, local, everyone, unsure=None) -> Verdict | None:
     if not odd:
         return None
     rank = odd[0] if len(odd) == 1 else None
-    detail = f"the results of ranks {sum_report.listed(odd)} differ from the others'"
+    detail = f"the results of ranks {listed(odd)} differ from the others'"
     if reused:
         detail += f"; {used_again(reused)}: by the words made before"
     return sum_report.failure(local, "agreement", detail, rank=rank)

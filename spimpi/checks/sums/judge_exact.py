@@ -7,7 +7,7 @@ collective: what is exchanged further depends on these words alone, so that all 
 import numpy as np
 from mpi4py import MPI
 
-from spimpi.checks.failure import ranks_text, used_again
+from spimpi.checks.failure import used_again
 from spimpi.checks.sums import (
     float_bound,
     exact as sum_exact,
@@ -22,6 +22,7 @@ from spimpi.checks.sums.agreement import (
 from spimpi.checks.sums.call import BAD, HEADER, HIGH, INTEGRAL, LARGEST, LINEAR, LOW, OWN, RESULT
 from spimpi.checks.verdict import Verdict
 from spimpi.fingerprint.tag import MASK
+from spimpi.units import ranks_text
 
 _PIECE = 1 << 17  # elements of a rank's addends that are shown to all at a time
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from spimpi.checks.failure import ranks_text, used_again
+from spimpi.checks.failure import used_again
 from spimpi.checks.sums import float_bound, report as sum_report, search as sum_search
 from spimpi.checks.sums.agreement import (
     can_compare, disagreement_of, holders_of, passed, wrong_ranks,
@@ -17,6 +17,7 @@ from spimpi.checks.sums.call import HEADER, INTEGRAL, PIECES, RESULT, regions
 from spimpi.checks.sums.judge_exact import integral
 from spimpi.checks.verdict import Verdict
 from spimpi.fingerprint import projections
+from spimpi.units import listed, ranks_text
 
 
 def _within(comm, local, everyone) -> float:
@@ -202,5 +203,5 @@ def _too_far(comm, local, everyone, wrong, own, results, limit) -> Verdict:
     culprits = wrong_ranks(local, everyone, wrong)
     rank = culprits[0] if len(culprits) == 1 else None
     if rank is None and not local.scattered and len(culprits) < comm.size:
-        detail += f"; the results of ranks {sum_report.listed(culprits)} are wrong"
+        detail += f"; the results of ranks {listed(culprits)} are wrong"
     return sum_report.found(local, q, elements, detail, rank=rank)

@@ -6,11 +6,6 @@ from spimpi.checks.verdict import ElementError, Verdict, Where
 from spimpi.trace.schema import Established
 
 
-def listed(ranks) -> str:
-    """Ranks in words, the first eight."""
-    return ", ".join(map(str, ranks[:8])) + ", …" * (len(ranks) > 8)
-
-
 def failure(
     local, strength, detail, rank=None, elements=(), expected=None, actual=None, found="",
     n_wrong=None,
