@@ -13,9 +13,7 @@ import numpy as np
 
 from spimpi.regular_file import open_regular
 
-# What one stored byte can become, by the number of the filter that a dataset has passed.
-_DEFLATE = 1
-_RATIOS = {_DEFLATE: 1032, 2: 1, 3: 1}  # zlib's own limit; shuffle, Fletcher-32
+_FILTERS = (2, 3)  # that make no byte of less than one: HDF5's numbers of shuffle, Fletcher-32
 # Who has a file open in this process decides about its locks: HDF5 refuses another opinion.
 _LOCKING = (False, "best-effort", True)
 _KINDS = {"i": "integers", "u": "integers", "f": "floats"}
@@ -47,21 +45,6 @@ def own_group(file, name: str):
     return h5py.Group(h5py.h5g.open(file.id, name.encode()))
 
 
-def own_dataset(file, name: str, compressed: bool = True):
-    """The dataset at a path of the file, whose data lie in the file itself. Local.
-
-    Refused: links but hard ones, external storage, virtual datasets, elements of variable
-    length, filters but deflate (and that, unless ``compressed``), shuffle and Fletcher-32,
-    shapes of more bytes than are stored.
-    """
-    found = _linked(file, name)
-    _require_stored(file, name, found, compressed)
-    if found.dtype.hasobject:
-        msg = f"{name} has elements of variable length"
-        raise ValueError(msg)
-    return found
-
-
 def own_numbers(file, name: str, kinds: str = "iuf", most_bytes: int = 8):
     """The dataset of plain numbers at a path of the file, stored there byte by byte. Local.
 
@@ -69,7 +52,7 @@ def own_numbers(file, name: str, kinds: str = "iuf", most_bytes: int = 8):
     """
     found = _linked(file, name)
     _require_numbers(name, found, kinds, most_bytes)
-    _require_stored(file, name, found, compressed=False)
+    _require_stored(file, name, found)
     return found
 
 
@@ -82,7 +65,7 @@ def own_texts(file, name: str) -> list[str]:
     if kind.get_class() != h5py.h5t.STRING or kind.committed() or len(found.shape) != 1:
         msg = f"{name} is no list of texts"
         raise ValueError(msg)
-    _require_stored(file, name, found, compressed=False)
+    _require_stored(file, name, found)
     if kind.is_variable_str() and len(found):
         _require_lengths(file, name, found)
     return found.asstr()[:].tolist()
@@ -184,11 +167,11 @@ def _require_numbers(name: str, found, kinds: str, most_bytes: int) -> None:
         raise ValueError(msg)
 
 
-def _require_stored(file, name: str, found, compressed: bool) -> None:
-    """The dataset's bytes are in the file, and no more than can come of what is stored."""
+def _require_stored(file, name: str, found) -> None:
+    """The dataset's bytes are in the file, each of them."""
     import h5py
 
-    facts, ratio = found.id.get_create_plist(), 1
+    facts = found.id.get_create_plist()
     kind = facts.get_layout()
     if kind == h5py.h5d.VIRTUAL:
         msg = f"{name} is a virtual dataset, made of others"
@@ -198,15 +181,14 @@ def _require_stored(file, name: str, found, compressed: bool) -> None:
         raise ValueError(msg)
     for i in range(facts.get_nfilters()):
         code = facts.get_filter(i)[0]
-        if code not in _RATIOS or (code == _DEFLATE and (ratio > 1 or not compressed)):
+        if code not in _FILTERS:
             msg = f"{name} is stored through a filter that is not expected (number {code})"
             raise ValueError(msg)
-        ratio *= _RATIOS[code]
     declared, stored, size = found.nbytes, found.id.get_storage_size(), _size_of(file)
     if declared and kind == h5py.h5d.CHUNKED:
         # A chunk is read as a whole, however little of it the shape leaves.
         declared = max(declared, int(np.prod(facts.get_chunk(), dtype=object)) * found.dtype.itemsize)
-    if stored > size or declared > stored * ratio:
+    if stored > size or declared > stored:
         msg = (
             f"{name} of shape {list(found.shape)} would have {declared:,} bytes, and "
             f"{stored:,} are stored in a file of {size:,}"
