@@ -6,7 +6,7 @@ and usage errors are said by rank 0 alone, before there is a communicator.
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from time import sleep
 
@@ -216,16 +216,26 @@ def mpi_library() -> str:
     return words[0].split(", package:")[0] if words else "an MPI without a name"
 
 
+def naps(awake: int = 0) -> Iterator[None]:
+    """Between two looks at something: nothing ``awake`` times, then naps that grow to 1 ms."""
+    for _ in range(awake):
+        yield
+    nap = SHORTEST_NAP
+    while True:
+        sleep(nap)
+        nap = min(2 * nap, LONGEST_NAP)
+        yield
+
+
 def wait_asleep(request) -> None:
     """Wait for an MPI request, asleep between looks.
 
     MPI libraries spin while they wait, and ranks that share a core take it from each other: where
     most of 64 ranks wait on two cores, the ones that work get a thirtieth of it.
     """
-    nap = SHORTEST_NAP
+    pause = naps()
     while not request.Test():
-        sleep(nap)
-        nap = min(2 * nap, LONGEST_NAP)
+        next(pause)
 
 
 def leader_first(comm, action: Callable):

@@ -14,7 +14,7 @@ import numpy as np
 from mpi4py import MPI
 
 from spimpi.errors import SpimpiError, UsageError
-from spimpi.launch import SHORTEST_NAP, wait_asleep
+from spimpi.launch import naps, wait_asleep
 from spimpi.one_traceback import mark
 
 ALL_ONES = np.uint64(0xFFFFFFFFFFFFFFFF)
@@ -230,12 +230,11 @@ def together(comm, patience: float | None = None):
 
 def within(request, seconds) -> bool:
     """Whether a request completes in so many seconds, asleep between looks."""
-    start, nap = time.monotonic(), SHORTEST_NAP
+    start, pause = time.monotonic(), naps()
     while not request.Test():
         if time.monotonic() - start > seconds:
             return False
-        time.sleep(nap)
-        nap = min(2 * nap, 0.01)
+        next(pause)
     return True
 
 

@@ -18,7 +18,7 @@ from time import monotonic, sleep
 from mpi4py import MPI
 
 from spimpi.errors import IncompleteError
-from spimpi.launch import LONGEST_NAP, SHORTEST_NAP
+from spimpi.launch import naps
 from spimpi.printable import one_line
 from spimpi.reduction import PATIENCE
 from spimpi.units import ranks_text
@@ -69,14 +69,13 @@ class Attendance:
         IncompleteError where a check has been given up, and the others do not come.
         """
         self.leave("has left the context")
-        everyone, nap, patience = self._comm.Ibarrier(), SHORTEST_NAP, None
+        everyone, pause, patience = self._comm.Ibarrier(), naps(), None
         while not everyone.Test():
             if self.error is not None:
                 patience = patience or monotonic() + PATIENCE
                 if monotonic() > patience:
                     self.require_time()
-            sleep(nap)
-            nap = min(2 * nap, LONGEST_NAP)
+            next(pause)
         self.stop()
         atexit.unregister(self.stop)
         self._comm.Free()
@@ -113,11 +112,10 @@ class Attendance:
     def wait(self, request, what: str, comm) -> None:
         """Wait for an MPI request that all ranks of ``comm`` make together."""
         with self.waiting(what, comm):
-            nap = SHORTEST_NAP
+            pause = naps()
             while not request.Test():
                 self.require_time()
-                sleep(nap)
-                nap = min(2 * nap, LONGEST_NAP)
+                next(pause)
 
     def _ranks_of(self, comm) -> list[int]:
         """A communicator's ranks as the context's."""

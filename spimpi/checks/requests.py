@@ -16,7 +16,6 @@ those in which another is asleep in MPI, which looks after them when it wakes.
 from collections import deque
 from copy import copy
 from threading import RLock
-from time import sleep
 
 from mpi4py import MPI
 
@@ -24,7 +23,7 @@ from spimpi.checks.pending import Group, built, in_words
 from spimpi.checks.turns import InTurn, NotYetError, Turns
 from spimpi.errors import CorruptionError, SpimpiError, UsageError
 from spimpi.fingerprint.tag import MASK
-from spimpi.launch import LONGEST_NAP, SHORTEST_NAP
+from spimpi.launch import naps
 from spimpi.one_traceback import mark
 
 LOOKS_AWAKE = 200  # before the first nap: most waits end sooner
@@ -78,24 +77,13 @@ def _meanwhile(is_complete, attendance=None, what="", comm=None) -> None:
 
 
 def _look_after_all(may_end) -> None:
-    pause = _pauses()
+    pause = naps(LOOKS_AWAKE)
     while True:
         look()
         if may_end():
             return
         _attend()
         next(pause)
-
-
-def _pauses():
-    """Between two looks: nothing at first, then naps, for ranks may share a core."""
-    for _ in range(LOOKS_AWAKE):
-        yield
-    nap = SHORTEST_NAP
-    while True:
-        sleep(nap)
-        nap = min(2 * nap, LONGEST_NAP)
-        yield
 
 
 class CheckedRequest:
@@ -170,7 +158,7 @@ class CheckedRequest:
     @staticmethod
     def Waitany(requests, status=None) -> int:
         """The index of one that is complete; MPI.UNDEFINED where none is active."""
-        requests, pause = list(requests), _pauses()
+        requests, pause = list(requests), naps(LOOKS_AWAKE)
         while True:
             i, flag = CheckedRequest.Testany(requests, status)
             if flag:
@@ -193,7 +181,7 @@ class CheckedRequest:
     @staticmethod
     def Waitsome(requests, statuses=None):
         """As ``Testsome``, at least one; None where none is active."""
-        requests, pause = list(requests), _pauses()
+        requests, pause = list(requests), naps(LOOKS_AWAKE)
         while (done := CheckedRequest.Testsome(requests, statuses)) == []:
             look()
             _attend()

@@ -2,7 +2,6 @@
 
 import gc
 import sys
-import time
 import traceback
 import warnings
 from contextlib import contextmanager
@@ -11,7 +10,6 @@ from spimpi.compiling import announce_cold_start
 from spimpi.errors import MissingDependency, SpimpiError, UsageError
 from spimpi.printable import one_line
 
-PATIENCE = 5.0  # seconds for every rank to raise an error that concerns all
 COMPILING = 1800.0  # seconds that a slow, busy machine may need for all kernels, once
 INTERRUPTED = 130  # as a shell reports SIGINT
 
@@ -31,6 +29,7 @@ def session(
     announce_cold_start()
     MPI = initialised_mpi()
     from spimpi.launch import check_world
+    from spimpi.reduction import PATIENCE, within
     from spimpi.watchdog import Watchdog
 
     world = MPI.COMM_WORLD
@@ -44,7 +43,7 @@ def session(
             yield world, watchdog
         ending.Free()
     except SpimpiError as error:
-        if not _all_come(ending):
+        if not within(ending.Ibarrier(), PATIENCE):  # the others wait for this rank elsewhere
             print(one_line(f"spimpi: {error}"), file=sys.stderr)
             _end_job(world, host, error.exit_status)
         raise
@@ -88,16 +87,6 @@ def initialised_mpi():
             warnings.filterwarnings("ignore", "suspicious MPI")  # check_world says more, and once
             MPI.Init_thread(MPI.THREAD_MULTIPLE)
     return MPI
-
-
-def _all_come(comm) -> bool:
-    """Whether all ranks of ``comm`` call this within PATIENCE seconds."""
-    barrier, start = comm.Ibarrier(), time.monotonic()
-    while not barrier.Test():
-        if time.monotonic() - start > PATIENCE:
-            return False
-        time.sleep(0.01)
-    return True
 
 
 def _end_job(world, host, status) -> None:
