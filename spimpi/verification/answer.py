@@ -101,10 +101,10 @@ class Answer:
         found = compare_assembled(ctx.records, comm, share, result)
         rank, culprit = found.rank, -1
         if found.wrong:
-            changed = bool(folded(token_words(sent, self.keys, begin)) != share)
-            told = comm.allgather((changed, self.culprit))
+            differs = bool(folded(token_words(sent, self.keys, begin)) != share)
+            told = comm.allgather((differs, self.culprit))
             if rank < 0:  # all have the same wrong ones: whose are not what it chose?
-                odd = [r for r, (changed, _) in enumerate(told) if changed]
+                odd = [r for r, (differs, _) in enumerate(told) if differs]
                 rank = odd[0] if len(odd) == 1 else -1
             if rank >= 0:  # or whoever spoilt what that rank was given before
                 before = told[rank][1]

@@ -131,9 +131,9 @@ def conclusion(
     missing = [] if problems else _missing(job, sums, has_golden)
     kinds = established(ctx, job, has_golden) if not where else Established(0)
     verdict = Verdict(not where and not missing, kinds, where, tuple(missing))
-    changed = [one.rank for one in said if not one.tokens_hold]
-    if changed and not n_failed:
-        verdict, n_failed = tokens_changed(rank=changed[0]), 1
+    spoilt = [one.rank for one in said if not one.tokens_hold]
+    if spoilt and not n_failed:
+        verdict, n_failed = tokens_changed(rank=spoilt[0]), 1
     mine = Conclusion(verdict, sums.totals, sums.n_events, n_failed, source or "")
     return _agreed(ctx, mine, "; ".join(problems))
 
