@@ -5,7 +5,7 @@ import os
 import numpy as np
 import pytest
 
-h5py = pytest.importorskip("h5py")
+h5py = pytest.importorskip("h5py", reason="needs h5py")
 
 from spimpi.hdf5_guard import (  # noqa: E402
     open_hdf5, own_attribute, own_numbers, own_texts, shown_dataset, sources,

@@ -48,7 +48,7 @@ def evil_trace(tmp_path):
 ])  # fmt: skip
 def test_a_trace_steers_no_terminal(command, evil_trace, tmp_path, capfd, monkeypatch):
     if command[0] == "report":
-        pytest.importorskip("jinja2")
+        pytest.importorskip("jinja2", reason="reports need jinja2: pip install 'spimpi[report]'")
     monkeypatch.chdir(tmp_path)
     files = [evil_trace] * (2 if command[0] == "diff" else 1)
     status, text = said(capfd, "trace", *command, *files)

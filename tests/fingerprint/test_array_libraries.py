@@ -30,7 +30,7 @@ def address(x) -> int:
 
 @pytest.fixture(scope="module")
 def torch():
-    return pytest.importorskip("torch")
+    return pytest.importorskip("torch", reason="needs PyTorch")
 
 
 TORCH = ["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8",

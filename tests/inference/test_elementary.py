@@ -24,7 +24,7 @@ X86 = platform.machine() in ("x86_64", "AMD64")
 
 @pytest.fixture(scope="module")
 def mpmath():
-    return pytest.importorskip("mpmath")
+    return pytest.importorskip("mpmath", reason="mpmath is the reference")
 
 
 def worst_ulps(mpmath, results, function, arguments):

@@ -285,7 +285,7 @@ def test_arrays_of_any_library_are_taken_as_mpi4py_takes_them(comm, kind):
 
 
 def test_torchs_bfloat16_is_checked_bit_by_bit(comm):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs PyTorch")
     checked, size = spimpi.checked(comm), comm.size
     own = torch.arange(4, dtype=torch.bfloat16) + comm.rank
     out = torch.zeros(4 * size, dtype=torch.bfloat16)

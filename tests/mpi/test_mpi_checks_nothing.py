@@ -73,7 +73,7 @@ def test_memory_is_recognised_in_any_arrays(comm, kind):
     if kind == "buffer":
         gathered = memoryview(gathered)
     if kind == "torch":
-        gathered = pytest.importorskip("torch").from_numpy(gathered)
+        gathered = pytest.importorskip("torch", reason="needs PyTorch").from_numpy(gathered)
     with refused(comm, "`local` and `gathered` share memory"):
         spimpi.verify_allgather(comm, own, gathered, _part(comm, 2 * comm.size), TAG)
 

@@ -112,7 +112,7 @@ every_table = pytest.mark.parametrize("format", READERS)
 
 def exported(trace, format: str) -> bytes:
     if format == "parquet":
-        pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow", reason="needs pyarrow: pip install 'spimpi[trace]'")
     file = io.BytesIO()
     export(trace, file, format)
     return file.getvalue()
@@ -158,7 +158,7 @@ def test_names_that_are_syntax_come_back(name):
     held = Held({0: some_events(3)}, [TensorInfo(name, (), name)] * 3, hosts=[name])
     for format, read in READERS.items():
         if format == "parquet":
-            pytest.importorskip("pyarrow")
+            pytest.importorskip("pyarrow", reason="needs pyarrow: pip install 'spimpi[trace]'")
         for row in read(exported(held, format)):
             assert (row["tensor"], row["dtype"], row["host"]) == (name, name, name)
     (line, *_) = checks_of(chrome(held))
@@ -343,7 +343,7 @@ def test_altered_rows_are_left_out_and_named(format):
 @pytest.mark.parametrize("suffix", ["csv", "csv.gz", "jsonl", "json", "json.gz", "parquet"])
 def test_the_command_writes_the_format_of_the_name(tmp_path, path, capfd, suffix):
     if suffix == "parquet":
-        pytest.importorskip("pyarrow")
+        pytest.importorskip("pyarrow", reason="needs pyarrow: pip install 'spimpi[trace]'")
     out = tmp_path / f"out.{suffix}"
     assert main(["trace", "export", str(path), "-o", str(out)]) == 0  # though a check failed
     assert f"{out}: 50 events" in capfd.readouterr().out
@@ -446,7 +446,7 @@ def test_no_space_left_leaves_nothing_behind(path):
     before = sorted(path.parent.rglob("*"))
     for suffix in ("csv", "parquet"):
         if suffix == "parquet":
-            pytest.importorskip("pyarrow")
+            pytest.importorskip("pyarrow", reason="needs pyarrow: pip install 'spimpi[trace]'")
         done = subprocess.run(
             [*COMMAND, path, "-o", path.with_suffix(f".{suffix}")],
             preexec_fn=little_space, capture_output=True, text=True, check=False,

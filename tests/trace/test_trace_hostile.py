@@ -21,7 +21,7 @@ from spimpi.trace.reading.check import check
 from spimpi.trace.schema import EVENT, MOST_RANKS
 from spimpi.trace.sealing.recover import recover
 
-h5py = pytest.importorskip("h5py")
+h5py = pytest.importorskip("h5py", reason="needs h5py")
 N = 40
 
 
