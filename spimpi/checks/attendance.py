@@ -157,13 +157,17 @@ class Attendance:
         elif kind == ANSWER and said[0] == self._number:
             self._answers[source] = said[1:]
         elif kind == GIVE_UP:
-            self.error = self.error or said
+            self._fail(*said)
 
-    def _tell(self, ranks, what, kind) -> None:
-        with self._taking:
-            for rank in ranks:
-                if rank != self._comm.rank:
-                    self._send(what, rank, kind)
+    def _fail(self, error, told) -> None:
+        """This rank makes no check any more: whoever waits for it, in any check, waits in vain.
+
+        ``told`` know it already."""
+        if self.error is None:
+            waiting = {rank for wait in list(self._waits.values()) for rank in wait.ranks}
+            for rank in waiting - told:
+                self._send((error, told | waiting), rank, GIVE_UP)
+            self.error = error
 
     def _send(self, what, rank, kind) -> None:
         self._sends.append(self._comm.isend(what, rank, kind))
@@ -188,15 +192,17 @@ class Attendance:
         with self._taking:
             self._number += 1
             self._answers = {self._comm.rank: (self._own_waits(), self._place())}
-        self._tell(late.ranks, self._number, ASK)
+            for rank in late.ranks:
+                if rank != self._comm.rank:
+                    self._send(self._number, rank, ASK)
         start = monotonic()
         while len(self._answers) < len(late.ranks) and monotonic() - start < GRACE:
             sleep(0.01)
             self._take_messages()
         if self.error is not None or late not in self._waits.values():
             return  # another rank was faster, or the last one has come meanwhile
-        self.error = self._in_words(late)
-        self._tell(late.ranks, self.error, GIVE_UP)
+        with self._taking:
+            self._fail(self._in_words(late), {self._comm.rank})
         if not late.breakable:
             self._end_the_job()
 

@@ -211,7 +211,7 @@ def test_sums_into_a_buffer_at_an_odd_address_are_checked_as_they_arrived(comm, 
         request = getattr(checked, prefix + (call.lower() if prefix else call))(sent, got, *more)
         if prefix:
             request.Wait()
-        assert checked.verdict and checked.verdict.established
+        assert checked.verdict and bool(checked.verdict.established) == (comm.size > 1)
         if comm.rank == root or call != "Reduce":
             assert room[: 8 * len(expected)].tobytes() == expected.tobytes()
 
