@@ -6,7 +6,7 @@ from time import perf_counter
 
 import numpy as np
 
-from spimpi.trace.schema import EVENT, Op, Stage, Status
+from spimpi.trace.schema import EVENT, Op, Stage, Status, joined_events
 
 KEPT_FAILURES = 1000
 FLUSH_SECONDS = 0.25
@@ -118,7 +118,7 @@ class Recorder:
     def all_failures(self) -> np.ndarray:
         """The events of failed checks, the first ``most_kept`` or a few more."""
         self._settle()
-        return np.concatenate(self._failures) if self._failures else np.zeros(0, EVENT)
+        return joined_events(self._failures)
 
     def _settle(self) -> None:
         """Count and journal all events that wait."""
@@ -132,9 +132,7 @@ class Recorder:
         del self._rows[: len(rows)], self._blocks[: len(blocks)]
         if not rows and not blocks:
             return
-        # As bytes: numpy joins events field by field.
-        parts = [np.ascontiguousarray(part) for part in (np.array(rows, EVENT), *blocks)]
-        events = np.concatenate([part.view(np.uint8) for part in parts]).view(EVENT)
+        events = joined_events([np.array(rows, EVENT), *blocks])
         events["t_start"] -= self.origin
         events["t_end"] -= self.origin
         if self.journal is not None:

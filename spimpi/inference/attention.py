@@ -19,10 +19,13 @@ from spimpi.fingerprint.words import linear_weight
 from spimpi.inference.elementary import bits_of, exp, power_of_two, rounded
 from spimpi.inference.exact import bits, row_input, row_product
 from spimpi.inference.kernels import block_words, segment_words
-from spimpi.inference.tensors import ATTN, REST
+from spimpi.inference.tensors import ATTN, PRODUCTS, REST
 from spimpi.jit import inlined, kernel
 
 REST_ATTN = REST.index("attn")
+SCORES = PRODUCTS.index("scores")  # its output, attn, comes next
+assert PRODUCTS[SCORES + 1] == "attn"
+NONFINITE_ATTN = 1  # place among the counts of rows with NaN or Inf (layer_checks.NONFINITE)
 
 NO_FAULT = np.full(3, -1, np.int64)
 INTEGER_MATH = {"reassoc", "contract", "nsz"}
@@ -148,14 +151,14 @@ def _sealed(value_sum, key_exponent, value_exponent):
 @kernel(
     "void(f4[:,::1], i8[::1], i8[::1], f4[:,::1], f4[:,::1], i8[::1], i8[::1],"
     " f4[:,:,:,::1], i4[:,:,::1], i8[:,:,::1], f4[:,:,:,::1], i4[:,:,::1], i8[:,:,::1],"
-    " i8[:,::1], i8[::1], i8[::1], i8[::1], f4[:,::1], u8[::1], u8[:,::1], i8, i8, i8[:,::1], u8[:,::1], u8[:,::1],"
-    " f4[:,::1], i8, i8)"
+    " i8[:,::1], i8[::1], i8[::1], i8[::1], f4[:,::1], u8[:,::1], i8, i8, i8[:,::1], u8[:,::1], u8[:,::1],"
+    " f4[:,::1], i8, i8, u8[:,::1], u8[:,::1], i8[:,::1], i8[:,::1])"
 )
 def attend(
     qkv, sequences, positions, cosines, sines, kv_of_head, settings,
     keys, key_exponents, key_sums, values, value_exponents, value_sums, seals, lengths,
-    r, fault, out, words, step_keys, layer, first_row, segments, segments_found, made,
-    kv_rows, first_own, key_column,
+    r, fault, out, step_keys, layer, first_row, segments, segments_found, made,
+    kv_rows, first_own, key_column, product_found, product_expected, product_bad, nonfinite,
 ):  # fmt: skip
     """Append keys and values to the cache and attend, row after row.
 
@@ -167,9 +170,9 @@ def attend(
     column of attn here, columns of attn, qkv's key (tensors.QKV; QK_NORMED after a QK norm),
     window: how many positions a row sees, its own included). fault = (row, product, index): adds
     one to one integer of a product (0: scores with the first key that the row sees, index = head;
-    1: output, index = head·head_dim + column); row -1 means none. words receives: 0, 1 the two
-    sides of the scores' check; 2, 3 those of the output's and of the seals; 4, 5 the wrong rows of
-    each; 6 rows with NaN or Inf. Seals are looked at once a call for each sequence that attends. A
+    1: output, index = head·head_dim + column); row -1 means none. product_*[layer] get, at the place
+    of the scores, the two sides of their check and its wrong rows, at that of the output those of
+    its check and of the seals; nonfinite[layer] gets the rows with NaN or Inf. Seals are looked at once a call for each sequence that attends. A
     position that does not follow the one before in its sequence makes a row of scores wrong.
 
     This is the last use of the layer's qkv and makes attn: segments_found[layer] gets the words of
@@ -178,8 +181,8 @@ def attend(
     head_dim, n_kv, key_bits, value_bits, checked = settings[:5]
     qkv_key, window = settings[8], settings[9]
     n_heads = kv_of_head.shape[0]
-    for i in range(7):
-        words[i] = np.uint64(0)
+    # the two sides of the scores' check; of the output's; the wrong rows of each; not finite
+    words = np.zeros(7, np.uint64)
     row_buffer = np.empty(head_dim)
     result = np.empty(head_dim)
     probabilities = np.empty(keys.shape[2])
@@ -299,7 +302,12 @@ def attend(
         words[4] += np.uint64(bad_scores)
         words[5] += np.uint64(bad_output)
         words[6] += np.uint64(not finite)
+    nonfinite[layer, NONFINITE_ATTN] += np.int64(words[6])
     if checked:
+        for product in range(2):
+            product_found[layer, SCORES + product] = words[2 * product]
+            product_expected[layer, SCORES + product] = words[2 * product + 1]
+            product_bad[layer, SCORES + product] = np.int64(words[4 + product])
         bits = qkv.view(np.uint32)
         for s in range(segments.shape[0]):
             segments_found[layer, s] = segment_words(

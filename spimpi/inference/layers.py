@@ -241,7 +241,6 @@ class ExactLayers(Layers):
         self.settings = self._settings()
         n_random = max(self.n_positions, config.head_dim)
         self.r = odd_vector(np.uint64(self.ctx.seed), n_random)
-        self.words = np.zeros(7, np.uint64)
         matrices = [m for a in self.part.layers for m in (a.qkv, a.o, a.gate_up, a.down)]
         matrices += [self.part.head] if self.part.head else []
         self.scratch = exact.Scratch.for_matrices([m.values.shape for m in matrices])
@@ -303,7 +302,7 @@ class ExactLayers(Layers):
         )  # fmt: skip
 
     def _attend(self, i, b):
-        cache, results, words = self.caches[i], b.results, self.words
+        cache, results = self.caches[i], b.results
         sliding = self.sliding[i]
         found = results.normed_found if self.qk_norm else results.segments_found
         rows, kv, first_own, key_column = self._keys_and_values(i, b)
@@ -314,17 +313,12 @@ class ExactLayers(Layers):
             b.space.qkv, rows.sequences, rows.positions, *self.rotary[sliding], self.kv_of_head,
             self.settings[sliding], cache.keys, cache.key_exponents, cache.key_sums, cache.values,
             cache.value_exponents, cache.value_sums, cache.seals, cache.lengths, self.r, fault,
-            b.space.attn, words, b.keys, i, b.first_row, self.segments, found,
-            results.rest_expected, kv, first_own, key_column,
+            b.space.attn, b.keys, i, b.first_row, self.segments, found,
+            results.rest_expected, kv, first_own, key_column, results.product_found,
+            results.product_expected, results.product_bad, results.nonfinite,
         )  # fmt: skip
         if self.sequence:
             self.sequence.used(i, kv, self.widths.qkv, b)
-        if self.checked:
-            results.product_found[i, 1:3] = words[0:4:2]
-            results.product_expected[i, 1:3] = words[1:4:2]
-            results.product_bad[i, 1:3] = words[4:6]
-        if words[6]:
-            results.nonfinite[i, 1] += int(words[6])
 
     def _reduce(self, tensor, which, i, x, matrix, b):
         """space.delta = x times a matrix whose inputs this rank holds, summed over the ranks."""

@@ -172,7 +172,10 @@ class Ledger:
         self.records = self.merged = None
         self.once = ()
         if self.facts.ctx.tensor.size > 1:
-            self._own = np.concatenate([self._layer_records().ravel(), self._other_records()])
+            words, pairs = self.columns.words(self.results), self.comparisons()
+            self._own = empty_records(words.size + len(pairs) + 1)
+            self._layer_records(words, self._own[: words.size].reshape(words.shape))
+            self._other_records(pairs, self._own[words.size :])
             self._merged = np.empty_like(self._own)
             records, tensor = self.facts.ctx.records, self.facts.ctx.tensor
             self._request = records.start(tensor, self._own, self._merged)
@@ -209,10 +212,8 @@ class Ledger:
             pairs += [(None, word, None) for word in self.tokens[:n, MADE]]
         return pairs
 
-    def _layer_records(self) -> np.ndarray:
+    def _layer_records(self, words, records) -> None:
         results, held, columns = self.results, self.held, self.columns
-        words = columns.words(results)
-        records = empty_records(*words.shape)
         records["every"], records["none"] = words, ~words
         if not self.exact:
             held = np.zeros_like(held)
@@ -223,14 +224,11 @@ class Ledger:
             n_sums, n_maxima = len(columns.sums), len(columns.maxima)
             records["total"][:, columns.sums] = results.rest_expected[:, SUMS][:, :n_sums]
             records["count"][:, columns.maxima] = results.max_bad[:, :n_maxima]
-        return records
 
-    def _other_records(self) -> np.ndarray:
-        pairs = self.comparisons()
-        records = empty_records(len(pairs) + 1)
-        for record, (share, result, _) in zip(records, pairs):
-            record["xor"] = 0 if share is None else share
-            record["every"], record["none"] = result, ~result
+    def _other_records(self, pairs, records) -> None:
+        shares = [0 if share is None else share for share, _, _ in pairs]
+        records["xor"][:-1] = np.array(shares, np.uint64)
+        results = np.array([result for _, result, _ in pairs], np.uint64)
+        records["every"][:-1], records["none"][:-1] = results, ~results
         # The ranks differ in how long they took: the smallest pace is everybody's.
         records["place"][-1] = self.pace
-        return records

@@ -23,6 +23,7 @@ from spimpi.topology.data import last_rows, rows_of
 from spimpi.topology.pipeline import Schedule
 from spimpi.topology.sequence import split_rows
 from spimpi.trace.schema import Stage as Phase
+from spimpi.trace.schema import joined_events
 from spimpi.watchdog import Unwatched
 
 
@@ -277,7 +278,7 @@ class Stage:
             events.append(self.sequence.events(ledger))
             seconds[Phase.SEQUENCE] = self.sequence.seconds
             self.sequence.seconds = 0.0
-        facts.recorder.add(np.concatenate(events), seconds)
+        facts.recorder.add(joined_events(events), seconds)
         facts.recorder.flush()
         ledger.close()
 

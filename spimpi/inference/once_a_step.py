@@ -10,7 +10,7 @@ import numpy as np
 
 from spimpi.checks.assembled import judge
 from spimpi.inference.ledger import AGAIN, MADE
-from spimpi.trace.schema import EVENT, Established, Op, Stage, Status, blank_events
+from spimpi.trace.schema import Established, Op, Stage, Status, blank_events, joined_events
 
 MOVED, AGREED, COMPUTED = Established.MOVED, Established.AGREED, Established.COMPUTED
 
@@ -42,7 +42,7 @@ class StepEvents:
                 self._local("hidden", Op.AT_REST, MOVED, found, last, layer=layer, **by_slot)
             )
             made += self._sampled(ledger, logits, tokens)
-        events = np.concatenate(made) if made else np.zeros(0, EVENT)
+        events = joined_events(made)
         events["repeat"], events["t_end"] = self.facts.repeat, ledger.closed
         return events
 

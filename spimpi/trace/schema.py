@@ -178,6 +178,12 @@ def blank_events(n: int) -> np.ndarray:
     return events
 
 
+def joined_events(parts) -> np.ndarray:
+    """Arrays of events, one after the other. As bytes: numpy would join them field by field."""
+    parts = [np.ascontiguousarray(part, EVENT).view(np.uint8) for part in parts]
+    return np.concatenate(parts).view(EVENT) if parts else np.zeros(0, EVENT)
+
+
 @dataclass(frozen=True)
 class TensorInfo:
     """A row of /tensors: name, global shape (-1: differs from step to step), dtype's name.

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from spimpi.inference.attention import NO_FAULT, Cache, attend, attention_bits
+from spimpi.inference.attention import NO_FAULT, SCORES, Cache, attend, attention_bits
 from spimpi.inference.exact import odd_vector
 from spimpi.inference.kernels import rope_table
-from spimpi.inference.tensors import LAYER_TENSORS, QKV, REST
+from spimpi.inference.tensors import LAYER_TENSORS, PRODUCTS, QKV, REST
 
 RNG = np.random.default_rng(1069)
 HEADS, KV, D, POSITIONS = 4, 2, 16, 24
@@ -18,7 +18,8 @@ def run(qkv, sequences, positions, cache, fault=NO_FAULT, window=POSITIONS):
     frequencies = (10000.0 ** (-np.arange(D // 2) / (D // 2))).astype(np.float32)
     rope_table(frequencies, cosines, sines)
     out = np.empty((len(qkv), HEADS * D), np.float32)
-    words = np.zeros(7, np.uint64)
+    product_found, product_expected = np.zeros((2, 1, len(PRODUCTS)), np.uint64)
+    product_bad, nonfinite = np.zeros((1, len(PRODUCTS)), np.int64), np.zeros((1, 5), np.int64)
     kv_of_head = np.arange(HEADS) // (HEADS // KV)
     width = (HEADS + 2 * KV) * D
     settings = np.array([D, KV, *BITS, True, width, 0, HEADS * D, QKV, window], np.int64)
@@ -28,10 +29,12 @@ def run(qkv, sequences, positions, cache, fault=NO_FAULT, window=POSITIONS):
         qkv, np.asarray(sequences), np.asarray(positions), cosines, sines, kv_of_head, settings,
         cache.keys, cache.key_exponents, cache.key_sums, cache.values, cache.value_exponents,
         cache.value_sums, cache.seals, cache.lengths, odd_vector(np.uint64(3), POSITIONS),
-        np.asarray(fault), out, words, keys, 0, 0, segments, found, np.zeros((1, len(REST)), np.uint64), qkv, 0,
-        HEADS * D,
+        np.asarray(fault), out, keys, 0, 0, segments, found, np.zeros((1, len(REST)), np.uint64), qkv, 0,
+        HEADS * D, product_found, product_expected, product_bad, nonfinite,
     )  # fmt: skip
-    return out, words
+    at = slice(SCORES, SCORES + 2)
+    sides = np.stack([product_found[0, at], product_expected[0, at]], axis=1).ravel()
+    return out, np.array([*sides, *product_bad[0, at], nonfinite[0, 1]], np.uint64)
 
 
 def random_rows(n):

@@ -9,7 +9,7 @@ import numpy as np
 from spimpi.errors import IncompleteError, UsageError
 from spimpi.printable import one_line
 from spimpi.trace.reading.sketches import combined
-from spimpi.trace.schema import EVENT, RankInfo, TensorInfo
+from spimpi.trace.schema import EVENT, RankInfo, TensorInfo, joined_events
 
 
 class DamageError(IncompleteError):
@@ -114,8 +114,7 @@ class Trace:
         """
         if rank is not None:
             return self._rows(self._rank(rank))
-        rows = [self._rows(info) for info in self.ranks]
-        return np.concatenate(rows) if rows else np.zeros(0, EVENT)
+        return joined_events([self._rows(info) for info in self.ranks])
 
     def intact_events(self, ranks: Sequence[RankInfo] | None = None):
         """Yield (RankInfo, its rows) for each rank whose rows are intact, one rank at a time.
