@@ -11,6 +11,7 @@ not in KNOWN (docs/checks.md has the same list).
 
 import faulthandler
 import fnmatch
+import gc
 import sys
 import time
 import unittest
@@ -34,11 +35,13 @@ NO_COMM = "takes an MPI.Comm as an argument: give it checked.comm"
 NO_DEVICE = "offers __cuda_array_interface__ alone, which is no host memory"
 KNOWN: dict[str, str] = {
     "test_msgspec.TestMessageRMA.*": NO_COMM,
-    "test_p2p_*_matched.*.testProbeRecv": NO_COMM,
     "test_cco*_buf.*.testBcastTypeIndexed": "collectives of derived datatypes are refused, by name",
     "test_msgspec.TestMessageVectorCAIBuf.*": NO_DEVICE,
     "test_msgzero.*.testPointToPoint": "a checked Irecv needs a source and a tag",
 }
+# The same of tests that would leave messages behind when they fail, which Open MPI 4.1 then takes for
+# the next communicator's: these are not run on checked ones.
+NOT_RUN = {"test_p2p_*_matched.*.testProbeRecv": NO_COMM}
 
 _checked: dict[str, CheckedComm] = {}  # of the test that runs
 
@@ -149,9 +152,15 @@ def everywhere(world, said) -> list[str]:
     return world.allgather(said)
 
 
+def reason_of(identity, known) -> str | None:
+    """Why a test ends otherwise, or is not run."""
+    return next((why for pattern, why in known.items() if fnmatch.fnmatch(identity, pattern)), None)
+
+
 def main(folder, patterns) -> int:
     sys.path.insert(0, folder)
     leave_out_what_is_refused()
+    gc.disable()
     world, n, differ, unknown = MPI.COMM_WORLD.Dup(), 0, [], 0
     is_first = world.rank == 0
     for name in MODULES:
@@ -167,14 +176,17 @@ def main(folder, patterns) -> int:
             if patterns and not any(fnmatch.fnmatch(identity, f"*{p}*") for p in patterns):
                 continue
             faulthandler.dump_traceback_later(PATIENCE, exit=True)
+            gc.collect()  # else in a test, which may count references
             plain = everywhere(world, run(test, False))
-            found = everywhere(world, run(test, True))
+            not_run = reason_of(identity, NOT_RUN)
+            gc.collect()
+            found = [f"not run: {not_run}"] if not_run else everywhere(world, run(test, True))
             while _checked:
                 _checked.popitem()[1].comm.Free()
             faulthandler.cancel_dump_traceback_later()
             ran += 1
             if set(plain) <= {"passed"} and set(found) != {"passed"}:
-                reason = next((why for p, why in KNOWN.items() if fnmatch.fnmatch(identity, p)), None)
+                reason = not_run or reason_of(identity, KNOWN)
                 unknown += reason is None
                 differ.append(identity)
                 if is_first:
