@@ -132,7 +132,11 @@ def _unseen(lines) -> str:
         of = sum(line.struck for line in several)
         body.append([
             fault.kind, name, kind, f"{text + logits} of {of}, {text} with other text",
-            ", ".join(line.mode for line in several), fault.why or "**not expected**",
+            _in_words([line.mode for line in several]), fault.why or "**not expected**",
         ])  # fmt: skip
     head = ["kind", "fault", "run", "unseen", "in", "why"]
     return markdown(head, body)
+
+
+def _in_words(modes) -> str:
+    return ", ".join(modes) if len(modes) <= 3 else f"{len(modes)} modes"
