@@ -17,7 +17,7 @@ from spimpi.checks.session import Session
 from spimpi.errors import IncompleteError, SpimpiError, UsageError
 from spimpi.fingerprint.tag import DEFAULT_SEED
 from spimpi.launch import require_world
-from spimpi.reduction import RecordReduction, agree
+from spimpi.reduction import RecordReduction, agree, together
 from spimpi.topology.grid import Grid
 
 COMMUNICATORS = ("node", "replica", "data", "pipeline", "sequence", "tensor", "world")
@@ -36,7 +36,7 @@ class DistributedContext:
     Every check that is given this context leaves an event in it. Journals are kept while the
     program runs, and sealed when ``with`` is left normally (or by ``free``); an exception leaves
     them as they are, and ``spimpi trace show`` reads them. UsageError on every rank where the
-    trace is there already, or can't be written. ``journal``: a folder for the journals, on each
+    trace is there already, or can't be written, and for the following without one. ``journal``: a folder for the journals, on each
     node's own disk; ``sync``: every flush waits until the disk has it, against a loss of power;
     ``overwrite``: a trace that is there is replaced when this one is sealed.
 
@@ -58,8 +58,7 @@ class DistributedContext:
         self._require_same(seed, trace, timeout)
         if timeout is not None:
             self._require_threads(timeout)
-        if trace is not None:
-            self.tracer = self._opened(trace, journal, sync, overwrite)
+        self.tracer = self._opened(trace, journal, sync, overwrite)
         self.place = grid.coordinates(self.world.rank)
         d, p, s, t = self.place
         self.tensor = self.world.Split((d * grid.pp + p) * grid.sp + s, t)
@@ -112,9 +111,16 @@ class DistributedContext:
             raise UsageError(msg)
 
     def _opened(self, trace, journal, sync, overwrite):
-        from spimpi.checks.program_trace import ProgramTracer
-
+        """The tracer, or None where no trace is wanted."""
         try:
+            with together(self.world):
+                if trace is None and (journal is not None or sync or overwrite):
+                    msg = "journal=, sync= and overwrite= say how a trace is kept: give trace= too"
+                    raise UsageError(msg)
+            if trace is None:
+                return None
+            from spimpi.checks.program_trace import ProgramTracer
+
             return ProgramTracer(
                 self.world, trace, self.grid.text(), self.seed, journal, sync, overwrite
             )

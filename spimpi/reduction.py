@@ -225,7 +225,7 @@ def together(comm, patience: float | None = None):
         raise mark(kind(verdict), comm.rank)
     if first[0] != 0 and comm.size > 1:
         text += f" (found by rank {first[0]})"
-    raise mark(_same_kind(kind, text), comm.rank)
+    raise mark(same_kind(kind, text), comm.rank)
 
 
 def within(request, seconds) -> bool:
@@ -238,7 +238,8 @@ def within(request, seconds) -> bool:
     return True
 
 
-def _same_kind(kind, text):
+def same_kind(kind, text):
+    """An error of one rank's kind, with other words; SpimpiError where that kind takes no text."""
     try:
         return kind(text)
     except TypeError:

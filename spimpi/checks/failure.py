@@ -21,7 +21,7 @@ from spimpi.checks.verdict import Verdict, Where
 from spimpi.errors import SpimpiError, UsageError
 from spimpi.fingerprint.tag import MASK
 from spimpi.partition import Slab
-from spimpi.reduction import minority
+from spimpi.reduction import minority, same_kind
 from spimpi.trace.schema import Established
 from spimpi.units import ranks_text
 
@@ -132,7 +132,7 @@ def _refuse(c: Check, reports) -> None:
     if failed:
         kind = reports[failed[0]].error[0]
         told = _grouped([r.error and r.error[1] for r in reports], str, ": ")
-        raise _same_kind(kind, f"{_title(reports[0])}: {told}") from c.error
+        raise same_kind(kind, f"{_title(reports[0])}: {told}") from c.error
     for field, words in (
         ("check", "called {}"), ("tag", "gave {}"), ("dtype", "gave dtype {}"),
         ("settings", "gave {}"), ("shape", "gave blocks of global shape {}"),
@@ -156,13 +156,6 @@ def _grouped(values, words, between=" ") -> str:
         if value is not None:
             groups.setdefault(repr(value), ([], value))[0].append(rank)
     return "; ".join(f"{ranks_text(r)}{between}{words(v)}" for r, v in groups.values())
-
-
-def _same_kind(kind, text):
-    try:
-        return kind(text)
-    except TypeError:
-        return UsageError(text)
 
 
 def _failed(session, c: Check, words, locate: bool) -> Verdict:

@@ -222,6 +222,14 @@ def test_a_second_run_replaces_its_trace_where_it_may(comm, shared_folder):
         comm.Barrier()
 
 
+@pytest.mark.parametrize("options", [{"journal": "."}, {"sync": True}, {"overwrite": True}])
+@pytest.mark.parametrize("of_all", [True, False])
+def test_how_a_trace_is_kept_is_refused_without_one(comm, options, of_all):
+    given = options if of_all or comm.rank == comm.size - 1 else {}
+    with refused(comm, "give trace= too"):
+        spimpi.DistributedContext(comm, **given)
+
+
 def test_the_checked_communicator_traces_too(comm, shared_folder):
     path = _path(shared_folder, comm, "checked")
     with spimpi.DistributedContext(comm, trace=path) as ctx:
