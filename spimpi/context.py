@@ -36,9 +36,10 @@ class DistributedContext:
     Every check that is given this context leaves an event in it. Journals are kept while the
     program runs, and sealed when ``with`` is left normally (or by ``free``); an exception leaves
     them as they are, and ``spimpi trace show`` reads them. UsageError on every rank where the
-    trace is there already, or can't be written, and for the following without one. ``journal``: a folder for the journals, on each
+    trace is there already, or can't be written. ``journal``: a folder for the journals, on each
     node's own disk; ``sync``: every flush waits until the disk has it, against a loss of power;
-    ``overwrite``: a trace that is there is replaced when this one is sealed.
+    ``overwrite``: a trace that is there is replaced when this one is sealed. These three are
+    refused without ``trace``.
 
     ``timeout``: seconds after which a check that not all ranks have come to is given up: the ranks
     in it raise IncompleteError, which names those that are not, and where they are. The context

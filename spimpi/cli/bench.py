@@ -5,17 +5,27 @@ import json
 from spimpi.cli.registry import subcommand
 from spimpi.errors import UsageError
 
-NAMES = ("fingerprint", "inference", "checks", "trace", "reading", "confusion", "runtime-faults", "startup")
-ALONE = ("reading", "confusion", "runtime-faults", "startup")  # of one process, that starts others itself where it needs them
+NAMES = (
+    "fingerprint", "inference", "checks", "trace", "reading", "confusion", "runtime-faults", "startup",
+)  # fmt: skip
+# Of one process, which starts others itself where it needs them:
+ALONE = ("reading", "confusion", "runtime-faults", "startup")
+HELP = (
+    "measure: fingerprint, inference and checks (mpirun -n 2), trace (-n 4), reading, confusion, "
+    "runtime-faults, startup"
+)
 
 
 def add_arguments(parser) -> None:
     parser.add_argument("benchmark", choices=NAMES, help="what to measure")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-    parser.add_argument("--output", metavar="FILE", help="confusion, runtime-faults: write all that was found there (CSV)")
+    parser.add_argument(
+        "--output", metavar="FILE",
+        help="confusion, runtime-faults: write all that was found there (CSV)",
+    )  # fmt: skip
 
 
-@subcommand("bench", "measure: fingerprint, inference and checks (mpirun -n 2), trace (-n 4), reading, confusion, runtime-faults, startup", add_arguments)
+@subcommand("bench", HELP, add_arguments)
 def bench(args) -> int:
     from importlib import import_module
 

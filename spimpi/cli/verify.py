@@ -43,22 +43,27 @@ def add_arguments(parser) -> None:
     add = parser.add_argument_group("over which ranks").add_argument
     add("--topology", metavar="SPEC", help="tp=2,sp=2,pp=2,dp=2 (sp: sequence) or exo (default: chosen)")
     add("--memory", metavar="GB,GB,…", help="with --topology exo: memory of each rank")
-    add("--exo-rule", metavar="RULE", choices=("exo", "exo-1.0", "exo-0", "gay"), help="with --topology exo: exo (default), exo-1.0, exo-0, gay")
+    add("--exo-rule", metavar="RULE", choices=("exo", "exo-1.0", "exo-0", "gay"),
+        help="with --topology exo: exo (default), exo-1.0, exo-0, gay")  # fmt: skip
     add("--expect-ranks", type=int, metavar="N", help="refuse to run on another world size")
-    add("--timeout", type=float, default=120, metavar="S", help="end the job after S s without progress; 0: never (120)")
+    add("--timeout", type=float, default=120, metavar="S",
+        help="end the job after S s without progress; 0: never (120)")  # fmt: skip
     add = parser.add_argument_group("what to compare with").add_argument
-    add("--arith", default="exact", metavar="KIND", choices=("exact", "blas"), help="exact (default) or blas: plain float32")
+    add("--arith", default="exact", metavar="KIND", choices=("exact", "blas"),
+        help="exact (default) or blas: plain float32")  # fmt: skip
     add("--golden", metavar="FILE", help="what tensors must reproduce (spimpi golden)")
     add("--manifest", metavar="FILE", help="what weights must equal (spimpi manifest make)")
     add("--repeat", type=int, default=1, metavar="N", help="run the inference N times in this job")
-    add("--inject", action="append", default=[], metavar="FAULT", help="KIND:key=value,…; repeatable; see --help-faults")
+    add("--inject", action="append", default=[], metavar="FAULT",
+        help="KIND:key=value,…; repeatable; see --help-faults")  # fmt: skip
     add("--help-faults", action=_HelpFaults, nargs=0, help="list the faults of --inject and exit")
     group = parser.add_argument_group("what to write")
     add, trace = group.add_argument, group.add_mutually_exclusive_group()
     trace.add_argument("--trace", metavar="FILE", help="HDF5 trace (default: a name of its own, here)")
     trace.add_argument("--no-trace", action="store_true", help="write no trace")
     add("--overwrite", action="store_true", help="replace an existing trace")
-    add("--trace-driver", metavar="KIND", choices=("auto", "mpio", "parts", "gather"), help="auto (default), mpio, parts or gather")
+    add("--trace-driver", metavar="KIND", choices=("auto", "mpio", "parts", "gather"),
+        help="auto (default), mpio, parts or gather")  # fmt: skip
     add("--journal", metavar="DIR", help="each node's own folder for journals meanwhile")
     add("--sync", action="store_true", help="wait for the disk, against a loss of power")
     add("--sketch", action="store_true", help="sketches too, to tell rounding from corruption")

@@ -172,8 +172,9 @@ def attend(
     one to one integer of a product (0: scores with the first key that the row sees, index = head;
     1: output, index = head·head_dim + column); row -1 means none. product_*[layer] get, at the place
     of the scores, the two sides of their check and its wrong rows, at that of the output those of
-    its check and of the seals; nonfinite[layer] gets the rows with NaN or Inf. Seals are looked at once a call for each sequence that attends. A
-    position that does not follow the one before in its sequence makes a row of scores wrong.
+    its check and of the seals; nonfinite[layer] gets the rows with NaN or Inf. Seals are looked at
+    once a call for each sequence that attends. A position that does not follow the one before in
+    its sequence makes a row of scores wrong.
 
     This is the last use of the layer's qkv and makes attn: segments_found[layer] gets the words of
     qkv's column segments, made[layer] that of attn (step_keys: Keys.of_step).

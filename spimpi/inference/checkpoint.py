@@ -96,8 +96,8 @@ class FileCheckpoint:
 
     config: the model's, tied to its embedding only where the files have no head of their own;
     tensors: the model's tensors in program order; ignored: what else the files hold; not_read: what
-    of the folder is not read, in lines for people; total_bytes: of the model's tensors; bytes_read and bytes_reread: what ``read`` and ``pieces``
-    have fetched so far.
+    of the folder is not read, in lines for people; total_bytes: of the model's tensors; bytes_read
+    and bytes_reread: what ``read`` and ``pieces`` have fetched so far.
     """
 
     def __init__(self, config, tensors, places, ignored, not_read):

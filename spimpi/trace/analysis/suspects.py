@@ -14,8 +14,11 @@ LOOKED_UP = 1000  # pairs of replicas for which the golden run is asked
 
 @dataclass(frozen=True)
 class Place:
-    """A rank ("rank 3"), or all of a host's ("all of"), in numbers: ``roots`` that it is at fault for or suspected of, ``named``
-    failed checks that name it as the one at fault, ``recorded`` failed checks that it recorded."""
+    """A rank ("rank 3"), or all of a host's ("all of"), in numbers.
+
+    ``roots`` that it is at fault for or suspected of, ``named`` failed checks that name it as the
+    one at fault, ``recorded`` failed checks that it recorded.
+    """
 
     name: str
     host: str
