@@ -7,6 +7,7 @@ called, because the other ranks may not come. The caller's handle is kept to rec
 
 from functools import cached_property
 from hashlib import blake2b
+from numbers import Real
 
 import numpy as np
 from mpi4py import MPI
@@ -15,7 +16,7 @@ from spimpi.checks.attendance import Attendance
 from spimpi.checks.pending import require_comm
 from spimpi.checks.session import Session
 from spimpi.errors import IncompleteError, SpimpiError, UsageError
-from spimpi.fingerprint.tag import DEFAULT_SEED
+from spimpi.fingerprint.tag import DEFAULT_SEED, Tag
 from spimpi.launch import require_world
 from spimpi.reduction import RecordReduction, agree, together
 from spimpi.topology.grid import Grid
@@ -53,13 +54,15 @@ class DistributedContext:
         require_world()
         require_comm(comm, "a context")
         self.grid = grid = grid or Grid(comm.size, 1, 1, (1,))
-        self.seed, self.tracer, self.attendance = seed, None, None
+        self.tracer, self.attendance = None, None
         self._given = comm
         self.world = comm.Dup()
-        self._require_same(seed, trace, timeout)
+        self.seed = self._require_sound(seed, trace, journal, sync, overwrite)
+        self._require_same(self.seed, trace, timeout)
         if timeout is not None:
             self._require_threads(timeout)
-        self.tracer = self._opened(trace, journal, sync, overwrite)
+        if trace is not None:
+            self.tracer = self._opened(trace, journal, sync, overwrite)
         self.place = grid.coordinates(self.world.rank)
         d, p, s, t = self.place
         self.tensor = self.world.Split((d * grid.pp + p) * grid.sp + s, t)
@@ -74,13 +77,26 @@ class DistributedContext:
         if timeout is not None:
             self.attendance = self.session.attendance = Attendance(self.world, timeout)
 
+    def _require_sound(self, seed, trace, journal, sync, overwrite) -> int:
+        """The seed as a number; UsageError on every rank for what is wrong on any."""
+        try:
+            with together(self.world):
+                number = Tag(seed).seed
+                if trace is None and (journal is not None or sync or overwrite):
+                    msg = "journal=, sync= and overwrite= say how a trace is kept: give trace= too"
+                    raise UsageError(msg)
+        except SpimpiError:
+            self.world.Free()
+            raise
+        return number
+
     def _require_same(self, seed, trace, timeout) -> None:
         """Raise UsageError on every rank where they give other seeds, traces or timeouts."""
         given = {
             "the same trace=, a path that they share, or all none":
                 "none" if trace is None else f"trace {trace}",
             "the same seed=": f"seed {seed}",
-            "the same timeout=": f"timeout {timeout}",
+            "the same timeout=": f"timeout {_in_words(timeout)}",
         }  # fmt: skip
         digests = [
             blake2b(text.encode(errors="surrogateescape"), digest_size=8).digest()
@@ -100,7 +116,7 @@ class DistributedContext:
     def _require_threads(self, timeout) -> None:
         """Raise UsageError on every rank where this timeout, or MPI on some rank, is not fit."""
         msg = ""
-        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not timeout > 0:
+        if isinstance(timeout, bool) or not isinstance(timeout, Real) or not timeout > 0:
             msg = f"timeout= is a number of seconds above 0, or None, found {timeout!r}"
         elif self.world.allreduce(MPI.Query_thread(), op=MPI.MIN) < MPI.THREAD_MULTIPLE:
             msg = (
@@ -112,16 +128,9 @@ class DistributedContext:
             raise UsageError(msg)
 
     def _opened(self, trace, journal, sync, overwrite):
-        """The tracer, or None where no trace is wanted."""
-        try:
-            with together(self.world):
-                if trace is None and (journal is not None or sync or overwrite):
-                    msg = "journal=, sync= and overwrite= say how a trace is kept: give trace= too"
-                    raise UsageError(msg)
-            if trace is None:
-                return None
-            from spimpi.checks.program_trace import ProgramTracer
+        from spimpi.checks.program_trace import ProgramTracer
 
+        try:
             return ProgramTracer(
                 self.world, trace, self.grid.text(), self.seed, journal, sync, overwrite
             )
@@ -202,16 +211,18 @@ class DistributedContext:
     def free(self):
         """Seal the trace, give back the communicators and the reduction. Collective.
 
-        After it every use of the context that needs one of these raises UsageError.
+        Requests of ``spimpi.checked(comm, ctx)`` under way are judged first: wait for them before or
+        after. After it every use of the context that needs one of these raises UsageError.
         """
         unsealed = None
-        if self.attendance is not None:
-            try:
+        try:
+            self.session.judge_requests()
+            if self.attendance is not None:
                 self.attendance.close()
-            except IncompleteError as error:  # as if the error had ended the block
-                if self.tracer is not None:
-                    self.tracer.give_up(error)
-                raise
+        except IncompleteError as error:  # as if the error had ended the block
+            if self.tracer is not None:
+                self.tracer.give_up(error)
+            raise
         if self.tracer is not None:
             try:
                 self.tracer.seal()
@@ -225,3 +236,8 @@ class DistributedContext:
             delattr(self, name)
         if unsealed is not None:
             raise unsealed
+
+
+def _in_words(number) -> str:
+    """5, 5.0 and numpy's are one number."""
+    return f"{float(number):.17g}" if isinstance(number, Real) else repr(number)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from operator import index
 
 from spimpi.errors import UsageError
 
@@ -11,6 +12,14 @@ def balanced_sizes(global_size: int, n_shards: int) -> tuple[int, ...]:
     """Sizes of balanced blocks: the first ``global_size % n_shards`` are one longer."""
     quotient, remainder = divmod(global_size, n_shards)
     return tuple(quotient + (i < remainder) for i in range(n_shards))
+
+
+def _whole(name, value) -> int:
+    try:
+        return index(value)
+    except TypeError:
+        msg = f"{name} of a partition must be a whole number, found {value!r}"
+        raise UsageError(msg) from None
 
 
 @dataclass(frozen=True)
@@ -67,6 +76,8 @@ class TensorPartition:
     sizes: tuple[int, ...] | None = None
 
     def __post_init__(self):
+        for name in ("dim", "n_shards", "shard_id", "global_size"):
+            object.__setattr__(self, name, _whole(name, getattr(self, name)))
         if self.n_shards < 1 or not 0 <= self.shard_id < self.n_shards:
             msg = f"shard_id must lie in 0..{self.n_shards - 1}, found {self.shard_id}"
             raise UsageError(msg)
@@ -75,7 +86,7 @@ class TensorPartition:
             raise UsageError(msg)
         if self.sizes is None:
             return
-        sizes = tuple(int(n) for n in self.sizes)
+        sizes = tuple(_whole("sizes", n) for n in self.sizes)
         object.__setattr__(self, "sizes", sizes)
         if len(sizes) != self.n_shards or min(sizes) < 0 or sum(sizes) != self.global_size:
             msg = (

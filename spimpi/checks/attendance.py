@@ -157,14 +157,14 @@ class Attendance:
         elif kind == ANSWER and said[0] == self._number:
             self._answers[source] = said[1:]
         elif kind == GIVE_UP:
-            self._fail(*said)
+            self._fail(*said, ())
 
-    def _fail(self, error, told) -> None:
-        """This rank makes no check any more: whoever waits for it, in any check, waits in vain.
-
-        ``told`` know it already."""
+    def _fail(self, error, told, ranks) -> None:
+        """This rank makes no check any more: ``ranks``, and whoever waits for it in any check, wait
+        in vain. ``told`` know it already."""
         if self.error is None:
             waiting = {rank for wait in list(self._waits.values()) for rank in wait.ranks}
+            waiting |= set(ranks)
             for rank in waiting - told:
                 self._send((error, told | waiting), rank, GIVE_UP)
             self.error = error
@@ -202,7 +202,7 @@ class Attendance:
         if self.error is not None or late not in self._waits.values():
             return  # another rank was faster, or the last one has come meanwhile
         with self._taking:
-            self._fail(self._in_words(late), {self._comm.rank})
+            self._fail(self._in_words(late), {self._comm.rank}, late.ranks)
         if not late.breakable:
             self._end_the_job()
 

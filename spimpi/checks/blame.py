@@ -40,7 +40,8 @@ def coverage_problem(reports, n_loose: int, cut_twice: bool, shape) -> str:
 
 def _not_covered(blocks, shape, word) -> str:
     blocks = [b for b in blocks if prod(b[1])]
-    starts = np.array([slab.offset for _, _, slab in blocks], np.int64).reshape(-1, len(shape))
+    starts = np.array([slab.offset for _, _, slab in blocks], np.int64)
+    starts = starts.reshape(len(blocks), len(shape))
     stops = starts + np.array([size for _, size, _ in blocks], np.int64).reshape(starts.shape)
     for i in range(len(blocks)):
         low, high = np.maximum(starts[i], starts[:i]), np.minimum(stops[i], stops[:i])

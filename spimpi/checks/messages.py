@@ -14,7 +14,7 @@ from spimpi.checks.buffers import elements_of
 from spimpi.checks.check import Check, Rule
 from spimpi.checks.pending import enforce
 from spimpi.checks.requests import CheckedRequest, lock, look, under_way, wait
-from spimpi.checks.verdict import Verdict, Where
+from spimpi.checks.verdict import NO_ELEMENTS, Verdict, Where
 from spimpi.errors import UsageError
 from spimpi.fingerprint import fingerprint
 from spimpi.fingerprint.arrays import dtype_of
@@ -22,7 +22,9 @@ from spimpi.fingerprint.tag import DEFAULT_SEED, Tag
 from spimpi.trace.schema import Established
 
 MESSAGE = np.dtype([("sequence", "<i8"), ("n", "<i8"), ("dtype", "S24"), ("word", "<u8")])
+MOVED = Established.MOVED
 PACKED = b"packed"  # in the place of a dtype
+NOBODY = "from MPI.PROC_NULL nothing arrives: nothing was compared"
 BYTES = b"uint8"  # received as, or sent as, what they are bytes of
 
 
@@ -169,6 +171,8 @@ class CheckedMessages:
 
     def _check_received(self, buf, status) -> None:
         if status.Get_source() == MPI.PROC_NULL:
+            nothing = Verdict(True, Established(0), check="Send", missing=(NOBODY,))
+            self.completed(self.next_call(), nothing)
             return
         record, sequence = self._take_record(status)
         self.completed(self.next_call(), self._judge(buf, record, status, sequence))
@@ -186,7 +190,7 @@ class CheckedMessages:
         """Whether a message is what its record says. UsageError, on this rank, where it is of
         another dtype than what the sender sent."""
         source, tag = status.Get_source(), status.Get_tag()
-        c = Check("Send", self._message_tag(sequence), Rule.LOCAL, Established.MOVED)
+        c = Check("Send", self._message_tag(sequence), Rule.LOCAL, MOVED)
         data, packed = elements_of(buf)
         sent, n_sent = record["dtype"], int(record["n"])
         untyped = _name(data) == BYTES or sent in (PACKED, BYTES)
@@ -214,7 +218,8 @@ class CheckedMessages:
                 f"send had ended, or what rank {self.comm.rank} received"
             )
         words = {"check": "Send", "expected": int(record["word"]), "actual": word}
-        verdict = Verdict(True, Established.MOVED, **words)
+        established, missing = (MOVED, ()) if n else (Established(0), (NO_ELEMENTS,))
+        verdict = Verdict(True, established, missing=missing, **words)
         if problem:
             verdict = self._changed(problem, receiver, words, source, tag, sequence)
         if self.ctx is not None and self.ctx.tracer is not None:

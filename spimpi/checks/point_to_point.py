@@ -9,6 +9,7 @@ that was taken before the send: ``before_send``.
 """
 
 import hashlib
+import operator
 from dataclasses import replace
 
 import numpy as np
@@ -55,11 +56,12 @@ def verify_pipeline_handoff(
     name = (tag.seed, tag.name) if isinstance(tag, Tag) else None
     link = pair.links.setdefault((from_rank, name), Link())
     c = _check(activations, tag, where, ends, comm.rank, threads, before_send)
-    if sequence is not None:
-        link.sequence = int(sequence)
+    counted = link.sequence
+    link.sequence = _number(c, "a sequence", sequence, counted)
     exchange = _Exchange(
         pair, link, c, ends, comm.rank, _words(HANDED_ON, link, c, microbatch, layers, before_send)
     )
+    exchange.before = counted
     link.sequence += 1
     return _settled(exchange, check, ctx)
 
@@ -96,12 +98,9 @@ class HandoffChain:
 
         The ``verify`` of this very array (its memory), step, layer and ``where`` takes it, the first
         of several alike, and sees a buffer that was overwritten before its send had ended. Not every
-        hand-off needs one.
+        hand-off needs one. On the receiver the next ``verify`` or ``close`` refuses it, at both ends.
         """
         self._require_open()
-        if self._comm.rank != self._ends[0]:
-            msg = f"before_send is for the sender, rank {self._ends[0]}"
-            raise UsageError(msg)
         tag = Tag(self.seed, self.name, layer, step)
         self._watched.append(at_rest(activations, tag, where, self.threads))
 
@@ -237,10 +236,10 @@ def _words(kind, link, c: Check, microbatch, layers, before=None) -> dict:
     words = {"kind": kind, "sequence": link.sequence, "running": link.running}
     blocks = c.contributed or c.held
     try:
+        words["microbatch"] = _number(c, "a microbatch", microbatch)
         first, last = layers if layers is not None else (None, None)
-        for name, value in (("microbatch", microbatch), ("first_layer", first),
-                            ("last_layer", last)):  # fmt: skip
-            words[name] = NOT_GIVEN if value is None else int(value)
+        words["first_layer"] = _number(c, "a layer", first)
+        words["last_layer"] = _number(c, "a layer", last)
         if blocks:
             array, slab = blocks[0]
             words["dims"], words["n_dims"] = dims_of(array.shape), array.ndim
@@ -249,11 +248,7 @@ def _words(kind, link, c: Check, microbatch, layers, before=None) -> dict:
     except UsageError as error:
         c.error = c.error or error
     except (TypeError, ValueError):
-        msg = (
-            f"layers are (first, last) and a microbatch is a number, found {layers!r} and "
-            f"{microbatch!r}"
-        )
-        c.error = c.error or UsageError(msg)
+        c.error = c.error or UsageError(f"layers are (first, last), found {layers!r}")
     if isinstance(c.tag, Tag):
         words |= {"step": c.tag.step, "layer": c.tag.layer, "seed": c.tag.seed}
         words["name"] = _digest(c.tag.name)
@@ -262,6 +257,22 @@ def _words(kind, link, c: Check, microbatch, layers, before=None) -> dict:
     if before is not None and c.error is None:
         words["watched"], words["fingerprint"] = 1, before.fingerprint
     return words
+
+
+def _number(c: Check, what, value, otherwise=NOT_GIVEN) -> int:
+    """A number that the ends tell each other; for None, and for what is none, ``otherwise``.
+
+    The error is kept in the check: the other end is told, and does not wait."""
+    if value is None:
+        return otherwise
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or not -(2**63) < number < 2**63:
+        c.error = c.error or UsageError(f"{what} is an integer of 64 bits, found {value!r}")
+        return otherwise
+    return number
 
 
 def _digest(text: str) -> int:
@@ -286,6 +297,7 @@ class _Exchange:
             self.own[name] = value
         self.own["from_rank"] = ends[0]
         self.peer, self.rank, self.attendance = pair.peer, rank, None
+        self.before = link.sequence  # the link's number where this hand-off does not count
         # The two directions between two ranks do not wait for each other, and what was under way in
         # a batch that a rank has left meets nothing. (MPI has tags up to 32767 at least.)
         tag = 2 * (pair.n_left % (1 << 14)) + int(ends[0] > ends[1])
@@ -301,7 +313,7 @@ class _Exchange:
 
     def take_back(self) -> None:
         """It does not count, though it stays under way, and with it its buffers. Local."""
-        self.link.sequence = int(self.own["sequence"][0])
+        self.link.sequence = self.before
         self.pair.abandoned.append(self)
 
     def finish(self) -> Verdict:
@@ -373,7 +385,7 @@ class _Exchange:
 
     def _refuse(self, problem: str) -> None:
         if problem:
-            self.link.sequence = int(self.own["sequence"][0])  # it does not count, at both ends
+            self.link.sequence = self.before  # at both ends
             msg = f"hand-off from rank {self.ends[0]} to rank {self.ends[1]}: {problem}"
             raise UsageError(msg) from self.check.error
 

@@ -181,6 +181,21 @@ def test_of_a_list_all_complete_and_the_first_failure_is_raised(comm):
     assert second.verdict and not first and not second
 
 
+@pytest.mark.parametrize("timeout", [None, 60])
+def test_requests_may_be_waited_for_after_their_context(comm, timeout):
+    for faulty in (False, comm.size > 1):
+        with spimpi.DistributedContext(comm, timeout=timeout) as ctx:
+            checked = spimpi.checked(comm, ctx)
+            if faulty:
+                checked.comm = Faulty(checked.comm, 1)
+            request = checked.Iallgather(np.ones(2), np.zeros(2 * comm.size))
+        if faulty:
+            with corruption(comm, 1, "Iallgather"):
+                request.Wait()
+        else:
+            request.Wait()
+
+
 def test_requests_that_nobody_waits_for_go_with_their_communicator(comm):
     other = comm.Dup()
     request = spimpi.checked(other).Iallgather(np.ones(1), np.zeros(comm.size))

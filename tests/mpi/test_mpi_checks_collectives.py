@@ -8,10 +8,11 @@ from mpi4py import MPI
 from planted import FAULTS, corruption, cut, data, refused, same_on_all, worlds
 
 import spimpi
-from spimpi import Slab, Tag, TensorPartition
+from spimpi import CorruptionError, Slab, Tag, TensorPartition, UsageError
 from spimpi.trace.schema import Established
 
 pytestmark = [pytest.mark.mpi, pytest.mark.wheels]
+two = pytest.mark.mpi(min_size=2)
 
 MOVED, AGREED = Established.MOVED, Established.AGREED
 SHAPE = (7, 6)
@@ -279,6 +280,42 @@ def test_ranks_that_differ_are_told_which_gave_what(comm):
 
 
 @pytest.mark.mpi(min_size=2)
+@two
+def test_numbers_of_numpy_are_the_same_as_pythons(comm):
+    """Also where equal ones came before, on this rank alone."""
+    own = np.arange(4.0)
+    if comm.rank == 1:
+        spimpi.verify_broadcast(MPI.COMM_SELF, own, Tag(name="q"), root=np.int64(0))
+    for root in (0, np.int64(0), np.uint8(0)):
+        given = root if comm.rank else 0
+        assert spimpi.verify_broadcast(comm, own, Tag(name="b"), root=given)
+        spimpi.checked(comm).Bcast(own, root=given)
+        spimpi.checked(comm).Gather(own, np.zeros((comm.size, 4)), root=given)
+    number = np.int64 if comm.rank else int
+    for sizes in (None, [number(4)] * comm.size):
+        part = TensorPartition(
+            number(0), number(comm.size), number(comm.rank), number(4 * comm.size), sizes
+        )
+        assert spimpi.verify_allgather(comm, own, np.tile(own, comm.size), part, Tag(name="p"))
+    for bad in (1.5, "4", None):
+        with pytest.raises(UsageError, match="must be a whole number"):
+            TensorPartition(0, 1, 0, bad)
+
+
+@two
+def test_a_scalar_that_differs_is_told(comm):
+    """An array without axes."""
+    for dtype in ("f8", "f2", "c16"):
+        own = np.array(7, dtype)
+        assert spimpi.verify_broadcast(comm, own, Tag(name="one"))
+        if comm.rank == 1:
+            own[()] = 8
+        with pytest.raises(CorruptionError, match="rank 1 holds other data than rank 0"):
+            spimpi.verify_broadcast(comm, own, Tag(name="one"))
+    with refused(comm, "overlap"):
+        spimpi.verify_allgather(comm, np.array(3.0), np.array(3.0), Slab((), ()), Tag(name="x"))
+
+
 def test_partitions_that_overlap_or_leave_out_are_refused(comm):
     whole = data((2 * comm.size, 3))
     p = _part(comm, 0, len(whole), rank=0)  # everybody says that it has the first block

@@ -128,6 +128,12 @@ def test_ends_that_give_different_tensors_are_both_told(comm):
         handoff(x, layers=None if first else 5)
     with refused(ends, "at most 16 axes"):
         handoff(x.reshape((3, 4) + 15 * (1,)))
+    for name in ("sequence", "microbatch"):
+        for value in ("a", 1.5, 2**70, -(2**63)):
+            with refused(ends, f"rank 1: a {name} is an integer of 64 bits"):
+                handoff(x, **{name: 1 if first else value})
+    with refused(ends, "rank 0: a layer is an integer of 64 bits"):
+        handoff(x, layers=(0, 2**70) if first else (0, 1))
     part = TensorPartition(0, 2, 1, 6)
     assert spimpi.verify_pipeline_handoff(comm, x, 0, 1, TAG, where=part)
     slab = Slab((6, 4), (3, 0))

@@ -203,6 +203,29 @@ def test_handoffs_of_nothing(comm):
     assert chain.close().kinds == ["moved"]
 
 
+@two
+def test_messages_of_nothing(comm):
+    checked, peer = spimpi.checked(comm), comm.rank ^ 1
+    if peer >= comm.size:
+        return
+    kinds = {"some": 3, "none": 0}
+    for name, n in kinds.items():
+        for call in ("Recv", "Irecv", "Sendrecv"):
+            sent, got = np.ones(n), np.zeros(n)
+            if call == "Sendrecv":
+                checked.Sendrecv(sent, peer, 0, got, peer, 0)
+            else:
+                request = checked.Isend(sent, peer)
+                (checked.Recv(got, peer, 0) if call == "Recv" else checked.Irecv(got, peer, 0).Wait())
+                request.Wait()
+            if n:
+                assert checked.verdict.kinds == ["moved"], (name, call)
+            else:
+                _nothing(checked.verdict, "there are no elements")
+    checked.Recv(np.zeros(1), MPI.PROC_NULL)
+    _nothing(checked.verdict, "from MPI.PROC_NULL nothing arrives")
+
+
 def _nothing_handed(verdict):
     assert verdict and not verdict.kinds and "there are no elements" in str(verdict)
 

@@ -311,10 +311,12 @@ def test_a_watched_send_buffer_tells_who_is_at_fault(comm):
     with refused(ends, "before_send is of another array"):
         watch = spimpi.at_rest(x.copy(), tag) if sends else None
         spimpi.verify_pipeline_handoff(comm, x, 0, 1, tag, before_send=watch)
-    with HandoffChain(comm, 0, 1, "c") as chain:
+    chain = HandoffChain(comm, 0, 1, "c")
+    for ends_with in (lambda: chain.verify(x), chain.close):
         if not sends:
-            with pytest.raises(spimpi.UsageError, match="for the sender, rank 0"):
-                chain.before_send(x)
+            chain.before_send(x)
+        with refused(ends, "before_send is for the sender|before_send of no hand-off"):
+            ends_with()
 
 
 @two

@@ -222,6 +222,12 @@ def test_a_second_run_replaces_its_trace_where_it_may(comm, shared_folder):
         comm.Barrier()
 
 
+@pytest.mark.parametrize("seed", ["x", 1.5, -1, 2**64, None])
+def test_a_seed_that_is_no_seed_is_refused_on_every_rank(comm, seed):
+    with refused(comm, "seed"):
+        spimpi.DistributedContext(comm, seed=seed if comm.rank == comm.size - 1 else 3)
+
+
 @pytest.mark.parametrize("options", [{"journal": "."}, {"sync": True}, {"overwrite": True}])
 @pytest.mark.parametrize("of_all", [True, False])
 def test_how_a_trace_is_kept_is_refused_without_one(comm, options, of_all):
