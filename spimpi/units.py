@@ -10,6 +10,11 @@ def in_bytes(n: int) -> str:
         value /= 1024
 
 
+def counted(n: int, noun: str = "element") -> str:
+    """'1 element', '3 elements'."""
+    return f"{n} {noun}{'s' * int(n != 1)}"
+
+
 SHOWN = 8  # of a list
 
 
