@@ -92,7 +92,7 @@ def verify_matmul(comm, x, w, y, tag, *, check=True, ctx=None) -> Verdict:
 
 def _matrix(a, name) -> np.ndarray:
     a = as_array(a)
-    if a.dtype.kind not in "biuf":
+    if a.dtype.kind not in "biuf" or a.itemsize > 8:  # longdouble is more than float64 can tell
         msg = f"{name} of a matmul's check holds integers, found dtype {a.dtype}; {ELSEWHERE}"
         raise UsageError(msg)
     return a

@@ -1,5 +1,7 @@
 """Replicas, data at rest, and products of integers."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -259,6 +261,28 @@ def test_a_product_that_wrapped_on_one_rank_hides_no_wrong_one_on_another(comm, 
             y[2, 1] = 4
             with refused(part, f": rank {wraps}: products of this dtype wrap"):
                 spimpi.verify_matmul(part, x, w, y, TAG)
+
+
+WIDE = pytest.param(
+    "longdouble", marks=pytest.mark.skipif(np.dtype("g").itemsize == 8, reason="is float64 here")
+)
+
+
+@pytest.mark.parametrize("name", [WIDE, "complex128", "clongdouble", "i4,i4", "O"])
+@pytest.mark.parametrize("which", ["x", "w", "y", "project_weight"])
+def test_dtypes_that_no_product_is_checked_in_are_refused_by_name(comm, which, name):
+    """A longdouble holds what neither int64 nor float64 does."""
+    last, dtype = comm.rank == comm.size - 1, np.dtype(name)
+    given = dict(zip("xwy", (np.zeros((2, 3)), np.zeros((3, 4)), np.zeros((2, 4)))))
+    if which == "project_weight":
+        with pytest.raises(spimpi.UsageError, match="w of a matmul's check holds integers"):
+            spimpi.project_weight(np.zeros((3, 4), dtype), TAG)
+        return
+    if last:
+        given[which] = np.zeros(given[which].shape, dtype)
+    found = f"rank {comm.size - 1}: {which} of a matmul's check holds integers.*found dtype "
+    with refused(comm, found + re.escape(str(dtype))):
+        spimpi.verify_matmul(comm, *given.values(), TAG)
 
 
 def test_products_of_bool_and_in_the_memory_of_an_input_are_refused(comm):
