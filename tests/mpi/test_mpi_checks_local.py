@@ -81,6 +81,14 @@ def test_data_at_rest_hold_until_they_change(comm):
         assert not watch.verify(part, check=False)
 
 
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_what_is_no_context_is_refused_on_every_rank(comm, everywhere):
+    bad = everywhere or comm.rank == comm.size - 1
+    with refused(comm, "ctx= is a DistributedContext, or None, found int"):
+        spimpi.verify_replicas(comm, np.ones(3), TAG, ctx=3 if bad else None)
+    assert spimpi.verify_replicas(comm, np.ones(3), TAG)
+
+
 @pytest.mark.parametrize("x", [np.array(1.5), np.zeros((0, 3)), np.ones(7), np.ones((3, 4)).T])
 def test_small_and_empty_arrays_are_watched_whole(comm, x):
     x = x.copy(order="K")
