@@ -22,7 +22,7 @@ from spimpi.fingerprint.tag import MASK, Tag
 from spimpi.one_traceback import told_by_rank_0
 from spimpi.reduction import minority, together
 from spimpi.trace.schema import Established
-from spimpi.units import listed
+from spimpi.units import counted, ranks_text
 
 _PIECE = 1 << 17  # elements that are widened at a time
 _BITS = 62  # of a sum
@@ -200,8 +200,8 @@ def _row_exponents(comm, addends, tag) -> np.ndarray:
         raise CorruptionError(sum_report.failure(_Subject(tag), "exact", detail))
     if first >= 0:
         msg = (
-            f"an exact sum has no NaN or Inf: {bad.size} rows of {tag.name!r} hold some, the first "
-            f"is row {first}, given by rank {int(owner[first])}"
+            f"no exact sum of NaN or Inf: {counted(bad.size, 'row')} with some in {tag.name!r}, the "
+            f"first is row {first}, given by rank {int(owner[first])}"
         )
         raise UsageError(msg)
     return exponents
@@ -274,6 +274,6 @@ def _check(comm, own, total, result, tag, dtype) -> None:
         raise CorruptionError(verdict)
     odd = minority(everyone[:, 2])
     if odd:
-        detail = f"ranks {listed(odd)} rounded the same sum to other bits"
+        detail = f"{ranks_text(odd)} rounded the same sum to other bits"
         rank = odd[0] if len(odd) == 1 else None
         raise CorruptionError(sum_report.failure(_Subject(tag), "exact", detail, rank))

@@ -69,8 +69,8 @@ def verify_matmul(comm, x, w, y, tag, *, check=True, ctx=None) -> Verdict:
     x [..., K], w [K, N] or what project_weight gave, y [..., N]; integer or float arrays, any
     strides, shapes may differ between ranks. Establishes computed; a failure names the rank and
     the elements. UsageError on every rank for x or w that are not integers, for floats in which a
-    sum of this size would round, for products that wrapped in their dtype and are right beside that
-    (or are of bools), and where y lies in the memory of x or w. Collective.
+    sum of this size would round, for products that wrapped in their dtype and are right beside
+    that (or are of bools), and where y lies in the memory of x or w. Collective.
     """
 
     def build(c):
@@ -229,8 +229,8 @@ def _complaint(x, y, weight, bad, shape) -> dict:
     if n_wrapped and not elements:
         refused = (
             f"products of this dtype wrap: {y.dtype} has no room for the sums of "
-            f"{counted(n_wrapped)} of row{'s' * (n > 1)} {listed(bad)}, and beside them nothing is "
-            "wrong there: multiply in a wider dtype"
+            f"{counted(n_wrapped)} of row{'s' * (n > 1)} {listed(bad)}, and beside them nothing "
+            "is wrong there: multiply in a wider dtype"
         )
         return {"refused": refused}
     detail = f"{counted(n, 'row')} of the product wrong: {listed(bad)}"

@@ -204,7 +204,7 @@ def test_products_that_wrap_are_refused_and_what_has_room_is_held(comm, dtype):
     x = np.ones((6, 3), dtype)
     x[2] = most  # of this row alone the sums have no room
     w = np.array([[1, 2], [3, 0], [1, 0]], dtype)
-    with refused(comm, "products of this dtype wrap: .* has no room for the sums of . elements? of"):
+    with refused(comm, "of this dtype wrap: .* has no room for the sums of . elements? of row"):
         spimpi.verify_matmul(comm, x, w, x @ w, TAG)
     x[2] = 1
     assert spimpi.verify_matmul(comm, x, w, x @ w, TAG)
