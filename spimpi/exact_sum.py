@@ -10,6 +10,7 @@ import numpy as np
 from mpi4py import MPI
 
 from spimpi.checks.check import Check, Rule
+from spimpi.checks.pending import built, context_of, require_comm
 from spimpi.checks.sums import exact as sum_exact, report as sum_report, words as sum_words
 from spimpi.checks.sums.agreement import ONE_RANK
 from spimpi.checks.sums.float_bound import format_of
@@ -21,7 +22,7 @@ from spimpi.fingerprint.tag import MASK, Tag
 from spimpi.one_traceback import told_by_rank_0
 from spimpi.reduction import minority, together
 from spimpi.trace.schema import Established
-from spimpi.units import listed
+from spimpi.units import counted, ranks_text
 
 _PIECE = 1 << 17  # elements that are widened at a time
 _BITS = 62  # of a sum
@@ -55,15 +56,17 @@ def exact_allreduce(comm, sendbuf, recvbuf=None, tag=None, *, ctx=None) -> np.nd
     Error of an element: A * 2**-b times the largest absolute value of its row (last axis) over all
     A addends, b = 52 up to 1024 addends, and one rounding. Checked with zero tolerance:
     CorruptionError on every rank. UsageError on every rank for NaN or Inf, and for arrays that do
-    not fit. Collective.
+    not fit, or a ``recvbuf`` whose elements share memory. Collective.
     Proof and sources: docs/sums.md.
     """
-    session = session_of(comm, ctx)
-    session.judge_requests()
-    comm = session.comm
+    require_comm(comm, "an exact sum")
     tag = Tag(name="exact_allreduce") if tag is None else tag
     kinds = Established.COMPUTED | Established.AGREED
     c = Check("exact_allreduce", tag, Rule.GATHERED, kinds)
+    ctx = context_of(c, ctx)
+    session = session_of(comm, ctx)
+    session.judge_requests()
+    comm = session.comm
     c.tracer = None if ctx is None else ctx.tracer
     try:
         with told_by_rank_0(comm.rank):
@@ -87,10 +90,18 @@ def exact_allreduce(comm, sendbuf, recvbuf=None, tag=None, *, ctx=None) -> np.nd
 def _summed(comm, sendbuf, recvbuf, c: Check) -> np.ndarray:
     """The sum as a new array, checked. Collective."""
     tag = c.tag
-    with together(comm):
+    given, addends = None, ()
+
+    def build(c):
+        nonlocal given, addends
         given, addends = _addends(sendbuf, recvbuf)
         c.of(given.shape, given.dtype)
         c.n_bytes = sum(x.nbytes for x in addends)
+
+    built(c, build)
+    with together(comm):
+        if c.error is not None:
+            raise c.error
     _same_everywhere(comm, given, tag)
     x = addends[0]
     exponents = _row_exponents(comm, addends, tag)
@@ -125,6 +136,8 @@ def _addends(sendbuf, recvbuf):
                 f"{list(many[0].shape)} and {x.dtype}{list(x.shape)}"
             )
             raise UsageError(msg)
+    if recvbuf is not None:
+        arrays.check_apart(as_array(recvbuf))
     parts = [_numbers(np.asarray(x)) for x in many]
     if format_of(parts[0].dtype) is None:
         msg = (
@@ -187,8 +200,8 @@ def _row_exponents(comm, addends, tag) -> np.ndarray:
         raise CorruptionError(sum_report.failure(_Subject(tag), "exact", detail))
     if first >= 0:
         msg = (
-            f"an exact sum has no NaN or Inf: {bad.size} rows of {tag.name!r} hold some, the first "
-            f"is row {first}, given by rank {int(owner[first])}"
+            f"no exact sum of NaN or Inf: {counted(bad.size, 'row')} with some in {tag.name!r}, the "
+            f"first is row {first}, given by rank {int(owner[first])}"
         )
         raise UsageError(msg)
     return exponents
@@ -261,6 +274,6 @@ def _check(comm, own, total, result, tag, dtype) -> None:
         raise CorruptionError(verdict)
     odd = minority(everyone[:, 2])
     if odd:
-        detail = f"ranks {listed(odd)} rounded the same sum to other bits"
+        detail = f"{ranks_text(odd)} rounded the same sum to other bits"
         rank = odd[0] if len(odd) == 1 else None
         raise CorruptionError(sum_report.failure(_Subject(tag), "exact", detail, rank))

@@ -10,6 +10,20 @@ def in_bytes(n: int) -> str:
         value /= 1024
 
 
+def counted(n: int, noun: str = "element") -> str:
+    """'1 element', '3 elements'."""
+    return f"{n} {noun}{'s' * int(n != 1)}"
+
+
+def are(n: int, noun: str = "element") -> str:
+    """'1 element is', '3 elements are'."""
+    return f"{counted(n, noun)} {verb(n)}"
+
+
+def verb(n: int) -> str:
+    return "is" if n == 1 else "are"
+
+
 SHOWN = 8  # of a list
 
 

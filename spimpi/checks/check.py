@@ -59,7 +59,8 @@ class Check:
 
     ``compares``: whether this rank's part of the check compares any element with other memory
     than its own; None: what the blocks say. ``waits``: its verdict is asked for later, so that
-    buffers may be used again before it.
+    buffers may be used again before it. ``yields``: its error is told only where no rank found a
+    failure.
 
     ``tracer`` (checks/program_trace.py) takes the verdict; ``n_bytes`` were read for it here.
     """
@@ -87,6 +88,7 @@ class Check:
     n_bad: int = 0
     complaint: Callable | None = None
     error: SpimpiError | None = None
+    yields: bool = False
     compares: bool | None = None
     waits: bool = False
     tracer: object = None

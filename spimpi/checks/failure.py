@@ -59,14 +59,17 @@ def explain(session, checks) -> list[Verdict | None]:
     for row, c in zip(own, checks):
         size, _ = c.size_words
         row[:] = [
-            c.digest, c.given, c.got, size & MASK, c.n_bad, c.error is not None, bool(c.compares),
+            c.digest, c.given, c.got, size & MASK, c.n_bad,
+            0 if c.error is None else 1 if c.yields else 2, bool(c.compares),
         ]  # fmt: skip
     everyone = np.empty((comm.size, *own.shape), np.uint64)
     comm.Allgather(own, everyone)
     verdicts, looked_into = [], 0
     for i, c in enumerate(checks):
         words = everyone[:, i]
-        if words[:, ERROR].any() or (words[:, DIGEST] != words[0, DIGEST]).any():
+        # Errors that yield are below others, and are no reason where a rank found a failure.
+        refused = words[:, ERROR].max() > words[:, N_BAD].any()
+        if refused or (words[:, DIGEST] != words[0, DIGEST]).any():
             _refuse(c, _reports(comm, c))
         if c.rule is Rule.GATHERED:
             verdicts.append(None)

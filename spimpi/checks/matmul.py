@@ -20,7 +20,7 @@ from spimpi.fingerprint.arrays import share_memory
 from spimpi.fingerprint.protocols import as_array
 from spimpi.fingerprint.tag import GOLDEN, LINEAR, Tag
 from spimpi.trace.schema import Established
-from spimpi.units import listed
+from spimpi.units import counted, listed
 
 NAME = "matmul"
 SHOWN = 16
@@ -69,8 +69,8 @@ def verify_matmul(comm, x, w, y, tag, *, check=True, ctx=None) -> Verdict:
     x [..., K], w [K, N] or what project_weight gave, y [..., N]; integer or float arrays, any
     strides, shapes may differ between ranks. Establishes computed; a failure names the rank and
     the elements. UsageError on every rank for x or w that are not integers, for floats in which a
-    sum of this size would round, for products that wrapped in their dtype (or are of bools), and
-    where y lies in the memory of x or w. Collective.
+    sum of this size would round, for products that wrapped in their dtype and are right beside
+    that (or are of bools), and where y lies in the memory of x or w. Collective.
     """
 
     def build(c):
@@ -83,6 +83,8 @@ def verify_matmul(comm, x, w, y, tag, *, check=True, ctx=None) -> Verdict:
             c.got = fingerprint(rows_y, tag)
         if bad:  # at once: in a batch the buffers may be used again before its end
             told = _complaint(rows_x, rows_y, weight, bad, shape)
+            if "refused" in told:  # kept, not raised: another rank's product may be wrong
+                c.n_bad, c.error, c.yields = 0, UsageError(told["refused"]), True
             c.complaint = lambda: told
 
     return settle(comm, Check(NAME, tag, Rule.LOCAL, Established.COMPUTED), build, check, ctx)
@@ -90,7 +92,7 @@ def verify_matmul(comm, x, w, y, tag, *, check=True, ctx=None) -> Verdict:
 
 def _matrix(a, name) -> np.ndarray:
     a = as_array(a)
-    if a.dtype.kind not in "biuf":
+    if a.dtype.kind not in "biuf" or a.itemsize > 8:  # longdouble is more than float64 can tell
         msg = f"{name} of a matmul's check holds integers, found dtype {a.dtype}; {ELSEWHERE}"
         raise UsageError(msg)
     return a
@@ -190,50 +192,67 @@ def _odd_words(tag: Tag, n: int) -> np.ndarray:
 
 
 def _complaint(x, y, weight, bad, shape) -> dict:
-    """What is wrong in words; the first wrong rows are computed again, in integers.
+    """What is wrong in words; wrong rows are computed again, in integers: the first of them, or
+    all of an integer dtype in which some may have wrapped.
 
-    UsageError where nothing is found but sums that an integer dtype has no room for.
+    ``refused``: nothing is found but sums that the dtype has no room for.
     """
     elements, n_wrapped = [], 0
-    for row in bad[:SHOWN]:
-        exact, fits = _exact_row(x[row : row + 1], weight.w, row, y.dtype)
-        expected = exact.astype(y.dtype)
-        found = np.ascontiguousarray(y[row])
-        wrong = (expected != found) & fits  # as values: a zero may have either sign
-        n_wrapped += np.count_nonzero(~fits)
-        for column in np.flatnonzero(wrong)[: SHOWN - len(elements)]:
-            index = (*np.unravel_index(row, shape[:-1]), column) if len(shape) > 1 else (column,)
-            elements.append(
-                ElementError(
-                    tuple(int(i) for i in index), expected[column].tobytes(),
-                    found[column].tobytes(), 0,
+    has_room = y.dtype.kind == "f" or y.itemsize == 8  # not rounded; or compared modulo 2^64
+    looked_at = bad[:SHOWN] if has_room else bad
+    w, others = weight.w, None if has_room else weight.w.astype(np.float64)
+    step = max(1, _CHUNK // max(*w.shape, 1))
+    for at in range(0, len(looked_at), step):
+        rows = looked_at[at : at + step]
+        fits = doubtful = np.ones((len(rows), w.shape[1]), bool)
+        if not has_room:
+            fits, doubtful = _in_floats(x[rows], others, y[rows])
+            n_wrapped += np.count_nonzero(~fits)
+        for i in np.flatnonzero(doubtful.any(axis=1)):
+            if len(elements) == SHOWN:
+                break
+            row = rows[i]
+            exact = _integers(x[row : row + 1], "x", row)[0] @ _integers(w, "w", 0)
+            expected, found = exact.astype(y.dtype), np.ascontiguousarray(y[row])
+            wrong = (expected != found) & fits[i]  # as values: a zero may have either sign
+            for column in np.flatnonzero(wrong)[: SHOWN - len(elements)]:
+                index = (
+                    (*np.unravel_index(row, shape[:-1]), column) if len(shape) > 1 else (column,)
                 )
-            )  # fmt: skip
-    if n_wrapped and not elements:
-        msg = (
-            f"products of this dtype wrap: {y.dtype} has no room for the sums of {n_wrapped} "
-            f"elements of rows {listed(bad)}, and beside them nothing is wrong there: multiply "
-            "in a wider dtype"
-        )
-        raise UsageError(msg)
+                elements.append(
+                    ElementError(
+                        tuple(int(i) for i in index), expected[column].tobytes(),
+                        found[column].tobytes(), 0,
+                    )
+                )  # fmt: skip
     n = len(bad)
-    detail = f"{n} row{'s' * (n > 1)} of the product wrong: {listed(bad)}"
+    if n_wrapped and not elements:
+        refused = (
+            f"products of this dtype wrap: {y.dtype} has no room for the sums of "
+            f"{counted(n_wrapped)} of row{'s' * (n > 1)} {listed(bad)}, and beside them nothing "
+            "is wrong there: multiply in a wider dtype"
+        )
+        return {"refused": refused}
+    detail = f"{counted(n, 'row')} of the product wrong: {listed(bad)}"
     if n_wrapped:
         detail += f" (in some {y.dtype} has no room for the sums)"
     if not elements:
-        detail += "; computed again in integers they are right: an input or w·r has changed"
+        which = f"the first {SHOWN} of them are" if len(looked_at) < n else "they are"
+        detail += f"; computed again in integers {which} right: an input or w·r has changed"
     all_seen = n <= SHOWN and len(elements) < SHOWN and not n_wrapped
     return {
         "detail": detail, "elements": elements, "n_wrong": len(elements) if all_seen else None,
     }  # fmt: skip
 
 
-def _exact_row(x, w, row, dtype) -> tuple[np.ndarray, np.ndarray]:
-    """(a row of the product modulo 2^64, for which elements a dtype surely has room)."""
-    exact = _integers(x, "x", row)[0] @ _integers(w, "w", 0)
-    if dtype.kind == "f" or dtype.itemsize == 8:  # not rounded; or compared modulo 2^64
-        return exact, np.ones(exact.shape, bool)
-    sizes, others = x[0].astype(np.float64), w.astype(np.float64)
-    slack = np.abs(sizes) @ np.abs(others) * (2 + len(sizes)) * 2.0**-52
-    about, info = sizes @ others, np.iinfo(dtype)
-    return exact, (about - slack >= info.min - 0.5) & (about + slack <= info.max + 0.5)
+def _in_floats(x, w, y) -> tuple[np.ndarray, np.ndarray]:
+    """(elements that the dtype of y surely has room for, those of them that may be wrong) of x w.
+
+    In float64, with what it can be off by: all rows in integers would take too long.
+    """
+    sizes = x.astype(np.float64)
+    about, info = sizes @ w, np.iinfo(y.dtype)
+    slack = np.abs(sizes) @ np.abs(w) * (2 + w.shape[0]) * 2.0**-52
+    fits = (about - slack >= info.min - 0.5) & (about + slack <= info.max + 0.5)
+    right = (slack < 0.5) & (np.abs(about - y) < 0.5)
+    return fits, fits & ~right

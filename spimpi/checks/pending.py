@@ -154,6 +154,8 @@ def in_words(checks) -> str:
 
 def built(check: Check, build: Callable) -> Check:
     """Run the local part of a check; its error is kept, for all ranks to raise together."""
+    if check.error is not None:
+        return check
     try:
         if not isinstance(check.tag, Tag):
             msg = f"expected a spimpi.Tag, found {type(check.tag).__name__}"
@@ -170,6 +172,7 @@ def built(check: Check, build: Callable) -> Check:
 def settle(comm, check: Check, build: Callable, raises: bool, ctx):
     """Build a check and settle it: at once, or at the end of the context's batch. Collective."""
     require_comm(comm)
+    ctx = context_of(check, ctx)
     session = session_of(comm, ctx)
     check.tracer = None if ctx is None else ctx.tracer
     built(check, build)
@@ -187,6 +190,16 @@ def require_comm(comm, whose: str = "a check") -> None:
     if not isinstance(comm, MPI.Intracomm):
         msg = f"{whose}'s first argument is an intracommunicator, found {type(comm).__name__}"
         raise UsageError(msg)
+
+
+def context_of(check: Check, ctx):
+    """The context that a check is given. What is none is the check's error, and counts as None:
+    so the ranks that gave none meet this one, and raise it too."""
+    if ctx is None or hasattr(ctx, "is_over"):
+        return ctx
+    msg = f"ctx= is a DistributedContext, or None, found {type(ctx).__name__}"
+    check.error = UsageError(msg)
+    return None
 
 
 def enforce(verdict: Verdict, raises: bool) -> Verdict:

@@ -111,6 +111,19 @@ def check_threads(threads) -> None:
         raise UsageError(msg)
 
 
+def check_apart(x: np.ndarray) -> None:
+    """Raise UsageError unless each element surely has memory of its own."""
+    reach = x.itemsize
+    for stride, n in sorted((abs(s), n) for s, n in zip(x.strides, x.shape) if n > 1):
+        if stride < reach and x.size:
+            msg = (
+                f"elements of an array of shape {x.shape} and strides {x.strides} share memory (it "
+                "is broadcast, or a sliding window): pass another array to write to"
+            )
+            raise UsageError(msg)
+        reach += (n - 1) * stride
+
+
 def share_memory(a: np.ndarray, b: np.ndarray) -> bool:
     """Whether two arrays have bytes in common, in microseconds.
 

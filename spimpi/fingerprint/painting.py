@@ -37,7 +37,7 @@ def color_hidden_states(
     cpu = _cpu(threads)
     target = as_array(x if out is None else out, writable=True)
     source = target if out is None else as_array(x)
-    _check_overlap(target)
+    arrays.check_apart(target)
     if (source.shape, source.dtype) != (target.shape, target.dtype):
         msg = (
             f"out must have the shape and dtype of x, {source.shape} and {source.dtype}, "
@@ -178,19 +178,6 @@ def _refuse_nonfinite(x: np.ndarray, where, tag: Tag, threads: int) -> None:
         "nothing was modified"
     )
     raise UsageError(msg)
-
-
-def _check_overlap(x: np.ndarray) -> None:
-    """Raise UsageError unless each element surely has memory of its own."""
-    reach = x.itemsize
-    for stride, n in sorted((abs(s), n) for s, n in zip(x.strides, x.shape) if n > 1):
-        if stride < reach and x.size:
-            msg = (
-                f"elements of an array of shape {x.shape} and strides {x.strides} share memory (it "
-                "is broadcast, or a sliding window): pass another array as out="
-            )
-            raise UsageError(msg)
-        reach += (n - 1) * stride
 
 
 def _blocks(x: np.ndarray, offset):

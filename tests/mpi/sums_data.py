@@ -32,3 +32,13 @@ def added(xs):
         for x in xs[1:]:
             total = (total + x).astype(total.dtype)
     return total
+
+
+def disagreement(size, odd=None):
+    """What is said of a result that differs, the last rank's unless ``odd`` is another's: of two
+    there are no others."""
+    odd = size - 1 if odd is None else odd
+    return (
+        f"the result of rank {odd} differs from the others'" if size > 2
+        else "the results of ranks 0, 1 differ, and no majority"
+    )  # fmt: skip

@@ -1,5 +1,7 @@
 """Replicas, data at rest, and products of integers."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -77,6 +79,14 @@ def test_data_at_rest_hold_until_they_change(comm):
             watch.verify(part)
         assert "along axis 1" in str(caught.value) and "..4000" in str(caught.value)
         assert not watch.verify(part, check=False)
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_what_is_no_context_is_refused_on_every_rank(comm, everywhere):
+    bad = everywhere or comm.rank == comm.size - 1
+    with refused(comm, "ctx= is a DistributedContext, or None, found int"):
+        spimpi.verify_replicas(comm, np.ones(3), TAG, ctx=3 if bad else None)
+    assert spimpi.verify_replicas(comm, np.ones(3), TAG)
 
 
 @pytest.mark.parametrize("x", [np.array(1.5), np.zeros((0, 3)), np.ones(7), np.ones((3, 4)).T])
@@ -194,7 +204,7 @@ def test_products_that_wrap_are_refused_and_what_has_room_is_held(comm, dtype):
     x = np.ones((6, 3), dtype)
     x[2] = most  # of this row alone the sums have no room
     w = np.array([[1, 2], [3, 0], [1, 0]], dtype)
-    with refused(comm, "products of this dtype wrap: .* has no room for the sums of . elements of"):
+    with refused(comm, "of this dtype wrap: .* has no room for the sums of . elements? of row"):
         spimpi.verify_matmul(comm, x, w, x @ w, TAG)
     x[2] = 1
     assert spimpi.verify_matmul(comm, x, w, x @ w, TAG)
@@ -205,6 +215,82 @@ def test_products_that_wrap_are_refused_and_what_has_room_is_held(comm, dtype):
         spimpi.verify_matmul(comm, x, w, y, TAG)
     assert [e.index for e in caught.value.verdict.where.elements] == [(5, 1)]
     assert "has no room for the sums" in str(caught.value)
+
+
+def test_a_wrong_element_after_many_rows_that_wrapped_is_named(comm):
+    last = comm.rank == comm.size - 1
+    x, w = np.ones((40, 4), np.int8), np.ones((4, 3), np.int8)
+    x[:20] = 100  # more rows than are shown
+    y = x @ w
+    y[30, 1] = 77 if last else 4
+    with corruption(comm, comm.size - 1, "matmul") as caught:
+        spimpi.verify_matmul(comm, x, w, y, TAG)
+    assert [e.index for e in caught.value.verdict.where.elements] == [(30, 1)]
+    y[30, 1] = 4
+    with refused(comm, "no room for the sums of 60 elements"):
+        spimpi.verify_matmul(comm, x, w, y, TAG)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_what_has_room_is_held_though_floats_do_not_tell_its_sums(comm, large):
+    """Of large terms that cancel, the sums in float64 are too far off to tell right from wrong."""
+    x = np.full((30, 3), 1 << 20)
+    x[:, 2] = 1
+    x[:20, 2] = 1 << 33
+    w = np.array([[1 << 40], [-(1 << 40)], [1]]) if large else np.array([[1], [-1], [1]])
+    y = (x @ w).astype(np.int32)
+    with refused(comm, "int32 has no room for the sums of 20 elements"):
+        spimpi.verify_matmul(comm, x, w, y, TAG)
+    y[25, 0] += comm.rank == 0
+    with corruption(comm, 0, "matmul") as caught:
+        spimpi.verify_matmul(comm, x, w, y, TAG)
+    assert [e.index for e in caught.value.verdict.where.elements] == [(25, 0)]
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("in_batch", [False, True])
+def test_a_product_that_wrapped_on_one_rank_hides_no_wrong_one_on_another(comm, in_batch):
+    for part in worlds(comm, 2):
+        for wraps in range(part.size):
+            victim = (wraps + 1) % part.size
+            x, w = np.ones((4, 4), np.int8), np.ones((4, 3), np.int8)
+            if part.rank == wraps:
+                x[0] = 100
+            y = x @ w
+            if part.rank == victim:
+                y[2, 1] = 77
+            with corruption(part, victim, "matmul") as caught:
+                if in_batch:
+                    with spimpi.DistributedContext(part) as ctx, ctx.batch():
+                        spimpi.verify_matmul(part, x, w, y, TAG, ctx=ctx)
+                else:
+                    spimpi.verify_matmul(part, x, w, y, TAG)
+            assert [e.index for e in caught.value.verdict.where.elements] == [(2, 1)]
+            y[2, 1] = 4
+            with refused(part, f": rank {wraps}: products of this dtype wrap"):
+                spimpi.verify_matmul(part, x, w, y, TAG)
+
+
+WIDE = pytest.param(
+    "longdouble", marks=pytest.mark.skipif(np.dtype("g").itemsize == 8, reason="is float64 here")
+)
+
+
+@pytest.mark.parametrize("name", [WIDE, "complex128", "clongdouble", "i4,i4", "O"])
+@pytest.mark.parametrize("which", ["x", "w", "y", "project_weight"])
+def test_dtypes_that_no_product_is_checked_in_are_refused_by_name(comm, which, name):
+    """A longdouble holds what neither int64 nor float64 does."""
+    last, dtype = comm.rank == comm.size - 1, np.dtype(name)
+    given = dict(zip("xwy", (np.zeros((2, 3)), np.zeros((3, 4)), np.zeros((2, 4)))))
+    if which == "project_weight":
+        with pytest.raises(spimpi.UsageError, match="w of a matmul's check holds integers"):
+            spimpi.project_weight(np.zeros((3, 4), dtype), TAG)
+        return
+    if last:
+        given[which] = np.zeros(given[which].shape, dtype)
+    found = f"rank {comm.size - 1}: {which} of a matmul's check holds integers.*found dtype "
+    with refused(comm, found + re.escape(str(dtype))):
+        spimpi.verify_matmul(comm, *given.values(), TAG)
 
 
 def test_products_of_bool_and_in_the_memory_of_an_input_are_refused(comm):

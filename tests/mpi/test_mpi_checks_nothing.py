@@ -274,7 +274,7 @@ def test_sketches_of_nothing_are_not_the_same(comm):
     assert compared(nan, nan).verdict == "same bits"
     nearly = np.array([1.0, np.nan, 2.0])
     part = compared(nearly, nearly * (1 + 2**-52), addends=[spimpi.sketch(nearly, TAG)] * 2)
-    assert "1 elements are NaN or Inf: not compared" in str(part)
+    assert "1 element is NaN or Inf: not compared" in str(part)
 
 
 def test_a_traced_program_that_compared_nothing_is_incomplete(comm, shared_folder):

@@ -5,10 +5,11 @@ from math import fsum
 import numpy as np
 import pytest
 from mpi4py import MPI
-from planted import worlds
+from numpy.lib.stride_tricks import as_strided
+from planted import refused, worlds
 from sums_data import FLOATS, TAG, dtype_of
 
-from spimpi import CorruptionError, UsageError
+from spimpi import CorruptionError, UsageError, checked
 from spimpi.exact_sum import exact_allreduce, rounded_back
 
 pytestmark = [pytest.mark.mpi, pytest.mark.wheels]
@@ -106,6 +107,43 @@ def test_exact_sums_refuse_what_has_no_exact_sum(comm):
     if comm.size > 1:
         with pytest.raises(UsageError, match="do not add the same"):
             exact_allreduce(comm, x[: 2 + (comm.rank == 1)])
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_arguments_of_another_kind_are_refused_on_every_rank(comm, everywhere):
+    x, bad = np.arange(4.0), everywhere or comm.rank == comm.size - 1
+    with refused(comm, "expected a spimpi.Tag, found str"):
+        exact_allreduce(comm, x, tag="x" if bad else TAG)
+    with refused(comm, "ctx= is a DistributedContext, or None, found int"):
+        exact_allreduce(comm, x, tag=TAG, ctx=3 if bad else None)
+    own = as_strided(np.zeros(1), (4,), (0,)) if bad else np.zeros(4)
+    with refused(comm, "elements of an array of shape .* share memory"):
+        exact_allreduce(comm, x, own, TAG)
+    assert not own.any()
+    with refused(comm, "a Producer of no arrays"):
+        exact_allreduce(comm, Producer() if bad else x)
+    assert (exact_allreduce(comm, x, np.zeros((4, 2))[:, 0], TAG) == comm.size * x).all()
+
+
+class Producer:
+    @property
+    def __array_interface__(self):
+        raise ZeroDivisionError("a Producer of no arrays")
+
+
+def test_what_is_no_communicator_of_this_rank_is_refused(comm):
+    for bad, found in (
+        (MPI.COMM_NULL, "MPI.COMM_NULL"), ("x", "str"), (checked(comm), "CheckedComm"),
+    ):  # fmt: skip
+        with refused(comm, f"communicator.*found {found}"):
+            exact_allreduce(bad, np.arange(4.0))
+    if comm.size > 1:
+        half = comm.Split(comm.rank == 0, comm.rank)
+        between = half.Create_intercomm(0, comm, 1 if comm.rank == 0 else 0, 7)
+        with refused(comm, "intracommunicator, found Intercomm"):
+            exact_allreduce(between, np.arange(4.0))
+        between.Free()
+        half.Free()
 
 
 @pytest.mark.parametrize("fault", ["flip", "missing", "replica", "maximum"])

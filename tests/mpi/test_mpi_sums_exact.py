@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from mpi4py import MPI
 from planted import worlds
-from sums_data import TAG, added, dtype_of, own_of
+from sums_data import TAG, added, disagreement, dtype_of, own_of
 
 from spimpi import DistributedContext, TensorPartition
 from spimpi.checks.sums.agreement import disagreement_of
@@ -116,7 +116,7 @@ def test_ranks_that_disagree_where_a_sum_has_no_room_fail(comm, in_batch):
         with DistributedContext(comm) as ctx, ctx.batch():
             verdict = verify_allreduce(comm, x, total, TAG, check=False, ctx=ctx)
             x[:], total[:] = 3, 3
-    assert not verdict and "differ from the others'" in str(verdict)
+    assert not verdict and disagreement(comm.size) in str(verdict)
     assert verdict.where.rank == (comm.size - 1 if comm.size > 2 else None)
 
 
@@ -159,15 +159,39 @@ def test_an_extreme_of_nan_is_left_out_and_the_rest_checked(comm):
         for value in (np.nan, xs[1][2, 3]):  # what MPI makes of it depends on its order
             best[2, 3] = value
             verdict = verify_allreduce(part, xs[part.rank], best, TAG, op=MPI.MAX)
-            said = "1 elements to which rank 0 gave"
+            said = "1 element to which rank 0 gave NaN is not covered (NaN or"
             assert verdict.holds and verdict.missing[0].startswith(said)
         for value in (-1e9, 1e9, np.inf):  # but not out of nothing
             best[2, 3] = value if part.rank == part.size - 1 else np.nan
             verdict = verify_allreduce(part, xs[part.rank], best, TAG, op=MPI.MAX, check=False)
             assert not verdict and f"on rank {part.size - 1}; the first at [2, 3]" in str(verdict)
+            assert "1 element to which rank 0 gave NaN is neither NaN nor" in str(verdict)
         best[2, 3] = np.nan
         best[4, 4] = np.nan
         assert not verify_allreduce(part, xs[part.rank], best, TAG, op=MPI.MAX, check=False)
+
+
+@pytest.mark.mpi(min_size=2)
+@pytest.mark.parametrize("op", ["MAX", "MIN"])
+def test_a_rank_whose_own_extreme_cannot_be_right_is_named(comm, op):
+    """Also where there is no majority: NaN of numbers, or what its own addend is beyond."""
+    for part in worlds(comm, 2):
+        for victim in range(part.size):
+            x = np.arange(4.0) + 1
+            beyond = -1e9 if op == "MAX" else 1e9
+            for value in (np.nan, beyond):
+                best = x.copy()
+                if part.rank == victim:
+                    best[2] = value
+                verdict = verify_allreduce(part, x, best, TAG, op=getattr(MPI, op), check=False)
+                assert not verdict and verdict.where.rank == victim
+                assert disagreement(part.size, victim) in str(verdict)
+            # Of an invented value nothing tells which of two is right.
+            best = x.copy()
+            if part.rank == victim:
+                best[2] = -beyond
+            verdict = verify_allreduce(part, x, best, TAG, op=getattr(MPI, op), check=False)
+            assert not verdict and verdict.where.rank == (victim if part.size > 2 else None)
 
 
 @pytest.mark.parametrize("name", ["uint8", "int32", "uint64", "bool"])

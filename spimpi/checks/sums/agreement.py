@@ -9,7 +9,7 @@ from spimpi.checks.verdict import NO_ELEMENTS, Verdict
 from spimpi.fingerprint import fingerprint
 from spimpi.reduction import minority
 from spimpi.trace.schema import Established
-from spimpi.units import listed
+from spimpi.units import ranks_text
 
 ONE_RANK = "on one rank nothing is summed: the result is the contribution, which was compared alone"
 
@@ -72,7 +72,12 @@ def disagreement_of(comm, local, everyone, unsure=None) -> Verdict | None:
     if not odd:
         return None
     rank = odd[0] if len(odd) == 1 else None
-    detail = f"the results of ranks {listed(odd)} differ from the others'"
+    if len(odd) == comm.size:
+        detail = f"the results of {ranks_text(odd)} differ, and no majority tells which is right"
+    elif rank is not None:
+        detail = f"the result of rank {rank} differs from the others'"
+    else:
+        detail = f"the results of {ranks_text(odd)} differ from the others'"
     if reused:
         detail += f"; {used_again(reused)}: by the words made before"
     return sum_report.failure(local, "agreement", detail, rank=rank)

@@ -4,6 +4,8 @@ Every function takes the communicator, the rank's own SumCall and the gathered w
 collective: what is exchanged further depends on these words alone, so that all ranks do the same.
 """
 
+from dataclasses import replace
+
 import numpy as np
 from mpi4py import MPI
 
@@ -22,7 +24,7 @@ from spimpi.checks.sums.agreement import (
 from spimpi.checks.sums.call import BAD, HEADER, HIGH, INTEGRAL, LARGEST, LINEAR, LOW, OWN, RESULT
 from spimpi.checks.verdict import Verdict
 from spimpi.fingerprint.tag import MASK
-from spimpi.units import ranks_text
+from spimpi.units import are, counted, ranks_text, verb
 
 _PIECE = 1 << 17  # elements of a rank's addends that are shown to all at a time
 
@@ -191,14 +193,17 @@ def extreme(comm, local, everyone) -> Verdict:
         if invented:
             rank, place, many = invented
             detail = (
-                f"{many} elements to which {ranks_text(givers)} gave NaN are neither NaN nor any "
-                f"rank's own on rank {rank}; the first at {list(local.blocks.index_of(0, place))}"
+                f"{counted(many)} to which {ranks_text(givers)} gave NaN {verb(many)} neither NaN "
+                f"nor any rank's own on rank {rank}; the first at "
+                f"{list(local.blocks.index_of(0, place))}"
             )
             return sum_report.failure(local, "exact", detail)
         owned = owned | nan
     disagreement = disagreement_of(comm, local, everyone, nan)
     if disagreement is not None:
-        return disagreement
+        # Of numbers a NaN is no result, nor is what lies below this rank's own.
+        is_wrong = bool(beyond.any() or is_float and (~nan & (r != r)).any())
+        return _by_itself(comm, disagreement, is_wrong)
     nobody = np.flatnonzero(~owned)
     first = int(np.argmax(beyond)) if beyond.any() else -1
     own = np.array([np.count_nonzero(beyond), first], np.int64)
@@ -209,16 +214,28 @@ def extreme(comm, local, everyone) -> Verdict:
         place = int(counts[rank, 1]) if rank is not None else int(nobody[0])
         detail = (
             f"rank {rank} gave an element that lies beyond the {local.op}" if rank is not None
-            else f"{nobody.size} elements are no rank's own"
+            else f"{are(nobody.size)} no rank's own"
         )  # fmt: skip
         detail += f"; the first at {list(local.blocks.index_of(0, place))}"
         return sum_report.failure(local, "exact", detail, rank=None)
     missing = [
-        f"{n_nan} elements to which {ranks_text(givers)} gave NaN are not covered (they are NaN or "
-        "some rank's own: MPI does not say which)"
+        f"{counted(n_nan)} to which {ranks_text(givers)} gave NaN {verb(n_nan)} not covered (NaN "
+        "or some rank's own: MPI does not say which)"
     ] * (n_nan > 0)
     strength = f"exact ({local.op})"
     return passed(local, everyone, strength, missing, n_nan, compared=True)
+
+
+def _by_itself(comm, disagreement, is_wrong: bool) -> Verdict:
+    """A disagreement, and the one rank whose result ``is_wrong`` by itself. Collective."""
+    wrong = np.empty(comm.size, np.uint8)
+    comm.Allgather(np.array([is_wrong], np.uint8), wrong)
+    where = disagreement.where
+    if where.rank is not None or np.count_nonzero(wrong) != 1:
+        return disagreement
+    rank = int(np.argmax(wrong))
+    detail = f"{where.detail}; that of rank {rank} cannot be right"
+    return replace(disagreement, where=replace(where, rank=rank, detail=detail))
 
 
 def _beside_nan(comm, x, r, places):

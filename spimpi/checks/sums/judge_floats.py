@@ -17,7 +17,7 @@ from spimpi.checks.sums.call import HEADER, INTEGRAL, PIECES, RESULT, regions
 from spimpi.checks.sums.judge_exact import integral
 from spimpi.checks.verdict import Verdict
 from spimpi.fingerprint import projections
-from spimpi.units import listed, ranks_text
+from spimpi.units import are, counted, listed, ranks_text, verb
 
 
 def _within(comm, local, everyone) -> float:
@@ -76,18 +76,19 @@ class _LeftOut:
     def told(self) -> list[str]:
         if self.reused:
             return [
-                f"{self.n} elements in rows with NaN or Inf are not covered: "
+                f"{counted(self.n)} in rows with NaN or Inf {verb(self.n)} not covered: "
                 f"{used_again(self.reused)}"
             ]
         said = []
         if self.n_given:
             said.append(
-                f"{self.n_given} elements to which {ranks_text(self.givers)} gave NaN or Inf are "
-                "not covered by the bound (they came out as IEEE 754 says)"
+                f"{counted(self.n_given)} to which {ranks_text(self.givers)} gave NaN or Inf "
+                f"{verb(self.n_given)} not covered by the bound (the result is as IEEE 754 says)"
             )
         if self.n_overflowed:
             said.append(
-                f"{self.n_overflowed} elements whose sum may have overflowed are not covered"
+                f"{counted(self.n_overflowed)} whose sum may have overflowed "
+                f"{verb(self.n_overflowed)} not covered"
             )
         return said
 
@@ -162,8 +163,7 @@ def _not_finite(comm, local, q, bins):
         len(sorted_out.skip), sorted_out.n_given, sorted_out.givers, sorted_out.n_overflowed
     )
     if sorted_out.wrong:
-        n = len(sorted_out.wrong)
-        detail = f"{n} element{'s' * (n > 1)} are not finite as the contributions say"
+        detail = f"{are(len(sorted_out.wrong))} not finite as the contributions say"
         if sorted_out.givers:
             detail += f" (NaN or Inf were given by {ranks_text(sorted_out.givers)})"
         return sum_report.found(local, q, sorted_out.wrong, detail), left_out

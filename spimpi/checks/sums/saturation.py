@@ -13,6 +13,7 @@ from mpi4py import MPI
 
 from spimpi.checks.sums.search import MOST_RANGES, Element
 from spimpi.checks.sums.words import flat
+from spimpi.units import are
 
 _PIECE = 1 << 17
 WRONG, AT_LIMIT, UNEXPLAINED, OPEN = range(4)  # a rank's counts
@@ -30,8 +31,8 @@ class Saturation:
 
     def told(self, dtype) -> str:
         return (
-            f"this MPI saturates: {self.n} elements for whose sum {dtype} has no room do not hold "
-            "the wrapped one; MPI leaves them open, and they are not covered"
+            f"this MPI saturates: {are(self.n)} not covered, for whose sum {dtype} has no room: "
+            "MPI leaves that open, and the result is not the wrapped sum"
         )
 
 

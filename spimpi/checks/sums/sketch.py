@@ -17,6 +17,7 @@ from spimpi.errors import UsageError
 from spimpi.fingerprint import arrays, as_array, fingerprint, projections
 from spimpi.fingerprint.tag import SKETCH, Tag
 from spimpi.partition import Slab
+from spimpi.units import are
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def compare_sketches(
     if a.nonfinite == b.nonfinite == a.n_elements:
         missing = "all elements are NaN or Inf, and their bits differ: nothing else was compared"
         return SketchComparison("", 0.0, 0.0, 0.0, limit, missing)
-    missing = f"{a.nonfinite} elements are NaN or Inf: not compared" if a.nonfinite else ""
+    missing = f"{are(a.nonfinite)} NaN or Inf: not compared" if a.nonfinite else ""
     if a.nonfinite != b.nonfinite:
         verdict = "different"
     elif limit is None:
