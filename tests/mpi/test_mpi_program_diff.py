@@ -1,5 +1,7 @@
 """``trace diff`` of two runs of a program: other data in any check, and they are not the same."""
 
+import warnings
+
 import numpy as np
 import pytest
 from mpi4py import MPI
@@ -182,3 +184,30 @@ def test_groups_of_other_sizes_are_told_apart_by_their_order(comm, traced):
     assert "nothing tells which group is which" in found.notes[0]
     if two != MPI.COMM_NULL:
         two.Free()
+
+
+def passed_on(ctx, comm, other) -> None:
+    """A checked call, and others that go on to the communicator, of other data."""
+    checked, x, y = spimpi.checked(comm, ctx), np.arange(4.0) + bool(other), np.zeros(4)
+    checked.Bcast(y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        checked.Allreduce(x, y, MPI.PROD)
+        checked.Scan(x, y)
+        checked.Scan(x, y)
+
+
+def test_calls_that_no_check_looks_at_are_told_as_not_compared(comm, traced, capfd):
+    clean, other = traced("clean", comm, checks=passed_on), traced("other", comm, {1}, passed_on)
+    found = compared(comm, clean, other)
+    assert found.exit_status == 3 and not found.n_differ
+    calls = f"Allreduce by MPI.PROD ({comm.size}), Scan ({2 * comm.size})"
+    assert found.notes == tuple(f"calls of {name} that no check looked at: {calls}" for name in "AB")
+    if comm.rank == 0:
+        capfd.readouterr()
+        assert main(["trace", "diff", str(clean), str(other)]) == 3
+        text = capfd.readouterr().out
+        assert "SAME" not in text and text.splitlines()[-1].startswith("INCOMPLETE: the 1")
+        assert main(["trace", "show", str(clean)]) == 0
+        assert f'"Scan": {2 * comm.size}' in capfd.readouterr().out
+    comm.Barrier()

@@ -20,13 +20,14 @@ def compared(tmp_path):
     """``compared(a, b)``: diff of two programs; each a list of ranks, a rank a list of checks."""
     made = iter(range(100))
 
-    def run(a, b, topology=None):
+    def run(a, b, topology=None, **more):
         paths = []
         for ranks in (a, b):
             path = tmp_path / f"{next(made)}.h5"
             said = topology or f"tp={len(ranks)},pp=1,dp=1"
             rows = [events_of(checks) for checks in ranks]
             facts = {"run_id": "r", "world": len(ranks), "topology": said, "end_state": "verified"}
+            facts |= more
             write_ranks(path, len(ranks), rows.__getitem__, TENSORS, facts, "gather")
             paths.append(path)
         with open_trace(paths[0]) as one, open_trace(paths[1]) as two:
@@ -65,6 +66,13 @@ def test_a_check_without_a_fingerprint_is_told_and_nothing_is_the_same(compared)
     covered_nothing = ranks_of(Op.HANDOFF, [0, 0], bytes=0)
     both = [a + b for a, b in zip(new, covered_nothing)]
     assert compared(new, both).exit_status == 0
+
+
+def test_a_recovered_program_does_not_tell_which_calls_were_not_checked(compared):
+    ranks = ranks_of(Op.BROADCAST, [5, 5])
+    assert compared(ranks, ranks).exit_status == 0
+    found = compared(ranks, ranks, recovered=True)
+    assert found.exit_status == 3 and len(found.notes) == 2 and "was recovered" in found.notes[0]
 
 
 @pytest.mark.parametrize("op", [Op.GATHER, Op.SCATTER, Op.ALLTOALL, Op.REDUCE_SCATTER])

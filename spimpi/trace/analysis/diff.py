@@ -126,6 +126,7 @@ def diff(a, b) -> Difference:
     missing = [f"A: {line}" for line in a.problems] + [f"B: {line}" for line in b.problems]
     missing += _measure(table, a, b, numbers)
     more, lacking = _lonely(alone, (held_a.found, held_b.found), _is_program(a))
+    notes += [line for name, trace in (("A", a), ("B", b)) for line in _unchecked(name, trace)]
     notes += more
     missing += lacking
     if not len(table):
@@ -274,6 +275,19 @@ def _lonely(alone, found, program: bool) -> tuple[list[str], list[str]]:
             kept = notes if program else missing
             kept.append(f"{int(common.sum())} tensors of common steps are in {name} alone")
     return notes, missing
+
+
+def _unchecked(name: str, trace) -> list[str]:
+    """What a program did that its trace has no fingerprints of."""
+    if not _is_program(trace):
+        return []
+    lines = []
+    if calls := trace.attributes.get("unchecked"):
+        told = ", ".join(f"{call} ({n:,})" for call, n in calls.items())
+        lines.append(f"calls of {name} that no check looked at: {told}")
+    if trace.attributes.get("recovered"):  # its end, at which they are counted, was not reached
+        lines.append(f"which calls of {name} no check looked at is not known: it was recovered")
+    return lines
 
 
 def _of_inference(rows) -> np.ndarray:
