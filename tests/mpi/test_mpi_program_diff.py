@@ -1,5 +1,6 @@
 """``trace diff`` of two runs of a program: other data in any check, and they are not the same."""
 
+import json
 import warnings
 
 import numpy as np
@@ -210,4 +211,30 @@ def test_calls_that_no_check_looks_at_are_told_as_not_compared(comm, traced, cap
         assert "SAME" not in text and text.splitlines()[-1].startswith("INCOMPLETE: the 1")
         assert main(["trace", "show", str(clean)]) == 0
         assert f'"Scan": {2 * comm.size}' in capfd.readouterr().out
+    comm.Barrier()
+
+
+def of_other_inputs(ctx, comm, other) -> None:
+    """Sums and a product whose results are zeros, whatever was added and multiplied."""
+    given, zeros = np.zeros(3), np.zeros(3)
+    if other and comm.rank < 2:
+        given += (-1.0) ** comm.rank
+    spimpi.verify_allreduce(comm, given, zeros, Tag(name="sum"), ctx=ctx)
+    spimpi.exact_allreduce(comm, given, tag=Tag(name="exact"), ctx=ctx)
+    w = np.zeros((3, 2), int)
+    spimpi.verify_matmul(comm, given[None], w, given[None] @ w, Tag(name="matmul"), ctx=ctx)
+    spimpi.verify_replicas(comm, zeros, Tag(name="copies"), ctx=ctx)
+
+
+def test_of_sums_and_products_it_says_that_the_results_alone_were_compared(comm, traced, capfd):
+    clean = traced("clean", comm, checks=of_other_inputs)
+    other = traced("other", comm, {1}, of_other_inputs)
+    if comm.rank == 0:
+        capfd.readouterr()
+        assert main(["trace", "diff", str(clean), str(other)]) == 0
+        *lines, last = capfd.readouterr().out.splitlines()
+        assert last == "SAME: 4 tensors have the same bits"
+        assert sum("(allreduce sum, matmul) the results alone" in line for line in lines) == 1
+        assert main(["trace", "diff", "--json", str(clean), str(other)]) == 0
+        assert len(json.loads(capfd.readouterr().out)["remarks"]) == 1
     comm.Barrier()

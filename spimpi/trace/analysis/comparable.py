@@ -14,6 +14,10 @@ from spimpi.trace.names import member, name_of
 from spimpi.trace.schema import HELD_BY_ONE, Op, Stage
 
 SUMS = (Op.ALLREDUCE_SUM, Op.REDUCE_SCATTER)
+# Their fingerprint is of the result, which other addends or factors may give too.
+RESULTS = (
+    *SUMS, Op.ALLREDUCE_MAX, Op.ALLREDUCE_MIN, Op.ALLREDUCE_BOR, Op.ALLREDUCE_BXOR, Op.MATMUL,
+)  # fmt: skip
 INTEGERS = ("int", "uint", "bool")  # dtypes whose sums no order changes
 
 NOTHING, NO_WORD, LACKING, ONE_RANK, ROUNDED, BLOCKS, GROUPS = range(7)  # what keeps from it
@@ -82,6 +86,17 @@ def told(rows, why) -> list[str]:
     for reason, text in REASONS.items():
         ops = rows["op"][why == reason]
         if ops.size:
-            names = ", ".join(name_of(member(Op, op)) for op in np.unique(ops).tolist())
-            lines.append(f"{ops.size:,} not compared ({names}): {text}")
+            lines.append(f"{ops.size:,} not compared ({_names(ops)}): {text}")
     return lines
+
+
+def remarks(rows) -> list[str]:
+    """What of the compared rows the fingerprints do not tell, in words."""
+    ops = rows["op"][(rows["stage"] == Stage.PROGRAM) & np.isin(rows["op"], RESULTS)]
+    if not ops.size:
+        return []
+    return [f"of sums and products ({_names(ops)}) the results alone were compared, not the inputs"]
+
+
+def _names(ops) -> str:
+    return ", ".join(name_of(member(Op, op)) for op in np.unique(ops).tolist())

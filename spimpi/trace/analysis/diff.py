@@ -10,7 +10,9 @@ import numpy as np
 
 from spimpi.distance import ERROR, distances, relative_distances
 from spimpi.errors import IncompleteError, UsageError
-from spimpi.trace.analysis.comparable import NOTHING, SUMS, compared, rounds, runs_of, told
+from spimpi.trace.analysis.comparable import (
+    NOTHING, SUMS, compared, remarks, rounds, runs_of, told,
+)  # fmt: skip
 from spimpi.trace.analysis.contents import CONTENT, PLACE, TOKENS, Contents, contents, paired
 from spimpi.trace.analysis.rounding import Judgement, first_jump, judge
 from spimpi.trace.analysis.summary import Failure
@@ -52,7 +54,8 @@ class Difference:
     row at which the relative difference is more than JUMP times all before it, -1: none;
     ``diverged``: row of the first tokens that differ: later steps have other inputs; -1: none;
     ``notes``: what was not compared, and why; ``missing``: what should have been and could not be.
-    Where there is either, nothing is called the same.
+    Where there is either, nothing is called the same. ``remarks``: what equal fingerprints of the
+    checks that were compared do not say.
     """
 
     a: Side
@@ -65,6 +68,7 @@ class Difference:
     diverged: int
     notes: tuple[str, ...]
     missing: tuple[str, ...]
+    remarks: tuple[str, ...]
 
     @property
     def n_differ(self) -> int:
@@ -142,7 +146,7 @@ def diff(a, b) -> Difference:
         jump = first_jump(table["relative"][: diverged + 1 if diverged >= 0 else None])
     return Difference(
         side_a, side_b, names, table, first, judgement, jump, diverged, tuple(notes),
-        tuple(missing),
+        tuple(missing), tuple(remarks(table)),
     )  # fmt: skip
 
 
