@@ -203,7 +203,8 @@ def test_calls_that_no_check_looks_at_are_told_as_not_compared(comm, traced, cap
     found = compared(comm, clean, other)
     assert found.exit_status == 3 and not found.n_differ
     calls = f"Allreduce by MPI.PROD ({comm.size}), Scan ({2 * comm.size})"
-    assert found.notes == tuple(f"calls of {name} that no check looked at: {calls}" for name in "AB")
+    notes = [f"calls of {name} that no check looked at: {calls}" for name in "AB"]
+    assert list(found.notes) == notes
     if comm.rank == 0:
         capfd.readouterr()
         assert main(["trace", "diff", str(clean), str(other)]) == 3
@@ -236,5 +237,28 @@ def test_of_sums_and_products_it_says_that_the_results_alone_were_compared(comm,
         assert last == "SAME: 4 tensors have the same bits"
         assert sum("(allreduce sum, matmul) the results alone" in line for line in lines) == 1
         assert main(["trace", "diff", "--json", str(clean), str(other)]) == 0
-        assert len(json.loads(capfd.readouterr().out)["remarks"]) == 1
+        first, second = json.loads(capfd.readouterr().out)["remarks"]
+        assert "results alone" in first and "(matmul) the bits alone" in second
+    comm.Barrier()
+
+
+def of_dtype(ctx, comm, dtype) -> None:
+    """Zeros, whose bits every dtype of one size has."""
+    zeros = np.zeros(4, dtype)
+    spimpi.verify_replicas(comm, zeros, Tag(name="copies"), ctx=ctx)
+    if comm.rank < 2:
+        other = np.empty_like(zeros)
+        spimpi.checked(comm, ctx).Sendrecv(zeros, 1 - comm.rank, 0, other, 1 - comm.rank, 0)
+
+
+def test_equal_bits_of_other_dtypes_are_a_difference(comm, traced, capfd):
+    floats, integers = (traced(name, comm, name, of_dtype) for name in ("float32", "int32"))
+    again = compared(comm, floats, traced("again", comm, "float32", of_dtype))
+    assert again.exit_status == 0 and not again.remarks
+    found = compared(comm, floats, integers)
+    assert found.exit_status == 1 and found.n_differ == len(found.table) == 2
+    if comm.rank == 0:
+        capfd.readouterr()
+        assert main(["trace", "diff", str(floats), str(integers)]) == 1
+        assert "its dtype is float32 in A, int32 in B" in capfd.readouterr().out
     comm.Barrier()

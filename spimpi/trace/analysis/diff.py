@@ -11,7 +11,7 @@ import numpy as np
 from spimpi.distance import ERROR, distances, relative_distances
 from spimpi.errors import IncompleteError, UsageError
 from spimpi.trace.analysis.comparable import (
-    NOTHING, SUMS, compared, remarks, rounds, runs_of, told,
+    NOTHING, OTHER, SUMS, compared, dtypes_of, remarks, rounds, runs_of, told, told_dtypes,
 )  # fmt: skip
 from spimpi.trace.analysis.contents import CONTENT, PLACE, TOKENS, Contents, contents, paired
 from spimpi.trace.analysis.rounding import Judgement, first_jump, judge
@@ -127,6 +127,9 @@ def diff(a, b) -> Difference:
     names = tuple(tensor.name for tensor in union)
     held_b.found["tensor"] = numbers[held_b.found["tensor"]]
     table, notes, alone = _paired(held_a, held_b, union, runs_of(a, b))
+    dtypes = dtypes_of(a, b, names)[table["tensor"]]
+    table["differs"] |= (table["stage"] == Stage.PROGRAM) & (dtypes == OTHER)
+    notes += told_dtypes(table, dtypes)
     missing = [f"A: {line}" for line in a.problems] + [f"B: {line}" for line in b.problems]
     missing += _measure(table, a, b, numbers)
     more, lacking = _lonely(alone, (held_a.found, held_b.found), _is_program(a))
@@ -142,11 +145,11 @@ def diff(a, b) -> Difference:
         is_tokens = np.array([name == TOKENS for name in names])[table["tensor"]]
         tokens = np.flatnonzero(is_tokens & (table["stage"] == Stage.GOLDEN) & table["differs"])
         diverged = int(tokens[0]) if tokens.size else -1
-        judgement = _judged(table[first], union, a, b)
+        judgement = _judged(table[first], union, a, b, dtypes[first] == OTHER)
         jump = first_jump(table["relative"][: diverged + 1 if diverged >= 0 else None])
     return Difference(
         side_a, side_b, names, table, first, judgement, jump, diverged, tuple(notes),
-        tuple(missing), tuple(remarks(table)),
+        tuple(missing), tuple(remarks(table, dtypes)),
     )  # fmt: skip
 
 
@@ -170,8 +173,13 @@ def _paired(held_a: Contents, held_b: Contents, tensors, runs):
     return table, notes, alone
 
 
-def _judged(row, tensors, a, b) -> Judgement:
+def _judged(row, tensors, a, b, other_dtype: bool) -> Judgement:
     """What the first difference is."""
+    if row["stage"] == Stage.PROGRAM and other_dtype:
+        name = tensors[row["tensor"]].name
+        dtypes = [next(t.dtype for t in trace.tensors if t.name == name) for trace in (a, b)]
+        reason = f"its dtype is {dtypes[0]} in A, {dtypes[1]} in B"
+        return Judgement("different", None, None, None, reason)
     if row["stage"] == Stage.PROGRAM and row["a"] == row["b"]:
         reason = "both runs have the same fingerprints, on other ranks: their data were exchanged"
         return Judgement("different", None, None, 0.0, reason)
