@@ -47,7 +47,7 @@ class CheckedComm(CheckedMessages):
 
     def __init__(self, comm, ctx, check, threads):
         self.comm, self.ctx, self.check, self.threads = comm, ctx, check, threads
-        self._given = comm
+        self._given, self._tracer = comm, ctx and ctx.tracer
         self._session = session_of(comm, ctx)
         self._seed = DEFAULT_SEED if ctx is None else ctx.seed
         self._tag, self._calls = None, 0
@@ -78,6 +78,8 @@ class CheckedComm(CheckedMessages):
     def _note(self, what, depth, compared=""):
         self.completed(self.next_call(), None)
         note(self.unchecked, what, depth, compared)
+        if self._tracer is not None:
+            self._tracer.unchecked[what] += 1
 
     @contextmanager
     def tagged(self, tag: Tag):

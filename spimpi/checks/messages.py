@@ -223,7 +223,7 @@ class CheckedMessages:
         if problem:
             verdict = self._changed(problem, receiver, words, source, tag, sequence)
         if self.ctx is not None and self.ctx.tracer is not None:
-            c.n_bytes = n_bytes
+            c.dtype, c.n_bytes = dtype, n_bytes
             self.ctx.tracer.record(c, verdict, self.comm, source)
         return verdict
 

@@ -5,6 +5,7 @@ when its verdict is known. Recording is local; only opening and sealing are coll
 """
 
 import sys
+from collections import Counter
 from contextlib import suppress
 from functools import lru_cache, partial
 from os import PathLike
@@ -86,6 +87,7 @@ class ProgramTracer:
         self._worst, self._error = Status.VERIFIED, None
         self._established, self._n_empty = Established(0), 0  # of checks that compared nothing
         self._clipped: set[str] = set()  # columns that could not hold a number
+        self.unchecked: Counter = Counter()  # calls of the wrapper that no check looked at
         self._seen: dict[str, tuple] = {}  # by tensor: what its last check said of it, its row
         self._signals = SignalFlush(self._recorder.write_down)
 
@@ -157,6 +159,7 @@ class ProgramTracer:
     def _seal(self) -> None:
         worst = WORST_LAST[self.comm.allreduce(WORST_LAST.index(self._worst), op=MPI.MAX)]
         told = self.comm.allgather((self._clipped, bool(self._established), self._n_empty))
+        unchecked = sum(self.comm.allgather(self.unchecked), Counter())
         clipped = set().union(*(names for names, _, _ in told))
         if worst == Status.VERIFIED and any(n for *_, n in told) and not any(e for _, e, _ in told):
             worst = Status.NOT_ESTABLISHED  # no check of the run compared anything
@@ -167,6 +170,8 @@ class ProgramTracer:
         attributes = {"end_state": STATES[worst]}
         if clipped:
             attributes["clipped"] = sorted(clipped)
+        if unchecked:
+            attributes["unchecked"] = dict(sorted(unchecked.items()))
         seal(self.comm, self.journal, self.path, attributes, self.driver, self.overwrite)
 
     def give_up(self, error) -> None:

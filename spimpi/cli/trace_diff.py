@@ -71,6 +71,7 @@ def as_json(found) -> dict:
         "differing": [_row(found, i) for i in found.table["differs"].nonzero()[0]],
         "notes": list(found.notes),
         "missing": list(found.missing),
+        "remarks": list(found.remarks),
     }  # fmt: skip
 
 
@@ -122,6 +123,8 @@ def _print(found) -> None:
     out.table(None, [_header("A", found.a), _header("B", found.b)])
     for line in (*found.missing, *found.notes):
         out.line(f"  {line}", "yellow")
+    for line in found.remarks:
+        out.line(f"  {line}")
     out.line("")
     if found.first >= 0:
         _print_difference(out, found)

@@ -21,6 +21,7 @@ HEADER = (
     ("seed", "seed"),
     ("injected", "injected"),
     ("clipped", "clipped"),
+    ("unchecked", "unchecked"),
 )
 
 GROUPS = 40  # rows of a table

@@ -52,6 +52,7 @@ KNOWN = {
     "prompts": _is_count, "prompt_tokens": _is_count, "new_tokens": _is_count, "runs": _is_count,
     "injected": _list_of(_is_text), "established": _list_of(_is_text),
     "clipped": _list_of(_is_text), "missing": _list_of(_is_text),
+    "unchecked": _mapping_to(_is_count),
     "end_state": END_STATES.__contains__, "recovered": lambda value: isinstance(value, bool),
     "seconds": _mapping_to(_is_finite), "checking_seconds": _mapping_to(_is_finite),
     "sketches": lambda value: isinstance(value, bool) or _is_fingerprinted(value),

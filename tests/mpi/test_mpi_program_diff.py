@@ -1,5 +1,8 @@
 """``trace diff`` of two runs of a program: other data in any check, and they are not the same."""
 
+import json
+import warnings
+
 import numpy as np
 import pytest
 from mpi4py import MPI
@@ -182,3 +185,80 @@ def test_groups_of_other_sizes_are_told_apart_by_their_order(comm, traced):
     assert "nothing tells which group is which" in found.notes[0]
     if two != MPI.COMM_NULL:
         two.Free()
+
+
+def passed_on(ctx, comm, other) -> None:
+    """A checked call, and others that go on to the communicator, of other data."""
+    checked, x, y = spimpi.checked(comm, ctx), np.arange(4.0) + bool(other), np.zeros(4)
+    checked.Bcast(y)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        checked.Allreduce(x, y, MPI.PROD)
+        checked.Scan(x, y)
+        checked.Scan(x, y)
+
+
+def test_calls_that_no_check_looks_at_are_told_as_not_compared(comm, traced, capfd):
+    clean, other = traced("clean", comm, checks=passed_on), traced("other", comm, {1}, passed_on)
+    found = compared(comm, clean, other)
+    assert found.exit_status == 3 and not found.n_differ
+    calls = f"Allreduce by MPI.PROD ({comm.size}), Scan ({2 * comm.size})"
+    notes = [f"calls of {name} that no check looked at: {calls}" for name in "AB"]
+    assert list(found.notes) == notes
+    if comm.rank == 0:
+        capfd.readouterr()
+        assert main(["trace", "diff", str(clean), str(other)]) == 3
+        text = capfd.readouterr().out
+        assert "SAME" not in text and text.splitlines()[-1].startswith("INCOMPLETE: the 1")
+        assert main(["trace", "show", str(clean)]) == 0
+        assert f'"Scan": {2 * comm.size}' in capfd.readouterr().out
+    comm.Barrier()
+
+
+def of_other_inputs(ctx, comm, other) -> None:
+    """Sums and a product whose results are zeros, whatever was added and multiplied."""
+    given, zeros = np.zeros(3), np.zeros(3)
+    if other and comm.rank < 2:
+        given += (-1.0) ** comm.rank
+    spimpi.verify_allreduce(comm, given, zeros, Tag(name="sum"), ctx=ctx)
+    spimpi.exact_allreduce(comm, given, tag=Tag(name="exact"), ctx=ctx)
+    w = np.zeros((3, 2), int)
+    spimpi.verify_matmul(comm, given[None], w, given[None] @ w, Tag(name="matmul"), ctx=ctx)
+    spimpi.verify_replicas(comm, zeros, Tag(name="copies"), ctx=ctx)
+
+
+def test_of_sums_and_products_it_says_that_the_results_alone_were_compared(comm, traced, capfd):
+    clean = traced("clean", comm, checks=of_other_inputs)
+    other = traced("other", comm, {1}, of_other_inputs)
+    if comm.rank == 0:
+        capfd.readouterr()
+        assert main(["trace", "diff", str(clean), str(other)]) == 0
+        *lines, last = capfd.readouterr().out.splitlines()
+        assert last == "SAME: 4 tensors have the same bits"
+        assert sum("(allreduce sum, matmul) the results alone" in line for line in lines) == 1
+        assert main(["trace", "diff", "--json", str(clean), str(other)]) == 0
+        first, second = json.loads(capfd.readouterr().out)["remarks"]
+        assert "results alone" in first and "(matmul) the bits alone" in second
+    comm.Barrier()
+
+
+def of_dtype(ctx, comm, dtype) -> None:
+    """Zeros, whose bits every dtype of one size has."""
+    zeros = np.zeros(4, dtype)
+    spimpi.verify_replicas(comm, zeros, Tag(name="copies"), ctx=ctx)
+    if comm.rank < 2:
+        other = np.empty_like(zeros)
+        spimpi.checked(comm, ctx).Sendrecv(zeros, 1 - comm.rank, 0, other, 1 - comm.rank, 0)
+
+
+def test_equal_bits_of_other_dtypes_are_a_difference(comm, traced, capfd):
+    floats, integers = (traced(name, comm, name, of_dtype) for name in ("float32", "int32"))
+    again = compared(comm, floats, traced("again", comm, "float32", of_dtype))
+    assert again.exit_status == 0 and not again.remarks
+    found = compared(comm, floats, integers)
+    assert found.exit_status == 1 and found.n_differ == len(found.table) == 2
+    if comm.rank == 0:
+        capfd.readouterr()
+        assert main(["trace", "diff", str(floats), str(integers)]) == 1
+        assert "its dtype is float32 in A, int32 in B" in capfd.readouterr().out
+    comm.Barrier()

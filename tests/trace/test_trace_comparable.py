@@ -1,5 +1,7 @@
 """Which fingerprints of two runs of a program say the same of their data, and which cannot tell."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -20,14 +22,16 @@ def compared(tmp_path):
     """``compared(a, b)``: diff of two programs; each a list of ranks, a rank a list of checks."""
     made = iter(range(100))
 
-    def run(a, b, topology=None):
+    def run(a, b, topology=None, dtypes=(None, None), **more):
         paths = []
-        for ranks in (a, b):
+        for ranks, dtype in zip((a, b), dtypes):
             path = tmp_path / f"{next(made)}.h5"
             said = topology or f"tp={len(ranks)},pp=1,dp=1"
             rows = [events_of(checks) for checks in ranks]
             facts = {"run_id": "r", "world": len(ranks), "topology": said, "end_state": "verified"}
-            write_ranks(path, len(ranks), rows.__getitem__, TENSORS, facts, "gather")
+            facts |= more
+            tensors = [t if dtype is None else replace(t, dtype=dtype) for t in TENSORS]
+            write_ranks(path, len(ranks), rows.__getitem__, tensors, facts, "gather")
             paths.append(path)
         with open_trace(paths[0]) as one, open_trace(paths[1]) as two:
             return diff(one, two)
@@ -65,6 +69,27 @@ def test_a_check_without_a_fingerprint_is_told_and_nothing_is_the_same(compared)
     covered_nothing = ranks_of(Op.HANDOFF, [0, 0], bytes=0)
     both = [a + b for a, b in zip(new, covered_nothing)]
     assert compared(new, both).exit_status == 0
+
+
+def test_a_recovered_program_does_not_tell_which_calls_were_not_checked(compared):
+    ranks = ranks_of(Op.BROADCAST, [5, 5])
+    assert compared(ranks, ranks).exit_status == 0
+    found = compared(ranks, ranks, recovered=True)
+    assert found.exit_status == 3 and len(found.notes) == 2 and "was recovered" in found.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "status", "said"),
+    [(("int32", "int32"), 0, []), (("int32", "float32"), 1, []),
+     (("mixed", "int32"), 3, ["dtypes are not compared (broadcast)"]),
+     (("mixed", "mixed"), 0, ["the bits alone"]), (("", "int32"), 0, ["the bits alone"])],
+)  # fmt: skip
+def test_equal_bits_of_other_dtypes_differ_where_these_are_told(compared, dtypes, status, said):
+    ranks = ranks_of(Op.BROADCAST, [5, 5])
+    found = compared(ranks, ranks, dtypes=dtypes)
+    assert found.exit_status == status
+    lines = [*found.notes, *found.remarks]
+    assert len(lines) == len(said) and all(a in b for a, b in zip(said, lines))
 
 
 @pytest.mark.parametrize("op", [Op.GATHER, Op.SCATTER, Op.ALLTOALL, Op.REDUCE_SCATTER])

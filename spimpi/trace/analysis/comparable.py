@@ -10,10 +10,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from spimpi.trace.analysis.contents import SHARED
+from spimpi.trace.journals.growing import OTHERS
 from spimpi.trace.names import member, name_of
 from spimpi.trace.schema import HELD_BY_ONE, Op, Stage
 
 SUMS = (Op.ALLREDUCE_SUM, Op.REDUCE_SCATTER)
+# Their fingerprint is of the result, which other addends or factors may give too.
+RESULTS = (
+    *SUMS, Op.ALLREDUCE_MAX, Op.ALLREDUCE_MIN, Op.ALLREDUCE_BOR, Op.ALLREDUCE_BXOR, Op.MATMUL,
+)  # fmt: skip
 INTEGERS = ("int", "uint", "bool")  # dtypes whose sums no order changes
 
 NOTHING, NO_WORD, LACKING, ONE_RANK, ROUNDED, BLOCKS, GROUPS = range(7)  # what keeps from it
@@ -25,6 +30,7 @@ REASONS = {
     BLOCKS: "blocks of ranks, of which there are other numbers",
     GROUPS: "different from group to group of ranks, and nothing tells which group is which",
 }
+ALIKE, OTHER, SEVERAL, UNTOLD = range(4)  # what two traces say of the dtypes of one name
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,45 @@ def told(rows, why) -> list[str]:
     for reason, text in REASONS.items():
         ops = rows["op"][why == reason]
         if ops.size:
-            names = ", ".join(name_of(member(Op, op)) for op in np.unique(ops).tolist())
-            lines.append(f"{ops.size:,} not compared ({names}): {text}")
+            lines.append(f"{ops.size:,} not compared ({_names(ops)}): {text}")
     return lines
+
+
+def dtypes_of(a, b, names) -> np.ndarray:
+    """What the tables of two open traces say of the dtypes of these tensors."""
+    of_a, of_b = ({tensor.name: tensor.dtype for tensor in trace.tensors} for trace in (a, b))
+    return np.array([_dtypes(of_a.get(name, ""), of_b.get(name, "")) for name in names], np.uint8)
+
+
+def _dtypes(a: str, b: str) -> int:
+    mixed = OTHERS.dtype
+    if not a or not b or a == b == mixed:
+        return UNTOLD
+    return ALIKE if a == b else SEVERAL if mixed in (a, b) else OTHER
+
+
+def told_dtypes(rows, dtypes) -> list[str]:
+    """Of which compared rows the dtypes could not be, in words; ``dtypes``: those of the rows."""
+    ops = rows["op"][(rows["stage"] == Stage.PROGRAM) & (dtypes == SEVERAL)]
+    if not ops.size:
+        return []
+    why = "one of the traces has several under one name"
+    return [f"{ops.size:,} whose dtypes are not compared ({_names(ops)}): {why}"]
+
+
+def remarks(rows, dtypes) -> list[str]:
+    """What of the compared rows the fingerprints do not tell, in words."""
+    program, lines = rows["stage"] == Stage.PROGRAM, []
+    ops = rows["op"][program & np.isin(rows["op"], RESULTS)]
+    if ops.size:
+        of = f"of sums and products ({_names(ops)})"
+        lines.append(f"{of} the results alone were compared, not the inputs")
+    ops = rows["op"][program & (dtypes == UNTOLD)]
+    if ops.size:
+        of = f"of {ops.size:,} checks ({_names(ops)})"
+        lines.append(f"{of} the bits alone were compared: the traces tell no single dtype")
+    return lines
+
+
+def _names(ops) -> str:
+    return ", ".join(name_of(member(Op, op)) for op in np.unique(ops).tolist())

@@ -10,7 +10,9 @@ import numpy as np
 
 from spimpi.distance import ERROR, distances, relative_distances
 from spimpi.errors import IncompleteError, UsageError
-from spimpi.trace.analysis.comparable import NOTHING, SUMS, compared, rounds, runs_of, told
+from spimpi.trace.analysis.comparable import (
+    NOTHING, OTHER, SUMS, compared, dtypes_of, remarks, rounds, runs_of, told, told_dtypes,
+)  # fmt: skip
 from spimpi.trace.analysis.contents import CONTENT, PLACE, TOKENS, Contents, contents, paired
 from spimpi.trace.analysis.rounding import Judgement, first_jump, judge
 from spimpi.trace.analysis.summary import Failure
@@ -52,7 +54,8 @@ class Difference:
     row at which the relative difference is more than JUMP times all before it, -1: none;
     ``diverged``: row of the first tokens that differ: later steps have other inputs; -1: none;
     ``notes``: what was not compared, and why; ``missing``: what should have been and could not be.
-    Where there is either, nothing is called the same.
+    Where there is either, nothing is called the same. ``remarks``: what equal fingerprints of the
+    checks that were compared do not say.
     """
 
     a: Side
@@ -65,6 +68,7 @@ class Difference:
     diverged: int
     notes: tuple[str, ...]
     missing: tuple[str, ...]
+    remarks: tuple[str, ...]
 
     @property
     def n_differ(self) -> int:
@@ -123,9 +127,13 @@ def diff(a, b) -> Difference:
     names = tuple(tensor.name for tensor in union)
     held_b.found["tensor"] = numbers[held_b.found["tensor"]]
     table, notes, alone = _paired(held_a, held_b, union, runs_of(a, b))
+    dtypes = dtypes_of(a, b, names)[table["tensor"]]
+    table["differs"] |= (table["stage"] == Stage.PROGRAM) & (dtypes == OTHER)
+    notes += told_dtypes(table, dtypes)
     missing = [f"A: {line}" for line in a.problems] + [f"B: {line}" for line in b.problems]
     missing += _measure(table, a, b, numbers)
     more, lacking = _lonely(alone, (held_a.found, held_b.found), _is_program(a))
+    notes += [line for name, trace in (("A", a), ("B", b)) for line in _unchecked(name, trace)]
     notes += more
     missing += lacking
     if not len(table):
@@ -137,11 +145,11 @@ def diff(a, b) -> Difference:
         is_tokens = np.array([name == TOKENS for name in names])[table["tensor"]]
         tokens = np.flatnonzero(is_tokens & (table["stage"] == Stage.GOLDEN) & table["differs"])
         diverged = int(tokens[0]) if tokens.size else -1
-        judgement = _judged(table[first], union, a, b)
+        judgement = _judged(table[first], union, a, b, dtypes[first] == OTHER)
         jump = first_jump(table["relative"][: diverged + 1 if diverged >= 0 else None])
     return Difference(
         side_a, side_b, names, table, first, judgement, jump, diverged, tuple(notes),
-        tuple(missing),
+        tuple(missing), tuple(remarks(table, dtypes)),
     )  # fmt: skip
 
 
@@ -165,8 +173,13 @@ def _paired(held_a: Contents, held_b: Contents, tensors, runs):
     return table, notes, alone
 
 
-def _judged(row, tensors, a, b) -> Judgement:
+def _judged(row, tensors, a, b, other_dtype: bool) -> Judgement:
     """What the first difference is."""
+    if row["stage"] == Stage.PROGRAM and other_dtype:
+        name = tensors[row["tensor"]].name
+        dtypes = [next(t.dtype for t in trace.tensors if t.name == name) for trace in (a, b)]
+        reason = f"its dtype is {dtypes[0]} in A, {dtypes[1]} in B"
+        return Judgement("different", None, None, None, reason)
     if row["stage"] == Stage.PROGRAM and row["a"] == row["b"]:
         reason = "both runs have the same fingerprints, on other ranks: their data were exchanged"
         return Judgement("different", None, None, 0.0, reason)
@@ -274,6 +287,19 @@ def _lonely(alone, found, program: bool) -> tuple[list[str], list[str]]:
             kept = notes if program else missing
             kept.append(f"{int(common.sum())} tensors of common steps are in {name} alone")
     return notes, missing
+
+
+def _unchecked(name: str, trace) -> list[str]:
+    """What a program did that its trace has no fingerprints of."""
+    if not _is_program(trace):
+        return []
+    lines = []
+    if calls := trace.attributes.get("unchecked"):
+        told = ", ".join(f"{call} ({n:,})" for call, n in calls.items())
+        lines.append(f"calls of {name} that no check looked at: {told}")
+    if trace.attributes.get("recovered"):  # its end, at which they are counted, was not reached
+        lines.append(f"which calls of {name} no check looked at is not known: it was recovered")
+    return lines
 
 
 def _of_inference(rows) -> np.ndarray:

@@ -250,7 +250,7 @@ def _compared(number: int, first: Run, run: Run, found) -> dict:
     )  # fmt: skip
     if not len(found.table):
         figure = None
-    said = [*found.missing, *found.notes]
+    said = [*found.missing, *found.notes, *found.remarks]
     return {
         "id": id, "title": title, "words": _difference(found), "figure": figure,
         "notes": said[:MOST_LISTED],
