@@ -10,7 +10,8 @@ set -uo pipefail
 # A prolog has no PATH, no HOME and no Slurm step of its own.
 SPIMPI=${SPIMPI:-/opt/spimpi/.venv}
 export PATH=$SPIMPI/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
-RANKS=${RANKS:-$(nproc)}
+# nproc heeds what is meant for threads of programs: every core counts here.
+RANKS=${RANKS:-$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)}
 in_prolog=${SLURM_JOB_ID:+yes}
 unset "${!SLURM_@}"
 if [ -z "${HOME:-}" ]; then
@@ -33,7 +34,9 @@ status=$?
 printf '%s\n' "$said"
 
 # In a prolog nobody reads that: the system's log keeps the verdict, or the last words.
-verdict=$(grep -E '^(verdict +[A-Z]+|spimpi: corrupted):' <<< "$said" | tail -n 1)
+# A site's settings may have mpirun begin each line with the time or a rank: "[1,0]<stdout>:".
+tagged='^([^<>]*<std(out|err)>: ?)?'
+verdict=$(sed -nE "s/$tagged((verdict +[A-Z]+|spimpi: corrupted):.*)/\\3/p" <<< "$said" | tail -n 1)
 if [ -n "$in_prolog" ] && command -v logger > /dev/null; then
     logger -t spimpi -- "${verdict:-no verdict, status $status: $(tail -n 3 <<< "$said")}"
 fi

@@ -3,6 +3,8 @@
 Only ordinary files are ever replaced: a device, a FIFO, a socket, a link or a directory stays.
 """
 
+import csv
+import io
 import os
 import secrets
 import stat
@@ -56,6 +58,15 @@ def whole_file(path, overwrite: bool = False) -> Iterator:
     except OSError as error:
         msg = f"cannot write {path}: {error.strerror or error}"
         raise UsageError(msg) from None
+
+
+@contextmanager
+def whole_csv(path) -> Iterator:
+    """A csv.writer into a whole file, which replaces an ordinary one; errors of ``whole_file``."""
+    with whole_file(path, overwrite=True) as file:
+        text = io.TextIOWrapper(file, "utf-8", newline="", write_through=True)
+        yield csv.writer(text, lineterminator="\n")
+        text.detach()
 
 
 def no_ordinary_file(path) -> str:

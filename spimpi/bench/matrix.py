@@ -14,6 +14,7 @@ from spimpi.bench.cases import (
     BOUND, COMPUTED, CONTENT, DTYPES, FLOATS, IN_ONE_PROCESS, ON_RANKS, PAINTED, PAINTING, SHARDS,
 )  # fmt: skip
 from spimpi.bench.planted import CONTRIBUTION, MOVEMENT, REPLICA, ROUNDING
+from spimpi.whole_file import whole_csv
 from spimpi.bench.scenes import CLEAN, RECORD, SEQUENCE
 from spimpi.fingerprint.arrays import dtype_of
 from spimpi.fingerprint.painting import coloured_bits
@@ -39,8 +40,7 @@ def write(path, rows) -> None:
         tuple(key): f"{missed}/{tried}" if missed else f"{tried}" for *key, missed, tried in rows
     }
     lines = dict.fromkeys(key[:3] for key in cells)
-    with Path(path).open("w", newline="") as file:
-        out = csv.writer(file, lineterminator="\n")
+    with whole_csv(path) as out:
         out.writerow(["route", "check", "fault", *(f"{dtype} on {n}" for dtype, n in _COLUMNS)])
         out.writerows([*line, *(cells.get((*line, *c), "") for c in _COLUMNS)] for line in lines)
 

@@ -4,6 +4,7 @@ import json
 
 from spimpi.cli.registry import subcommand
 from spimpi.errors import UsageError
+from spimpi.whole_file import check_can_write
 
 NAMES = (
     "fingerprint", "inference", "checks", "trace", "reading", "confusion", "runtime-faults", "startup",
@@ -33,8 +34,10 @@ def bench(args) -> int:
     if args.output is not None and args.benchmark not in ("confusion", "runtime-faults"):
         msg = f"--output is of confusion and runtime-faults, found it with {args.benchmark}"
         raise UsageError(msg)
+    if args.output is not None:
+        check_can_write(args.output, overwrite=True)  # before the minutes that it takes
     if args.benchmark in ALONE:
-        figures = measure(**({"output": args.output} if args.output else {}))
+        figures = measure(**({"output": args.output} if args.output is not None else {}))
         speaks = True
     else:
         from spimpi.cli.session import session

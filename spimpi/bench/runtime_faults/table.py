@@ -13,6 +13,7 @@ from pathlib import Path
 from spimpi.bench.matrix import markdown
 from spimpi.bench.runtime_faults.faults import FAULTS
 from spimpi.bench.runtime_faults.trial import LOGITS, TEXT
+from spimpi.whole_file import whole_csv
 
 BY_NAME = {fault.name: fault for fault in FAULTS}
 WITH, WITHOUT = "golden run", "no golden run"
@@ -71,8 +72,7 @@ def lines_of(rows) -> list[Line]:
 
 def write(path, lines) -> None:
     """The lines, as CSV."""
-    with Path(path).open("w", newline="") as file:
-        out = csv.writer(file, lineterminator="\n")
+    with whole_csv(path) as out:
         out.writerow([f.name for f in fields(Line)])
         out.writerows(astuple(line) for line in lines)
 
