@@ -4,10 +4,12 @@ import argparse
 import os
 import sys
 import traceback
+from array import array
 
 from spimpi import __version__
 from spimpi.cli.printable_errors import printable_errors
 from spimpi.cli.registry import COMMANDS
+from spimpi.cli.streams import never_raise, status_of_output
 from spimpi.errors import SpimpiError
 from spimpi.launch import (
     launcher_rank, let_rank_0_speak, require_numbers, set_thread_limits, wait_asleep,
@@ -99,19 +101,22 @@ def entry() -> None:
     After MPI_Finalize there is nothing left to do, and 64 interpreters that take themselves apart
     on two cores take as long over it as over the run.
     """
+    never_raise()
     try:
         status = main()
     except SystemExit as left:  # argparse's way to say a usage error
         status = left.code
-    sys.stdout.flush()
-    sys.stderr.flush()
+    status = status_of_output(status)
     MPI = sys.modules.get("mpi4py.MPI")
     if MPI is None or not MPI.Is_initialized() or MPI.Is_finalized():
         if status:
             let_rank_0_speak()
         sys.exit(status)
     if MPI.COMM_WORLD.size > 1:
-        wait_asleep(MPI.COMM_WORLD.Ibarrier())
+        own, agreed = array("i", [status]), array("i", [0])
+        # Rank 0 alone knows that its output was lost. A barrier too.
+        wait_asleep(MPI.COMM_WORLD.Iallreduce(own, agreed, MPI.MAX))
+        (status,) = agreed
     MPI.Finalize()
     os._exit(status)
 

@@ -47,8 +47,8 @@ def run_export(args) -> int:
                 n_rows = export(trace, _standard_output(), format)
                 sys.stdout.buffer.flush()
             except OSError as error:
-                msg = f"cannot write standard output: {error.strerror or error}"
-                raise UsageError(msg) from None
+                sys.stdout.error = error  # said at the end, as of every command
+                return 0
         else:
             refuse_to_replace(trace, args.output)
             with whole_file(args.output, args.overwrite) as file:
