@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import sys
 import traceback
 from array import array
@@ -63,6 +64,7 @@ def main(argv=None) -> int:
     """Run one subcommand; returns its exit status."""
     set_thread_limits()  # before anything imports numpy, which reads them then
     _let_all_text_out()
+    _forget_odd_sizes()
     with printable_errors():
         args = build_parser().parse_args(argv)
 
@@ -78,6 +80,13 @@ def _let_all_text_out() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _forget_odd_sizes() -> None:
+    """Of a terminal: Rich fails at some digits, and prints nothing in no column."""
+    for name in ("COLUMNS", "LINES"):
+        if not re.fullmatch("[1-9][0-9]{0,8}", os.environ.get(name, "1")):
+            del os.environ[name]
 
 
 def status_of(command) -> int:
