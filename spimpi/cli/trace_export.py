@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from spimpi.errors import UsageError
-from spimpi.printable import printable
+from spimpi.printable import one_line, printable
 from spimpi.units import in_bytes
 
 
@@ -59,7 +59,7 @@ def run_export(args) -> int:
         elif not to_stdout:
             _print(args.output, format, n_rows)
         for problem in trace.problems:
-            print(printable(f"spimpi: left out: {problem}"), file=sys.stderr)
+            print(one_line(f"spimpi: left out: {problem}"), file=sys.stderr)
     return status
 
 
