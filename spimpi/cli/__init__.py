@@ -13,7 +13,7 @@ from spimpi.cli.registry import COMMANDS
 from spimpi.cli.streams import never_raise, status_of_output
 from spimpi.errors import SpimpiError
 from spimpi.launch import (
-    launcher_rank, let_rank_0_speak, require_numbers, set_thread_limits, wait_asleep,
+    let_rank_0_speak, require_numbers, set_thread_limits, speaks, wait_asleep,
 )  # fmt: skip
 from spimpi.optional import optional_packages
 from spimpi.printable import one_line
@@ -33,12 +33,12 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, one_line(f"{self.prog}: error: {message} (see {self.prog} --help)") + "\n")
 
     def exit(self, status=0, message=None):
-        if message and launcher_rank() == 0:
+        if message and speaks():
             sys.stderr.write(message)
         sys.exit(status)
 
     def print_help(self, file=None):
-        if launcher_rank() == 0:
+        if speaks():
             super().print_help(file)
 
 
@@ -95,7 +95,7 @@ def status_of(command) -> int:
         with optional_packages():
             return command()
     except SpimpiError as error:
-        if launcher_rank() == 0:
+        if speaks():
             print(one_line(f"spimpi: {error}"), file=sys.stderr)
         return error.exit_status
     except Exception:  # Python's own status for it is 1, which says that corruption was found

@@ -9,7 +9,7 @@ import signal
 import sys
 
 from spimpi.errors import UsageError
-from spimpi.launch import launcher_rank
+from spimpi.launch import speaks
 from spimpi.printable import one_line
 
 
@@ -65,7 +65,7 @@ def status_of_output(status: int) -> int:
         return status
     if isinstance(error, BrokenPipeError):  # whoever read it has seen enough
         return status or 128 + signal.SIGPIPE
-    if launcher_rank() == 0:
+    if speaks():
         said = f"spimpi: cannot write standard output: {error.strerror or error}"
         print(one_line(said), file=sys.stderr, flush=True)
     return status or UsageError.exit_status
