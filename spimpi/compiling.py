@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError
 
 from spimpi.kernel_cache import count, usable_folder
 from spimpi.launch import launcher_rank
-from spimpi.printable import printable
+from spimpi.printable import one_line
 
 PERIOD = 10.0  # seconds between two lines of progress
 LONG = "some 15 to 60 s"
@@ -65,4 +65,4 @@ def _announce() -> None:
 
 def _say(text: str) -> None:
     if launcher_rank() == 0:
-        print(f"spimpi: {printable(text)}", file=sys.stderr, flush=True)
+        print(one_line(f"spimpi: {text}"), file=sys.stderr, flush=True)

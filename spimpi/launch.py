@@ -114,6 +114,15 @@ def launcher_rank() -> int:
     return found.rank if found else 0
 
 
+def speaks() -> bool:
+    """Whether this process says what holds for all: rank 0, or a rank of who knows how many.
+
+    A launcher's rank without its size is often left over, and no rank 0 is there to speak.
+    """
+    found = launch()
+    return found is None or found.rank == 0 or found.size is None
+
+
 def let_rank_0_speak() -> None:
     """Wait a moment on ranks other than 0, which leave with an error that rank 0 says. Local.
 

@@ -2,15 +2,18 @@
 
 import argparse
 import os
+import re
 import sys
 import traceback
+from array import array
 
 from spimpi import __version__
 from spimpi.cli.printable_errors import printable_errors
 from spimpi.cli.registry import COMMANDS
+from spimpi.cli.streams import never_raise, status_of_output
 from spimpi.errors import SpimpiError
 from spimpi.launch import (
-    launcher_rank, let_rank_0_speak, require_numbers, set_thread_limits, wait_asleep,
+    let_rank_0_speak, require_numbers, set_thread_limits, speaks, wait_asleep,
 )  # fmt: skip
 from spimpi.optional import optional_packages
 from spimpi.printable import one_line
@@ -30,12 +33,12 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, one_line(f"{self.prog}: error: {message} (see {self.prog} --help)") + "\n")
 
     def exit(self, status=0, message=None):
-        if message and launcher_rank() == 0:
+        if message and speaks():
             sys.stderr.write(message)
         sys.exit(status)
 
     def print_help(self, file=None):
-        if launcher_rank() == 0:
+        if speaks():
             super().print_help(file)
 
 
@@ -61,6 +64,7 @@ def main(argv=None) -> int:
     """Run one subcommand; returns its exit status."""
     set_thread_limits()  # before anything imports numpy, which reads them then
     _let_all_text_out()
+    _forget_odd_sizes()
     with printable_errors():
         args = build_parser().parse_args(argv)
 
@@ -78,13 +82,20 @@ def _let_all_text_out() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _forget_odd_sizes() -> None:
+    """Of a terminal: Rich fails at some digits, and prints nothing in no column."""
+    for name in ("COLUMNS", "LINES"):
+        if not re.fullmatch("[1-9][0-9]{0,8}", os.environ.get(name, "1")):
+            del os.environ[name]
+
+
 def status_of(command) -> int:
     """What ``command()`` returns, or the exit status of its error, which is said."""
     try:
         with optional_packages():
             return command()
     except SpimpiError as error:
-        if launcher_rank() == 0:
+        if speaks():
             print(one_line(f"spimpi: {error}"), file=sys.stderr)
         return error.exit_status
     except Exception:  # Python's own status for it is 1, which says that corruption was found
@@ -99,19 +110,22 @@ def entry() -> None:
     After MPI_Finalize there is nothing left to do, and 64 interpreters that take themselves apart
     on two cores take as long over it as over the run.
     """
+    never_raise()
     try:
         status = main()
     except SystemExit as left:  # argparse's way to say a usage error
         status = left.code
-    sys.stdout.flush()
-    sys.stderr.flush()
+    status = status_of_output(status)
     MPI = sys.modules.get("mpi4py.MPI")
     if MPI is None or not MPI.Is_initialized() or MPI.Is_finalized():
         if status:
             let_rank_0_speak()
         sys.exit(status)
     if MPI.COMM_WORLD.size > 1:
-        wait_asleep(MPI.COMM_WORLD.Ibarrier())
+        own, agreed = array("i", [status]), array("i", [0])
+        # Rank 0 alone knows that its output was lost. A barrier too.
+        wait_asleep(MPI.COMM_WORLD.Iallreduce(own, agreed, MPI.MAX))
+        (status,) = agreed
     MPI.Finalize()
     os._exit(status)
 

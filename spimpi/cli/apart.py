@@ -5,7 +5,6 @@ The child may take as much memory, and as long, as files of that size can need: 
 time in which the machine does other work, and that in which nobody takes the output.
 """
 
-import errno
 import os
 import resource
 import select
@@ -15,11 +14,11 @@ import threading
 import time
 import traceback
 
-from spimpi.errors import IncompleteError, SpimpiError, UsageError
+from spimpi.cli.streams import status_of_output
+from spimpi.errors import IncompleteError, SpimpiError
 from spimpi.printable import one_line
 
 CRASHES = (signal.SIGSEGV, signal.SIGBUS, signal.SIGABRT, signal.SIGFPE, signal.SIGPROF)
-NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EIO)
 PATIENCE = 60.0  # seconds of processor time for one call of HDF5
 SECONDS, BYTES_A_SECOND = 10.0, 500_000  # for a command, and for each byte that it is to read
 MEMORY, MEMORY_A_BYTE = 3 << 29, 8
@@ -65,8 +64,6 @@ def apart(command, what: str, size: int = 0) -> int:
         return IncompleteError.exit_status
     if status >= 0:
         return status
-    if -status == signal.SIGPIPE:  # whoever read the output has seen enough
-        return 128 - status
     name = signal.Signals(-status).name
     if -status in CRASHES:
         did = "runs for ever" if -status == signal.SIGPROF else f"crashed ({name})"
@@ -120,7 +117,6 @@ def _end_with(command, what: str, size: int, tell: int) -> None:
     """End this process with the status of ``command()``, never go on as the parent would."""
     from spimpi.cli import status_of
 
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
     threading.Thread(target=_say_alive, daemon=True).start()
     status = SpimpiError.exit_status
@@ -129,8 +125,7 @@ def _end_with(command, what: str, size: int, tell: int) -> None:
 
         os.write(tell, b".")
         _limit_memory(MEMORY + MEMORY_A_BYTE * size)
-        status = status_of(lambda: _read(command, what))
-        sys.stderr.flush()
+        status = status_of_output(status_of(lambda: _read(command, what)))
     except KeyboardInterrupt:
         status = 128 + signal.SIGINT
     finally:
@@ -151,13 +146,13 @@ def _limit_memory(n_bytes: int) -> None:
 
 
 def _read(command, what: str) -> int:
-    """``_said(command)``; what it did not expect of a file is damage, in one sentence.
+    """``command()``; what it did not expect of a file is damage, in one sentence.
 
     A file can say anything, and whatever is raised while it is read is told as IncompleteError.
     It may be a fault of spimpi all the same: the environment variable SPIMPI_DEBUG shows where.
     """
     try:
-        return _said(command)
+        return command()
     except SpimpiError:
         raise
     except MemoryError:
@@ -173,19 +168,6 @@ def _read(command, what: str) -> int:
             f"fault of spimpi: {DEBUG}=1 shows where"
         )
         raise IncompleteError(one_line(msg)) from None
-
-
-def _said(command) -> int:
-    """``command()``, and what it printed is out; UsageError where there is no room for that."""
-    try:
-        status = command()
-        sys.stdout.flush()
-    except OSError as error:
-        if error.errno not in NO_ROOM or error.filename is not None:
-            raise
-        msg = f"cannot write standard output: {error.strerror}"
-        raise UsageError(msg) from None
-    return status
 
 
 def _say_alive() -> None:

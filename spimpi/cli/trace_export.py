@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from spimpi.errors import UsageError
-from spimpi.printable import printable
+from spimpi.printable import one_line, printable
 from spimpi.units import in_bytes
 
 
@@ -47,8 +47,8 @@ def run_export(args) -> int:
                 n_rows = export(trace, _standard_output(), format)
                 sys.stdout.buffer.flush()
             except OSError as error:
-                msg = f"cannot write standard output: {error.strerror or error}"
-                raise UsageError(msg) from None
+                sys.stdout.error = error  # said at the end, as of every command
+                return 0
         else:
             refuse_to_replace(trace, args.output)
             with whole_file(args.output, args.overwrite) as file:
@@ -59,7 +59,7 @@ def run_export(args) -> int:
         elif not to_stdout:
             _print(args.output, format, n_rows)
         for problem in trace.problems:
-            print(printable(f"spimpi: left out: {problem}"), file=sys.stderr)
+            print(one_line(f"spimpi: left out: {problem}"), file=sys.stderr)
     return status
 
 

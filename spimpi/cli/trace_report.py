@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
+from spimpi.errors import UsageError
 from spimpi.printable import printable
-
 
 
 def add_report(commands) -> None:
@@ -43,6 +43,9 @@ def run_report(args) -> int:
 
 def default_output(file: str) -> Path:
     path = Path(file.rstrip("/"))
+    if not path.name:  # "/", ".": with no name to make another of
+        msg = f"there is no trace {Path(file)}, it is a directory"
+        raise UsageError(msg)
     name = path.name.removesuffix(".journal").removesuffix(".h5")
     return path.with_name(f"{name}.html")
 

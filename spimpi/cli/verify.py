@@ -7,7 +7,7 @@ import sys
 
 from spimpi.cli.registry import subcommand
 from spimpi.errors import UsageError
-from spimpi.launch import launcher_rank
+from spimpi.launch import speaks
 
 
 PUBLISHED = ("llama-3.2-1b", "llama-3.2-3b", "olmo-2-1b", "olmo-2-7b", "olmo-3-7b")
@@ -32,7 +32,7 @@ class _HelpFaults(argparse.Action):
     def __call__(self, parser, *_):
         from spimpi.faults import help_text
 
-        if launcher_rank() == 0:
+        if speaks():
             print(help_text())
         parser.exit()
 

@@ -4,6 +4,7 @@ Needs no MPI and no numba. What is missing or altered is named in ``problems``; 
 be vouched for are refused (IncompleteError), never replaced by fill values.
 """
 
+import os.path
 from pathlib import Path
 
 from spimpi.errors import UsageError
@@ -20,16 +21,17 @@ def open(path) -> Trace:
     where a trace is so damaged that nothing of it can be read.
     """
     path, folder = places(path)
-    if path.is_file() and not _superseded(path, folder):
+    # os.path: a name that is too long is of no file, where pathlib raises.
+    if os.path.isfile(path) and not _superseded(path, folder):
         return SealedTrace(path)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         return JournalTrace(path, folder)
     msg = f"there is no trace {path}"
-    if path.is_dir():
+    if os.path.isdir(path):
         msg += ", it is a directory"
-    elif path.exists():
+    elif os.path.exists(path):
         msg += ", it is no ordinary file"
-    elif folder.is_symlink():
+    elif os.path.islink(folder):
         msg += f", and its journals are not here: {folder} points to {folder.readlink()}"
     raise UsageError(msg)
 
@@ -37,14 +39,14 @@ def open(path) -> Trace:
 def places(path) -> tuple[Path, Path]:
     """The trace and its journals, of either's path."""
     path = Path(path)
-    if path.name.endswith(".journal") and path.is_dir():
+    if path.name.endswith(".journal") and os.path.isdir(path):
         return path.with_name(path.name.removesuffix(".journal")), path
     return path, journal_folder(path)
 
 
 def _superseded(path: Path, folder: Path) -> bool:
     """Whether the file is of an earlier run than the journals: what was asked for is the latter."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return False
     try:
         run_id = JournalTrace(path, folder).attributes.get("run_id")

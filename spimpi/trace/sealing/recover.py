@@ -1,5 +1,6 @@
 """Sealing what is intact of a killed run's journals. One process, no MPI."""
 
+import os.path
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -49,9 +50,9 @@ def recover(path, overwrite: bool = False) -> Recovered:
     or another trace is in the way; IncompleteError where no journal can be read.
     """
     path, folder = places(path)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):  # os.path, as in open
         there = f"there is no trace {path}"
-        if path.is_file():
+        if os.path.isfile(path):
             with open_trace(path):  # raises what it is, where it is no trace
                 there = f"{path} is sealed"
         msg = f"nothing to recover: {there}, and there are no journals {folder}"
