@@ -40,7 +40,7 @@ def shipped_golden(workload: golden_runs.Workload, rank: int = 0) -> golden_runs
 
     The weights are known to be the package's (``require_intact``): what is left is config.json.
     """
-    golden = golden_runs.read(golden_runs.EMBEDDED_GOLDEN)
+    golden = golden_runs.read(golden_runs.EMBEDDED_GOLDEN, shipped=True)
     theirs = golden.workload.identity
     if workload.identity != theirs:
         _refuse(CONFIG_FILE, theirs, workload.identity, "", rank)

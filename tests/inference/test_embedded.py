@@ -4,6 +4,7 @@ import json
 import shutil
 import struct
 
+import h5py
 import pytest
 
 from spimpi.errors import CorruptionError, UsageError
@@ -77,6 +78,13 @@ def test_another_config_json_is_corruption_of_the_package(package):
 def test_a_package_that_lacks_what_it_knows_is_refused(package, name):
     (package / name).unlink()
     with pytest.raises(UsageError, match=name):
+        prepare(Request(), 1)
+
+
+def test_the_package_s_golden_file_is_never_one_of_before(package):
+    with h5py.File(package / "golden.h5", "r+") as file:
+        del file.attrs["digest"]
+    with pytest.raises(UsageError, match="golden.h5.*digest.*install spimpi again"):
         prepare(Request(), 1)
 
 
