@@ -98,7 +98,7 @@ def parse_ids(text: str, vocab_size: int) -> np.ndarray:
 
 
 def decode(lists, config: ModelConfig, directory=None) -> list[str | None]:
-    """The text of each list of ids, None where the model has none for it (no tokenizer, no bytes)."""
+    """The text of each list of ids, None where the model has none (no tokenizer, no bytes)."""
     lists = [[int(token) for token in ids] for ids in lists]
     path = _tokenizer_file(directory)
 
