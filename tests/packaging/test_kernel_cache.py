@@ -249,12 +249,26 @@ def test_the_folder_of_the_cache(start, tmp_path, monkeypatch):
     assert folder(HOME="/home/a").parent.as_posix() == "/home/a/.cache/spimpi"
     assert folder(HOME="/home/a", XDG_CACHE_HOME="/x").parent.as_posix() == "/x/spimpi"
     assert folder(HOME="/home/a", XDG_CACHE_HOME="x").parent.as_posix() == "/home/a/.cache/spimpi"
+    assert folder(HOME="") is None
+    assert folder(HOME="", XDG_CACHE_HOME="/x").parent.as_posix() == "/x/spimpi"
     assert folder(SPIMPI_CACHE_DIR="/y", XDG_CACHE_HOME="/x").parent.as_posix() == "/y"
     monkeypatch.chdir(tmp_path)
     assert folder(SPIMPI_CACHE_DIR="y").parent == tmp_path / "y"
     monkeypatch.setattr(kernel_cache.os.path, "expanduser", lambda path: path)  # unknown user
     assert folder() is None
     monkeypatch.undo()
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    (tmp_path / "link").symlink_to("nosuch")
+    (tmp_path / "other").symlink_to("link/below")
+    for name in ("link", "other"):
+        said = kernel_cache.prepare(tmp_path / name / "folder")
+        assert said == f"{tmp_path / name}: it is a link that leads nowhere"
+    (tmp_path / "nosuch").mkdir(mode=0o755)
+    (tmp_path / "nosuch" / "below").mkdir(mode=0o755)
+    for name in ("link", "other"):
+        assert kernel_cache.prepare(tmp_path / name / "new" / "folder") == ""
 
 
 def test_without_a_home_nothing_is_written_and_it_runs(start, monkeypatch, tmp_path):
