@@ -116,7 +116,7 @@ def _walk(folder: Path) -> int:
     """
     left = list(reversed(folder.parts[1:]))
     at, links = folder.parts[0], 0
-    own, link = len(left), None  # parts of the path itself that are left, the link that is followed
+    own, link = len(left), None  # parts of the path itself that are left, the link followed
     _judge(at, os.lstat(at), is_last=not left)
     while left:
         path = os.path.join(at, left.pop())

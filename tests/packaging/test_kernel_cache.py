@@ -289,6 +289,15 @@ def test_processes_that_start_at_once_get_their_kernels(start, tmp_path):
     assert len(compiled(cache)) == 1 == len([p for p in cache.rglob("*") if p.is_file()])
 
 
+def test_without_numba_s_compiler_it_is_refused_in_one_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "spimpi", "verify", "--no-trace", "--tokens", "1"],
+        env=os.environ | {"NUMBA_DISABLE_JIT": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    said = "spimpi: spimpi's kernels need numba's compiler: unset NUMBA_DISABLE_JIT\n"
+    assert (done.returncode, done.stderr) == (2, said)
+
+
 def test_a_cold_start_is_told_before_anything_slow_is_imported(tmp_path):
     code = (
         "import sys, runpy\n"
