@@ -1,5 +1,6 @@
 """What is said while kernels are compiled: once a process, by rank 0, on standard error."""
 
+import os
 import sys
 import time
 from contextlib import suppress
@@ -28,6 +29,8 @@ _told = _Told()
 
 def announce_cold_start() -> None:
     """Say that kernels will be compiled, where none are kept. Quick: before numba is imported."""
+    if os.environ.get("NUMBA_DISABLE_JIT", "0") != "0":  # spimpi/jit.py refuses it
+        return
     with suppress(PackageNotFoundError):  # of numba: whoever imports it says so
         folder, _ = usable_folder()
         if _told.began is None and not count(folder):

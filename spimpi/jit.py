@@ -21,6 +21,11 @@ from numba.core.compiler import CompileResult  # noqa: E402
 from numba.core.serialize import dumps  # noqa: E402
 
 from spimpi import kernel_cache  # noqa: E402
+from spimpi.errors import UsageError  # noqa: E402
+
+if numba.config.DISABLE_JIT:
+    msg = "spimpi's kernels need numba's compiler: unset NUMBA_DISABLE_JIT"
+    raise UsageError(msg)
 
 
 def kernel(*signatures, reassociate=False):
@@ -34,8 +39,6 @@ def kernel(*signatures, reassociate=False):
 
     def compiled(function):
         dispatcher = jit(function)
-        if dispatcher is function:  # NUMBA_DISABLE_JIT
-            return function
         dispatcher._cache = _Cache(function)  # in the place of what cache=True makes
         for signature in signatures:
             dispatcher.compile(signature)

@@ -59,7 +59,8 @@ def cache_folder() -> Path | None:
     if not root:
         base = os.environ.get("XDG_CACHE_HOME", "")
         if not os.path.isabs(base):  # as the XDG specification says
-            base = os.path.expanduser("~/.cache")
+            # An empty HOME would be expanded to the root of the file system.
+            base = "" if os.environ.get("HOME") == "" else os.path.expanduser("~/.cache")
         root = os.path.join(base, "spimpi")
         if not os.path.isabs(root):  # a user whom the system does not know, without HOME
             return None
@@ -115,16 +116,21 @@ def _walk(folder: Path) -> int:
     """
     left = list(reversed(folder.parts[1:]))
     at, links = folder.parts[0], 0
+    own, link = len(left), None  # parts of the path itself that are left, the link followed
     _judge(at, os.lstat(at), is_last=not left)
     while left:
         path = os.path.join(at, left.pop())
+        if len(left) < own:
+            own, link = len(left), None
         try:
             found = os.lstat(path)
         except FileNotFoundError:
+            if link is not None:
+                raise OSError(2, "it is a link that leads nowhere", link) from None
             return len(left) + 1
         if stat.S_ISLNK(found.st_mode):
             _require_owner(path, found)
-            links += 1
+            links, link = links + 1, link or path
             if links > MOST_LINKS:
                 raise OSError(40, "too many links", path)
             target = Path(os.path.normpath(os.path.join(at, os.readlink(path))))

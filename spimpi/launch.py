@@ -102,10 +102,13 @@ def require_numbers(environ: Mapping[str, str] = os.environ) -> None:
 def _tasks_on_node(environ, node: int | None) -> int | None:
     """SLURM_STEP_TASKS_PER_NODE reads 4(x2),3: two nodes of 4 tasks and one of 3."""
     text = environ.get("SLURM_STEP_TASKS_PER_NODE", "")
-    counts = []
-    for count, repeat in re.findall(r"([0-9]{1,9})(?:\(x([0-9]{1,6})\))?", text):
-        counts += [int(count)] * int(repeat or 1)
-    return counts[node] if node is not None and node < len(counts) else None
+    if node is None:
+        return None
+    for run in re.finditer(r"([0-9]{1,9})(?:\(x([0-9]{1,6})\))?", text):
+        node -= int(run[2] or 1)
+        if node < 0:
+            return int(run[1])
+    return None
 
 
 def launcher_rank() -> int:

@@ -164,10 +164,11 @@ class Reporter:
         from spimpi.inference.prompts import decode
 
         self._print("")
-        for i, tokens in enumerate(answer or ()):
-            text = decode(tokens, job.config, job.directory)
+        answer = answer or []
+        texts = decode([*answer, *job.prompts], job.config, job.directory)
+        prompts = job.texts or texts[len(answer) :]
+        for i, (tokens, text, asked) in enumerate(zip(answer, texts, prompts)):
             shown = repr(text) if text is not None else f"tokens {tokens}"
-            asked = job.texts[i] if job.texts else decode(job.prompts[i], job.config, job.directory)
             prompt = repr(asked) if asked is not None else f"prompt {i}"
             self._print(f"  {prompt} -> {shown}")
 

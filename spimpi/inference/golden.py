@@ -15,7 +15,7 @@ import numpy as np
 
 from spimpi.errors import IncompleteError, UsageError
 from spimpi.inference.exact import ARITHMETIC
-from spimpi.inference.golden_file import SCHEMA, read_facts
+from spimpi.inference.golden_file import SCHEMA, digest, read_facts
 from spimpi.inference.tensors import golden_columns
 from spimpi.printable import one_line
 from spimpi.reduction import reduce_fingerprints
@@ -76,7 +76,8 @@ def write(path, golden: Golden, overwrite: bool = False) -> None:
         file.attrs["prompts"] = json.dumps(w.prompts)
         columns = [f"{name}:{layer}" for name, layer in golden_columns(golden.n_layers)]
         file.attrs["columns"] = json.dumps(columns)
-        # HDF5's own checksum: a damaged file must not read as a corrupted run.
+        file.attrs["digest"] = digest(_facts(golden))
+        # HDF5's own checksum beside it: other programs that read the file see damage too.
         file.create_dataset("fingerprints", data=golden.table, fletcher32=True)
         file["tokens"] = golden.tokens
         if golden.weights is not None:
@@ -85,9 +86,20 @@ def write(path, golden: Golden, overwrite: bool = False) -> None:
         file.write(made.getbuffer())
 
 
-def read(path) -> Golden:
-    """Read a golden file. UsageError where it is none, or damaged. Local."""
-    facts = read_facts(path)
+def _facts(golden: Golden) -> dict:
+    """What ``read_facts`` will find in its file."""
+    w = golden.workload
+    return {
+        "model": w.model, "identity": w.identity, "arithmetic": w.arithmetic, "seed": int(w.seed),
+        "n_layers": golden.n_layers, "origin": golden.origin, "prompts": w.prompts,
+        "table": golden.table, "tokens": golden.tokens, "weights": golden.weights,
+    }  # fmt: skip
+
+
+def read(path, shipped: bool = False) -> Golden:
+    """Read a golden file. UsageError where it is none, or damaged; ``shipped``: it is this
+    package's own, which has a digest. Local."""
+    facts = read_facts(path, shipped)
     workload = Workload(
         facts["model"], facts["identity"], facts["seed"], len(facts["table"]), facts["prompts"],
         facts["arithmetic"],

@@ -13,6 +13,7 @@ from spimpi.inference.model_config import MOST_LAYERS
 from spimpi.inference.tensors import golden_columns
 from spimpi.json_file import is_size, parse_json
 from spimpi.printable import one_line
+from spimpi.trace.checksum import text_digest
 
 SCHEMA = "spimpi-golden-1"
 # What reading a file may take: HDF5 crashes on some damaged files, and believes what others say.
@@ -23,10 +24,24 @@ LONGEST_TEXT = 4096  # characters of a name
 ORIGIN = {"model": str, "config": str, "layers": int}
 
 
-def read_facts(path) -> dict:
+def digest(facts: dict) -> str:
+    """Of all that ``read_facts`` gives: a file with a flipped bit must not read as another run."""
+    facts = dict(facts)
+    arrays = [facts.pop(name) for name in ("table", "tokens", "weights")]
+    text = [json.dumps(facts, sort_keys=True).encode()]
+    for array in arrays:
+        if array is not None:
+            text += str(array.shape).encode(), array.astype("<u8").tobytes()
+    return text_digest(b"\n".join(text))
+
+
+def read_facts(path, shipped: bool = False) -> dict:
     """What a golden file says: model, identity, arithmetic, seed, n_layers, origin, prompts, table,
     tokens and weights (None in files of before). UsageError where it is none, or damaged. Local.
+
+    Files of before have no digest; the one that is ``shipped`` with this package must.
     """
+    advice = "install spimpi again" if shipped else "make one with `spimpi golden`"
     path = Path(path)
     name = one_line(path, 250)
     try:
@@ -35,22 +50,23 @@ def read_facts(path) -> dict:
         msg = f"no golden file {name}: {getattr(error, 'strerror', None) or error}"
         raise UsageError(msg) from None
     if found:
-        msg = f"no golden file {name}, found {found} there: make one with `spimpi golden`"
+        msg = f"no golden file {name}, found {found} there: {advice}"
         raise UsageError(msg)
     try:
         size = os.path.getsize(path)
         import h5py  # noqa: F401  once, not in each child
 
-        return in_child(lambda: _read(path, name), MEMORY + 8 * size, SECONDS + size // SPEED)
+        memory, seconds = MEMORY + 8 * size, SECONDS + size // SPEED
+        return in_child(lambda: _read(path, name, shipped, advice), memory, seconds)
     except (OSError, ValueError) as error:
         if isinstance(error, UsageError):
             raise
         why = one_line(getattr(error, "strerror", None) or error, 150)
-        msg = f"{name} is no readable golden file ({why}): make one with `spimpi golden`"
+        msg = f"{name} is no readable golden file ({why}): {advice}"
         raise UsageError(msg) from None
 
 
-def _read(path: Path, name: str) -> dict:
+def _read(path: Path, name: str, shipped: bool, advice: str) -> dict:
     with open_hdf5(path) as file:
         schema = _text(file, "schema") if "schema" in file.attrs else "none"
         if schema != SCHEMA:
@@ -59,7 +75,16 @@ def _read(path: Path, name: str) -> dict:
                 f"{one_line(schema, 60)}"
             )
             raise UsageError(msg)
-        return _facts(file)
+        facts = _facts(file)
+        if shipped or "digest" in file.attrs:
+            found, expected = _text(file, "digest"), digest(facts)
+            if found != expected:
+                msg = (
+                    f"{name}: this golden file is damaged: its digest is {one_line(found, 60)}, "
+                    f"that of its content is {expected}: {advice}"
+                )
+                raise UsageError(msg)
+        return facts
 
 
 def _facts(file) -> dict:

@@ -1,5 +1,7 @@
 """Prompts as token ids: built in, from text, from ids; and back to text."""
 
+import os
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from spimpi.errors import MissingDependency, UsageError
+from spimpi.in_child import in_child
 from spimpi.inference.config import ModelConfig
 from spimpi.printable import one_line
 from spimpi.regular_file import read_at_most
@@ -15,6 +18,9 @@ TOKENIZER_FILE = "tokenizer.json"
 BYTE_VOCABULARY = 256
 LONGEST_NUMBER = 18  # digits
 LONGEST_TOKENIZER = 1 << 28  # bytes
+# What a tokenizer may take: a small file can ask for any work and memory, and Rust then aborts.
+MEMORY = 1 << 29  # bytes, beside 32 times the file's and the texts'
+SECONDS, SPEED = 10, 1 << 20  # of processor time; bytes a second beyond
 
 # The first three are those of the embedded model's greedy.json.
 _BUILT_IN = (
@@ -57,10 +63,10 @@ def encode(texts: list[str], config: ModelConfig, directory=None) -> Prompts:
         if not text:
             msg = f"prompt {index} is empty: a prompt needs at least one token"
             raise UsageError(msg)
-    tokenizer = _tokenizer(directory)
-    if tokenizer is not None:
-        with _refused(f"text cannot be encoded by {one_line(directory, 200)}/{TOKENIZER_FILE}"):
-            ids = [tokenizer.encode(text).ids for text in texts]
+    path = _tokenizer_file(directory)
+    if path is not None:
+        size = sum(map(len, texts))
+        ids = _tokenized(path, "text", lambda it: [it.encode(text).ids for text in texts], size)
     elif directory is None or config.vocab_size == BYTE_VOCABULARY:
         ids = [list(text.encode()) for text in texts]
     else:
@@ -91,15 +97,21 @@ def parse_ids(text: str, vocab_size: int) -> np.ndarray:
     return _checked([int(field) for field in fields], vocab_size)
 
 
-def decode(ids, config: ModelConfig, directory=None) -> str | None:
-    """The text of ids, or None where the model has no text for them (no tokenizer, no bytes)."""
-    tokenizer = _tokenizer(directory)
-    ids = [int(token) for token in ids]
-    if any(not 0 <= token < config.vocab_size for token in ids):
-        return None  # of a corrupted run
-    if tokenizer is not None:
-        with _refused(f"ids cannot be decoded by {one_line(directory, 200)}/{TOKENIZER_FILE}"):
-            return tokenizer.decode(ids)
+def decode(lists, config: ModelConfig, directory=None) -> list[str | None]:
+    """The text of each list of ids, None where the model has none (no tokenizer, no bytes)."""
+    lists = [[int(token) for token in ids] for ids in lists]
+    path = _tokenizer_file(directory)
+
+    def texts(text_of):  # ids outside the vocabulary are of a corrupted run
+        sound = (all(0 <= token < config.vocab_size for token in ids) for ids in lists)
+        return [text_of(ids) if fits else None for ids, fits in zip(lists, sound, strict=True)]
+
+    if path is not None:
+        return _tokenized(path, "ids", lambda it: texts(it.decode), sum(map(len, lists)))
+    return texts(lambda ids: _from_bytes(ids, config, directory))
+
+
+def _from_bytes(ids, config, directory) -> str | None:
     if any(token >= BYTE_VOCABULARY for token in ids):
         return None
     if directory is not None and config.vocab_size != BYTE_VOCABULARY:
@@ -145,27 +157,48 @@ def _in_utf8(index: int, text: str) -> str:
         raise UsageError(msg) from None
 
 
-def _tokenizer(directory):
-    """The tokenizer of a model directory, None where it has none."""
+def _tokenizer_file(directory) -> Path | None:
     path = None if directory is None else Path(directory) / TOKENIZER_FILE
-    if path is None or not path.exists():
-        return None
+    return path if path is not None and path.exists() else None
+
+
+def _tokenized(path: Path, what: str, use: Callable, size: int):
+    """What ``use`` makes of ``what`` with a tokenizer, in a child. ``size``: its characters."""
     name = one_line(path, 250)
     try:
-        from tokenizers import Tokenizer
+        import tokenizers  # noqa: F401  once, not in the child
     except ImportError:
         msg = (
             f"{name} needs the tokenizers package: pip install tokenizers, or give --prompt-ids "
             "in place of text"
         )
         raise MissingDependency(msg) from None
+
+    def work():
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # threads would each reserve memory
+        tokenizer = _tokenizer(path, name)
+        with _refused(f"{what} cannot be used with {name}"):
+            return use(tokenizer)
+
+    with _refused(f"{what} cannot be used with {name}"):
+        size += path.stat().st_size
+        return in_child(work, MEMORY + 32 * size, SECONDS + size // SPEED)
+
+
+def _tokenizer(path: Path, name: str):
+    from tokenizers import Tokenizer
+
     try:
         contents = read_at_most(path, LONGEST_TOKENIZER)
     except OSError as error:
         msg = f"{name} cannot be read: {error.strerror}"
         raise UsageError(msg) from None
     with _refused(f"{name} cannot be read by the tokenizers package"):
-        return Tokenizer.from_buffer(contents)
+        tokenizer = Tokenizer.from_buffer(contents)
+        # Of a batch that is to be of one length: a prompt is taken as it is.
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        return tokenizer
 
 
 @contextmanager
@@ -174,7 +207,7 @@ def _refused(what: str):
     code, which are not even those."""
     try:
         yield
-    except (KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit, UsageError):
         raise
     except BaseException as error:
         msg = f"{what}: {one_line(error, 150)}"

@@ -6,6 +6,7 @@ from spimpi.checks.verdict import Verdict, Where
 from spimpi.errors import CorruptionError, UsageError
 from spimpi.inference import golden as golden_runs
 from spimpi.inference.config import CONFIG_FILE, EMBEDDED_MODEL
+from spimpi.inference.prompts import TOKENIZER_FILE
 from spimpi.manifest.check import check_files
 from spimpi.manifest.format import read_manifest
 from spimpi.trace.schema import Established
@@ -23,8 +24,14 @@ def require_intact(rank: int = 0) -> None:
 
     CorruptionError with the tensor where they differ: what this package computes with them would
     be another model's, for which nothing known beforehand holds. UsageError where the package
-    lacks a file or a tensor.
+    lacks a file or a tensor, or has a tokenizer, which would make other prompts.
     """
+    if (EMBEDDED_MODEL / TOKENIZER_FILE).exists():
+        msg = (
+            f"the embedded model in {EMBEDDED_MODEL} takes bytes, found {TOKENIZER_FILE} there, "
+            "which is not of this package: remove it"
+        )
+        raise UsageError(msg)
     found = check_files(read_manifest(EMBEDDED_MODEL / MANIFEST), EMBEDDED_MODEL, threads=1)
     if found.corrupted:
         first, n = found.corrupted[0], len(found.corrupted)
@@ -40,7 +47,7 @@ def shipped_golden(workload: golden_runs.Workload, rank: int = 0) -> golden_runs
 
     The weights are known to be the package's (``require_intact``): what is left is config.json.
     """
-    golden = golden_runs.read(golden_runs.EMBEDDED_GOLDEN)
+    golden = golden_runs.read(golden_runs.EMBEDDED_GOLDEN, shipped=True)
     theirs = golden.workload.identity
     if workload.identity != theirs:
         _refuse(CONFIG_FILE, theirs, workload.identity, "", rank)

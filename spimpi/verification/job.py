@@ -145,14 +145,14 @@ def prepare(request: Request, world_size: int, rank: int = 0) -> Job:
     grid = grids.parse(
         request.topology, world_size, config.n_heads, config.n_layers, memory, request.rule
     )
+    if is_embedded(directory):
+        require_intact(rank)
     prompts = _prompts(request, config, directory, grid.dp)
     grids.require_prompts(
         grid, len(prompts.ids), config.n_heads, asked=request.topology is not None
     )
     grids.require_tokens(grid, [len(ids) for ids in prompts.ids], config.n_heads)
     prompt_texts.check_length(prompts, request.tokens, config)
-    if is_embedded(directory):
-        require_intact(rank)
     if known is not None:
         known.require_fit(config, checkpoint, request.seed, request.arith == "exact")
     faults = _faults(request, grid, config, prompts, checkpoint)

@@ -52,6 +52,8 @@ def golden(rng, sound):
                '{"model": "model", "tokens": 100000}', '{"model": "model", "faults": ["x"]}')  # fmt: skip
     if rng.random() < 0.3:
         changes = (("attribute", "origin", 0.0, rng.choice(origins)),)
+    if rng.random() < 0.75:  # as files of before, so that the digest does not hide the changes
+        changes += (("delete attribute", "digest", 0.0, None),)
 
     def write(folder, changes):
         link(sound, folder, "model")

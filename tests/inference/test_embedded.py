@@ -4,6 +4,7 @@ import json
 import shutil
 import struct
 
+import h5py
 import pytest
 
 from spimpi.errors import CorruptionError, UsageError
@@ -76,7 +77,22 @@ def test_another_config_json_is_corruption_of_the_package(package):
 @pytest.mark.parametrize("name", ["manifest.json", "golden.h5"])
 def test_a_package_that_lacks_what_it_knows_is_refused(package, name):
     (package / name).unlink()
-    with pytest.raises(UsageError, match=name):
+    with pytest.raises(UsageError, match=name) as caught:
+        prepare(Request(), 1)
+    assert name != "golden.h5" or "install spimpi again" in str(caught.value)
+
+
+@pytest.mark.parametrize("asked", [{}, {"prompts": ("hello",)}, {"prompt_ids": ("1",)}])
+def test_a_tokenizer_that_was_put_beside_the_embedded_model_is_refused(package, asked):
+    (package / "tokenizer.json").write_text("{}")
+    with pytest.raises(UsageError, match="tokenizer.json.*not of this package: remove it"):
+        prepare(Request(**asked), 1)
+
+
+def test_the_package_s_golden_file_is_never_one_of_before(package):
+    with h5py.File(package / "golden.h5", "r+") as file:
+        del file.attrs["digest"]
+    with pytest.raises(UsageError, match="golden.h5.*digest.*install spimpi again"):
         prepare(Request(), 1)
 
 

@@ -119,6 +119,11 @@ def edited(made, tmp_path, edit):
     return path
 
 
+def of_before(edit):
+    """The edit of a file of before, which had no digest of what it says."""
+    return lambda file: (file.attrs.__delitem__("digest"), edit(file))
+
+
 def refusal(path) -> str:
     with pytest.raises(UsageError) as caught:
         golden.read(path)
@@ -222,6 +227,37 @@ def test_a_virtual_dataset_is_refused(made, tmp_path):
         file.create_virtual_dataset("tokens", layout)
 
     assert "virtual dataset" in refusal(edited(made, tmp_path, edit))
+
+
+def places(path) -> dict[str, int]:
+    """Where in a golden file its facts lie, by name: a byte of each."""
+    data = path.read_bytes()
+    with h5py.File(path) as file:
+        found = {"tokens": file["tokens"].id.get_offset()}
+        texts = {name: v.encode() for name, v in file.attrs.items() if isinstance(v, str)}
+        texts["seed"] = struct.pack("<Q", int(file.attrs["seed"]))
+    for name in ("prompts", "identity", "arithmetic", "digest", "seed"):
+        assert data.count(texts[name]) == 1
+        found[name] = data.index(texts[name]) + (3 if name == "prompts" else 0)
+    return found
+
+
+@pytest.mark.parametrize("name", ["tokens", "prompts", "identity", "arithmetic", "digest", "seed"])
+def test_a_flipped_bit_in_a_golden_file_is_damage_of_the_file_and_no_corruption(
+    made, tmp_path, name
+):
+    data = bytearray(made.read_bytes())
+    data[places(made)[name]] ^= 1
+    (tmp_path / "g.h5").write_bytes(data)
+    assert "golden file is damaged" in refusal(tmp_path / "g.h5")
+
+
+def test_a_golden_file_without_a_digest_is_one_of_before_and_reads(made, tmp_path):
+    def edit(file):
+        file["tokens"][0, 0] += 1
+
+    back = golden.read(edited(made, tmp_path, of_before(edit)))
+    assert (back.tokens != golden.read(made).tokens).sum() == 1
 
 
 # Of a process of its own: what the tests before have taken is no golden file's.
@@ -331,7 +367,7 @@ def test_a_golden_file_and_a_manifest_of_other_weights_are_refused(copied, tmp_p
 
 
 def test_a_golden_file_with_another_number_of_weights_is_refused(made, tmp_path):
-    path = edited(made, tmp_path, dataset("weights", data=np.zeros(74, np.uint64)))
+    path = edited(made, tmp_path, of_before(dataset("weights", data=np.zeros(74, np.uint64))))
     with pytest.raises(UsageError, match="fingerprints of 74 weights"):
         prepare(Request(golden=str(path)), 1)
 

@@ -59,7 +59,7 @@ def test_seeded_models_take_bytes_too():
 def test_a_tokenizer_makes_the_ids_where_there_is_one(words):
     config = tiny_config(vocab_size=256)
     assert encode(["the file the"], config, words).ids[0].tolist() == [0, 1, 2, 1]
-    assert decode([1, 2], config, words) == "the file"
+    assert decode([[1, 2], [300]], config, words) == ["the file", None]
 
 
 def test_an_id_of_the_tokenizer_outside_the_vocabulary_is_refused(words):
@@ -115,13 +115,13 @@ def test_wrong_ids_are_named(text, message):
 
 def test_bytes_decode_to_text_whatever_they_are(tmp_path):
     config = load_config(EMBEDDED_MODEL)
-    assert decode([84, 104, 101], config, EMBEDDED_MODEL) == "The"
-    assert decode([84, 255], config, EMBEDDED_MODEL) == "T\ufffd"
+    found = decode([[84, 104, 101], [84, 255]], config, EMBEDDED_MODEL)
+    assert found == ["The", "T\ufffd"]
 
 
 def test_ids_that_are_no_bytes_have_no_text(tmp_path):
-    assert decode([84, 300], published("llama-3.2-1b")) is None
-    assert decode([84], tiny_config(vocab_size=32000), tmp_path) is None
+    assert decode([[84, 300]], published("llama-3.2-1b")) == [None]
+    assert decode([[84]], tiny_config(vocab_size=32000), tmp_path) == [None]
 
 
 def test_prompts_that_do_not_fit_the_model_are_refused_with_the_numbers():
@@ -175,6 +175,35 @@ def test_a_tokenizer_that_is_none_is_refused(tmp_path, contents):
     with pytest.raises(UsageError, match="tokenizer.json cannot be read") as caught:
         encode(["x"], load_config(EMBEDDED_MODEL), tmp_path)
     assert len(str(caught.value)) <= 500
+
+
+def changed(words, **fields):
+    path = words / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+PADDING = {
+    "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+    "pad_token": "<start>",
+}  # fmt: skip
+TRUNCATION = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
+
+
+@pytest.mark.parametrize(
+    "fields", [{"padding": PADDING | {"strategy": {"Fixed": 1000}}}, {"truncation": TRUNCATION}]
+)
+def test_a_prompt_is_neither_padded_nor_cut(words, fields):
+    changed(words, **fields)
+    found = encode(["the file the"], tiny_config(vocab_size=256), words)
+    assert found.ids[0].tolist() == [0, 1, 2, 1]
+
+
+def test_a_tokenizer_that_asks_for_all_memory_is_refused_in_one_line(words, capfd):
+    tenfold = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 10}
+    changed(words, normalizer={"type": "Sequence", "normalizers": [tenfold] * 10})
+    with pytest.raises(UsageError, match="text cannot be used with .*tokenizer.json: ") as caught:
+        encode(["a" * 36], tiny_config(vocab_size=256), words)
+    assert len(str(caught.value)) <= 500 and capfd.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("field", ["prompts", "prompt_ids", "faults"])

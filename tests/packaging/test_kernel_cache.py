@@ -249,12 +249,26 @@ def test_the_folder_of_the_cache(start, tmp_path, monkeypatch):
     assert folder(HOME="/home/a").parent.as_posix() == "/home/a/.cache/spimpi"
     assert folder(HOME="/home/a", XDG_CACHE_HOME="/x").parent.as_posix() == "/x/spimpi"
     assert folder(HOME="/home/a", XDG_CACHE_HOME="x").parent.as_posix() == "/home/a/.cache/spimpi"
+    assert folder(HOME="") is None
+    assert folder(HOME="", XDG_CACHE_HOME="/x").parent.as_posix() == "/x/spimpi"
     assert folder(SPIMPI_CACHE_DIR="/y", XDG_CACHE_HOME="/x").parent.as_posix() == "/y"
     monkeypatch.chdir(tmp_path)
     assert folder(SPIMPI_CACHE_DIR="y").parent == tmp_path / "y"
     monkeypatch.setattr(kernel_cache.os.path, "expanduser", lambda path: path)  # unknown user
     assert folder() is None
     monkeypatch.undo()
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path):
+    (tmp_path / "link").symlink_to("nosuch")
+    (tmp_path / "other").symlink_to("link/below")
+    for name in ("link", "other"):
+        said = kernel_cache.prepare(tmp_path / name / "folder")
+        assert said == f"{tmp_path / name}: it is a link that leads nowhere"
+    (tmp_path / "nosuch").mkdir(mode=0o755)
+    (tmp_path / "nosuch" / "below").mkdir(mode=0o755)
+    for name in ("link", "other"):
+        assert kernel_cache.prepare(tmp_path / name / "new" / "folder") == ""
 
 
 def test_without_a_home_nothing_is_written_and_it_runs(start, monkeypatch, tmp_path):
@@ -273,6 +287,15 @@ def test_processes_that_start_at_once_get_their_kernels(start, tmp_path):
     running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(3)]
     assert [one.communicate(timeout=120)[0] for one in running] == [b"42\n"] * 3
     assert len(compiled(cache)) == 1 == len([p for p in cache.rglob("*") if p.is_file()])
+
+
+def test_without_numba_s_compiler_it_is_refused_in_one_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "spimpi", "verify", "--no-trace", "--tokens", "1"],
+        env=os.environ | {"NUMBA_DISABLE_JIT": "1"}, capture_output=True, text=True,
+    )  # fmt: skip
+    said = "spimpi: spimpi's kernels need numba's compiler: unset NUMBA_DISABLE_JIT\n"
+    assert (done.returncode, done.stderr) == (2, said)
 
 
 def test_a_cold_start_is_told_before_anything_slow_is_imported(tmp_path):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tracemalloc
 from os import environ
 
 import pytest
@@ -175,6 +176,18 @@ def test_numba_needs_a_thread_and_sound_variables_pass():
     with pytest.raises(UsageError, match="NUMBA_NUM_THREADS must be a whole number from 1 on"):
         require_numbers({"NUMBA_NUM_THREADS": "0"})
     require_numbers({**OPEN_MPI, **HYDRA, **SRUN, "NUMBA_NUM_THREADS": "1", "OMP_NUM_THREADS": "4,2"})
+
+
+@pytest.mark.parametrize(
+    ("node", "tasks"),
+    [(0, 4), (1, 4), (2, 3), (3, 7), (1_000_001, 7), (1_000_002, 1), (1_000_003, None)],
+)
+def test_tasks_on_a_node_are_found_without_a_list_of_all_nodes(node, tasks):
+    given = {"SLURM_NODEID": str(node), "SLURM_STEP_TASKS_PER_NODE": "4(x2),3,7(x999999),1(x1)"}
+    tracemalloc.start()
+    assert launch(SRUN | given).local_size == tasks
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
 
 
 def test_tasks_on_nodes_are_ascii_numbers():
