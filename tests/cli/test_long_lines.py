@@ -26,7 +26,7 @@ def test_what_an_export_leaves_out_of_a_host_with_a_long_name(tmp_path, monkeypa
 
 def test_where_kernels_are_kept(tmp_path, monkeypatch, capfd):
     folder = tmp_path.joinpath(*(3 * ["c" * 200]))
-    monkeypatch.setenv("SPIMPI_CACHE_DIR", str(folder))
+    monkeypatch.setattr(compiling, "usable_folder", lambda: (folder, ""))
     monkeypatch.setattr(compiling, "_told", compiling._Told())
     compiling.announce_cold_start()
     (line,) = capfd.readouterr().err.splitlines()
