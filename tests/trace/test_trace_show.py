@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from trace_samples import TENSORS, failing, some_events, write_journal, write_trace
 
-from spimpi.cli import launcher_rank, main
+from spimpi.cli import main
+from spimpi.launch import launcher_rank
 from spimpi.trace.analysis.order import program_order
 from spimpi.trace.schema import Established, Op, Stage, Status, blank_events
 
