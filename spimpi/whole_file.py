@@ -45,7 +45,7 @@ def whole_file(path, overwrite: bool = False) -> Iterator:
     """
     path = Path(path)
     check_can_write(path, overwrite)
-    draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.part")
+    draft = path.with_name(f".{secrets.token_hex(8)}.part")  # fits wherever the name does
     try:
         try:
             with open(draft, "xb") as file:

@@ -23,15 +23,19 @@ class Batch:
     def __init__(self, ctx):
         self.ctx = ctx
         self._entries: dict = {ctx.session: []}  # session -> (check, pending verdict, raises)
+        self._began = False
         self._handoffs: list = []  # (exchange under way, verdict, raises)
         self._tensors: dict = {}  # tag -> (global shape, dtype)
         self._contents: dict = {}  # tag, check, places -> words
 
     def __enter__(self):
+        if self._began:
+            msg = "this batch has ended: make another one with ctx.batch()"
+            raise UsageError(msg)
         if self.ctx.open_batch is not None:
             msg = "a batch of this context is open already: batches do not nest"
             raise UsageError(msg)
-        self.ctx.open_batch = self
+        self.ctx.open_batch, self._began = self, True
         return self
 
     def __exit__(self, kind, error, traceback):

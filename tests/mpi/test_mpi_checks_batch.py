@@ -186,6 +186,17 @@ def test_ranks_that_made_other_checks_are_told(comm):
         assert fine
 
 
+def test_a_batch_that_has_ended_is_not_begun_again(comm):
+    with spimpi.DistributedContext(comm) as ctx:
+        batch = ctx.batch()
+        with batch:
+            spimpi.verify_replicas(comm, np.ones(2), Tag(name="x"), ctx=ctx)
+        with pytest.raises(spimpi.UsageError, match="this batch has ended"), batch:
+            pass
+        with ctx.batch():
+            pass
+
+
 def test_an_exception_in_a_batch_checks_nothing_and_batches_do_not_nest(comm):
     with spimpi.DistributedContext(comm) as ctx:
         with pytest.raises(KeyError):

@@ -1,5 +1,6 @@
 """Sealing: the same content whatever the driver and the number of ranks, or nothing at all."""
 
+import os
 import resource
 
 import numpy as np
@@ -193,6 +194,19 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_run(tmp_path):
         check_can_write(tmp_path / "run.h5")
     check_can_write(tmp_path / "run.h5", overwrite=True)
     assert (tmp_path / "run.h5").read_text() == "precious"
+
+
+@pytest.mark.parametrize("driver", ["parts", "gather"])
+def test_the_longest_name_that_is_let_pass_can_be_sealed(tmp_path, driver):
+    from mpi4py import MPI
+
+    longest = os.pathconf(tmp_path, "PC_NAME_MAX") - len(".0123456789abcdef.sealing")
+    with pytest.raises(UsageError, match=f"has {longest + 1} bytes, at most {longest} leave room"):
+        check_can_write(tmp_path / f"{(longest - 2) * 'n'}.h5")
+    path = tmp_path / f"{(longest - 3) * 'n'}.h5"
+    check_can_write(path)
+    write_trace(MPI.COMM_SELF, path, rows_of(0), driver)
+    assert path.exists()
 
 
 def test_journals_of_an_unfinished_run_are_cleared_only_when_asked(tmp_path):

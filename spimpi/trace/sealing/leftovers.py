@@ -17,6 +17,7 @@ from spimpi.regular_file import read_at_most
 NOTE = re.compile(r"sealing-([0-9a-f]{16})")
 PART = re.compile(r"rank-\d{5,10}\.h5")
 LONGEST = 4096  # bytes of a note
+LONGEST_ENDING = len(".0123456789abcdef.sealing")  # of what Sealing adds to a trace's name
 
 
 def parts_folder(path) -> Path:

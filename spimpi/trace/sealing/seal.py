@@ -29,7 +29,7 @@ from spimpi.trace.sealing import layout
 from spimpi.trace.sealing.agreed import agreed
 from spimpi.trace.sealing.drivers import Plan, sync_written, write_gather, write_mpio, write_parts
 from spimpi.trace.sealing.leftovers import (
-    PART, Sealing, killed_sealings, new_token, parts_folder, remove_parts, strangers,
+    LONGEST_ENDING, PART, Sealing, killed_sealings, new_token, parts_folder, remove_parts, strangers,
 )  # fmt: skip
 from spimpi.whole_file import no_ordinary_file, publish
 
@@ -287,6 +287,13 @@ def check_place(path: Path) -> None:
         raise UsageError(msg)
     if other := no_ordinary_file(path):
         msg = f"cannot write the trace {path}: it is {other}; choose another name"
+        raise UsageError(msg)
+    n_bytes, most = len(os.fsencode(path.name)), os.pathconf(path.parent, "PC_NAME_MAX")
+    if n_bytes > most - LONGEST_ENDING:
+        msg = (
+            f"the trace's name has {n_bytes} bytes, at most {most - LONGEST_ENDING} leave room for "
+            f"its drafts here: {path}"
+        )
         raise UsageError(msg)
 
 
