@@ -100,6 +100,10 @@ def test_a_golden_file_with_one_other_fingerprint_is_not_reproduced(spimpi):
     assert spimpi(1, "golden", *SHORT, "-o", "g.h5").returncode == 0
     with h5py.File("g.h5", "r+") as file:
         file["fingerprints"][2, 7] ^= 1
+    done = spimpi(2, "verify", *SHORT, "--golden", "g.h5", "--no-trace")
+    assert done.returncode == 2 and "damaged" in done.stderr
+    with h5py.File("g.h5", "r+") as file:
+        del file.attrs["digest"]  # as files of earlier versions have none
     done = spimpi(2, "verify", *SHORT, "--golden", "g.h5", "--no-trace", "--json")
     found = json.loads(done.stdout)
     assert (done.returncode, found["verdict"], found["failures"]) == (1, "corrupted", 1)

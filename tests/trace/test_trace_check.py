@@ -200,6 +200,8 @@ def test_an_interrupted_command_clears_away_and_says_nothing(tmp_path):
 import os, pathlib, signal, sys
 from spimpi.cli.apart import apart
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background it is ignored
+
 def command():
     file = pathlib.Path({str(tmp_path / "part")!r})
     file.touch()
