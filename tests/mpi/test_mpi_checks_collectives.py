@@ -279,7 +279,6 @@ def test_ranks_that_differ_are_told_which_gave_what(comm):
         spimpi.verify_allgather(comm, own, whole, p, TAG)
 
 
-@pytest.mark.mpi(min_size=2)
 @two
 def test_numbers_of_numpy_are_the_same_as_pythons(comm):
     """Also where equal ones came before, on this rank alone."""
@@ -316,6 +315,7 @@ def test_a_scalar_that_differs_is_told(comm):
         spimpi.verify_allgather(comm, np.array(3.0), np.array(3.0), Slab((), ()), Tag(name="x"))
 
 
+@two
 def test_partitions_that_overlap_or_leave_out_are_refused(comm):
     whole = data((2 * comm.size, 3))
     p = _part(comm, 0, len(whole), rank=0)  # everybody says that it has the first block
