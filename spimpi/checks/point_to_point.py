@@ -56,13 +56,10 @@ def verify_pipeline_handoff(
     name = (tag.seed, tag.name) if isinstance(tag, Tag) else None
     link = pair.links.setdefault((from_rank, name), Link())
     c = _check(activations, tag, where, ends, comm.rank, threads, before_send)
-    counted = link.sequence
-    link.sequence = _number(c, "a sequence", sequence, counted)
-    exchange = _Exchange(
-        pair, link, c, ends, comm.rank, _words(HANDED_ON, link, c, microbatch, layers, before_send)
-    )
-    exchange.before = counted
-    link.sequence += 1
+    number = _number(c, "a sequence", sequence, link.sequence)
+    words = _words(HANDED_ON, link, c, microbatch, layers, before_send)
+    exchange = _Exchange(pair, link, c, ends, comm.rank, words | {"sequence": number})
+    link.sequence = number + 1
     return _settled(exchange, check, ctx)
 
 
