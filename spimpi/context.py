@@ -116,7 +116,7 @@ class DistributedContext:
     def _require_threads(self, timeout) -> None:
         """Raise UsageError on every rank where this timeout, or MPI on some rank, is not fit."""
         msg = ""
-        if isinstance(timeout, bool) or not isinstance(timeout, Real) or not timeout > 0:
+        if not _is_number(timeout) or not timeout > 0:
             msg = f"timeout= is a number of seconds above 0, or None, found {timeout!r}"
         elif self.world.allreduce(MPI.Query_thread(), op=MPI.MIN) < MPI.THREAD_MULTIPLE:
             msg = (
@@ -238,6 +238,10 @@ class DistributedContext:
             raise unsealed
 
 
-def _in_words(number) -> str:
-    """5, 5.0 and numpy's are one number."""
-    return f"{float(number):.17g}" if isinstance(number, Real) else repr(number)
+def _is_number(value) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _in_words(value) -> str:
+    """The same for 5, 5.0 and numpy's."""
+    return f"{float(value):.17g}" if _is_number(value) else repr(value)

@@ -151,6 +151,10 @@ def test_a_timeout_is_a_number_of_seconds_that_all_give(comm):
     if comm.size > 1:
         with refused(comm, "the same timeout=; found rank 0: timeout 1; rank 1: timeout None"):
             spimpi.DistributedContext(comm, timeout=1 if comm.rank == 0 else None)
+        with refused(comm, "the same timeout=; found rank 0: timeout 1; rank 1: timeout True"):
+            spimpi.DistributedContext(comm, timeout=True if comm.rank == 1 else 1)
+        with spimpi.DistributedContext(comm, timeout=(60, 60.0, np.float32(60))[comm.rank % 3]):
+            pass
 
 
 @two
