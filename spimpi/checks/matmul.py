@@ -197,34 +197,9 @@ def _complaint(x, y, weight, bad, shape) -> dict:
 
     ``refused``: nothing is found but sums that the dtype has no room for.
     """
-    elements, n_wrapped = [], 0
     has_room = y.dtype.kind == "f" or y.itemsize == 8  # not rounded; or compared modulo 2^64
     looked_at = bad[:SHOWN] if has_room else bad
-    w, others = weight.w, None if has_room else weight.w.astype(np.float64)
-    step = max(1, _CHUNK // max(*w.shape, 1))
-    for at in range(0, len(looked_at), step):
-        rows = looked_at[at : at + step]
-        fits = doubtful = np.ones((len(rows), w.shape[1]), bool)
-        if not has_room:
-            fits, doubtful = _in_floats(x[rows], others, y[rows])
-            n_wrapped += np.count_nonzero(~fits)
-        for i in np.flatnonzero(doubtful.any(axis=1)):
-            if len(elements) == SHOWN:
-                break
-            row = rows[i]
-            exact = _integers(x[row : row + 1], "x", row)[0] @ _integers(w, "w", 0)
-            expected, found = exact.astype(y.dtype), np.ascontiguousarray(y[row])
-            wrong = (expected != found) & fits[i]  # as values: a zero may have either sign
-            for column in np.flatnonzero(wrong)[: SHOWN - len(elements)]:
-                index = (
-                    (*np.unravel_index(row, shape[:-1]), column) if len(shape) > 1 else (column,)
-                )
-                elements.append(
-                    ElementError(
-                        tuple(int(i) for i in index), expected[column].tobytes(),
-                        found[column].tobytes(), 0,
-                    )
-                )  # fmt: skip
+    elements, n_wrapped = _again(x, y, weight.w, looked_at, has_room, shape)
     n = len(bad)
     if n_wrapped and not elements:
         refused = (
@@ -243,6 +218,37 @@ def _complaint(x, y, weight, bad, shape) -> dict:
     return {
         "detail": detail, "elements": elements, "n_wrong": len(elements) if all_seen else None,
     }  # fmt: skip
+
+
+def _again(x, y, w, rows, has_room: bool, shape) -> tuple[list[ElementError], int]:
+    """(the first SHOWN wrong elements of some rows, how many of all have no room), in integers."""
+    elements, n_wrapped = [], 0
+    factors, others = _integers(w, "w", 0), None if has_room else w.astype(np.float64)
+    step = max(1, _CHUNK // max(*w.shape, 1))
+    for at in range(0, len(rows), step):
+        some = rows[at : at + step]
+        fits = doubtful = np.ones((len(some), w.shape[1]), bool)
+        if not has_room:
+            fits, doubtful = _in_floats(x[some], others, y[some])
+            n_wrapped += np.count_nonzero(~fits)
+        for i in np.flatnonzero(doubtful.any(axis=1)):
+            if len(elements) == SHOWN:
+                break
+            row = some[i]
+            expected = (_integers(x[row : row + 1], "x", row)[0] @ factors).astype(y.dtype)
+            found = np.ascontiguousarray(y[row])
+            wrong = np.flatnonzero((expected != found) & fits[i])  # a zero may have either sign
+            elements += [
+                _element(row, column, expected, found, shape)
+                for column in wrong[: SHOWN - len(elements)]
+            ]
+    return elements, n_wrapped
+
+
+def _element(row, column, expected, found, shape) -> ElementError:
+    index = (*np.unravel_index(row, shape[:-1]), column) if len(shape) > 1 else (column,)
+    index = tuple(int(i) for i in index)
+    return ElementError(index, expected[column].tobytes(), found[column].tobytes(), 0)
 
 
 def _in_floats(x, w, y) -> tuple[np.ndarray, np.ndarray]:
