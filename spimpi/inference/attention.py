@@ -19,13 +19,13 @@ from spimpi.fingerprint.words import linear_weight
 from spimpi.inference.elementary import bits_of, exp, power_of_two, rounded
 from spimpi.inference.exact import bits, row_input, row_product
 from spimpi.inference.kernels import block_words, segment_words
-from spimpi.inference.tensors import ATTN, PRODUCTS, REST
+from spimpi.inference.tensors import ATTN, NONFINITE, PRODUCTS, REST
 from spimpi.jit import inlined, kernel
 
 REST_ATTN = REST.index("attn")
 SCORES = PRODUCTS.index("scores")  # its output, attn, comes next
 assert PRODUCTS[SCORES + 1] == "attn"
-NONFINITE_ATTN = 1  # place among the counts of rows with NaN or Inf (layer_checks.NONFINITE)
+NONFINITE_ATTN = NONFINITE.index("attn")
 
 NO_FAULT = np.full(3, -1, np.int64)
 INTEGER_MATH = {"reassoc", "contract", "nsz"}

@@ -8,12 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from spimpi.inference.ledger import QK, Columns, LayerResults
-from spimpi.inference.tensors import LAYER_TENSORS, PRODUCTS, REST
+from spimpi.inference.tensors import LAYER_TENSORS, NONFINITE, PRODUCTS, REST
 from spimpi.reduction import minority
 from spimpi.trace.schema import EVENT, Established, Op, Stage, Status
 
-# What is scaled to integers, in the order of the counts; queries and keys only with a QK norm.
-NONFINITE = ("input", "attn", "resid", "ffn", "qkv")
 ACROSS = ("sums", "maxima", "resid", "hidden", "heads")  # compared over the tensor ranks
 
 

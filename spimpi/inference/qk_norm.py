@@ -17,13 +17,13 @@ from spimpi.inference.exact import NOT_FINITE, exponent_of
 from spimpi.inference.kernels import maxima_word, segment_words
 from spimpi.inference.ledger import QK, QK_NORMED, QK_SUM
 from spimpi.inference.product import linear_words
-from spimpi.inference.tensors import QK_MAX, QKV, REST
+from spimpi.inference.tensors import NONFINITE, QK_MAX, QKV, REST
 from spimpi.inference.tensors import QK_NORMED as KEY_QK_NORMED
 from spimpi.inference.tensors import QK_SUM as KEY_QK_SUM
 from spimpi.jit import inlined, kernel
 
 REST_QK_SUM, REST_QK_NORMED = REST.index("qk_sum"), REST.index("qk_normed")
-NONFINITE_QKV = 4  # layer_checks.NONFINITE
+NONFINITE_QKV = NONFINITE.index("qkv")
 
 
 def square_bits(k: int) -> int:

@@ -19,6 +19,9 @@ LAYER_TENSORS = ("hidden", "qkv", "attn", "resid", "ffn", "attn_out", "ffn_out",
 REST = ("input", "qkv", "attn", "resid", "ffn", "attn_out", "ffn_out", "qk_sum", "qk_normed")
 # Products of a layer, in program order.
 PRODUCTS = ("qkv", "scores", "attn", "attn_out", "gate_up", "ffn_out")
+# What is scaled to integers, in the order of the counts of rows with NaN or Inf; "qkv" only with a
+# QK norm.
+NONFINITE = ("input", "attn", "resid", "ffn", "qkv")
 
 # Fingerprints that a golden run writes down for each layer, in program order.
 GOLDEN_LAYER = ("qkv", "attn", "resid", "ffn", "hidden")
