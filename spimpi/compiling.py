@@ -7,7 +7,7 @@ from contextlib import suppress
 from importlib.metadata import PackageNotFoundError
 
 from spimpi.kernel_cache import count, usable_folder
-from spimpi.launch import launcher_rank
+from spimpi.launch import speaks
 from spimpi.printable import one_line
 
 PERIOD = 10.0  # seconds between two lines of progress
@@ -67,5 +67,5 @@ def _announce() -> None:
 
 
 def _say(text: str) -> None:
-    if launcher_rank() == 0:
+    if speaks():
         print(one_line(f"spimpi: {text}"), file=sys.stderr, flush=True)

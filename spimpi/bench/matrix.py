@@ -14,10 +14,10 @@ from spimpi.bench.cases import (
     BOUND, COMPUTED, CONTENT, DTYPES, FLOATS, IN_ONE_PROCESS, ON_RANKS, PAINTED, PAINTING, SHARDS,
 )  # fmt: skip
 from spimpi.bench.planted import CONTRIBUTION, MOVEMENT, REPLICA, ROUNDING
-from spimpi.whole_file import whole_csv
 from spimpi.bench.scenes import CLEAN, RECORD, SEQUENCE
 from spimpi.fingerprint.arrays import dtype_of
 from spimpi.fingerprint.painting import coloured_bits
+from spimpi.whole_file import whole_csv
 
 ONE_PROCESS, ON_MPI = "one process", "MPI ranks"
 OTHERS = ("torch.hash_tensor", "XOR of words", "sum of words")

@@ -22,8 +22,7 @@ from spimpi.inference.tensors import GOLDEN_LAYER, Keys, golden_columns
 from spimpi.topology.data import last_rows, rows_of
 from spimpi.topology.pipeline import Schedule
 from spimpi.topology.sequence import split_rows
-from spimpi.trace.schema import Stage as Phase
-from spimpi.trace.schema import joined_events
+from spimpi.trace.schema import Stage as Phase, joined_events
 from spimpi.watchdog import Unwatched
 
 
